@@ -1,0 +1,16 @@
+"""Image classifiers that stay accurate under attack: robust mixtures of experts, native to Hugging Face."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .configuration_dualmoe import DualMoEConfig, MoEConfig
+from .modeling_dualmoe import DualMoEForImageClassification, MoEForImageClassification
+
+for _config, _model in ((MoEConfig, MoEForImageClassification), (DualMoEConfig, DualMoEForImageClassification)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForImageClassification.register(_config, _model, exist_ok=True)
+    # What `save_pretrained` copies beside the weights, for those who have not installed this package.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModelForImageClassification")
+
+__version__ = "0.1.0"

@@ -1,0 +1,826 @@
+"""Mixture-of-experts image classifiers and the dual model that mixes a standard and a robust one.
+
+Images go in as floats in [0, 1]; normalisation is inside the model, so an attack radius always counts in pixel units.
+This file travels to the Hub as remote code together with `configuration_dualmoe.py`; it imports torch, timm and
+transformers only.
+
+Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach*, https://arxiv.org/abs/2502.06832
+"""
+
+import copy
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import ResNet, is_model_in_modules
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, CLIPImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from .configuration_dualmoe import DualMoEConfig, MoEConfig
+
+logger = logging.get_logger(__name__)
+
+RANGE_TOLERANCE = 1e-5  # x * (1 / 255) rounds to just above 1
+
+
+@dataclass
+class MoEImageClassifierOutput(ModelOutput):
+    """Output of `MoEForImageClassification`; B images, E experts, C labels.
+
+    Args:
+        loss: Scalar: cross-entropy + router_aux_loss_coef * aux_loss; only with labels.
+        logits: (B, C); k = 1: the chosen expert's logits; k > 1: log-probabilities of the mixture.
+        router_logits: (B, E) before softmax; only where asked for.
+        expert_index: (B,) the expert used for k = 1; (B, k), highest score first, for k > 1.
+        aux_loss: Scalar load-balancing loss, unweighted, over the rows that the router decided.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    router_logits: Tensor | None = None
+    expert_index: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class DualMoEImageClassifierOutput(ModelOutput):
+    """Output of `DualMoEForImageClassification`; B images, C labels.
+
+    Args:
+        loss: Scalar: cross-entropy of the mixture + aux_loss; only with labels.
+        logits: (B, C) log-probabilities (mixing="probs") or mixed logits (mixing="logits"); None where the two models
+            saw different images.
+        standard_logits, robust_logits: (B, C) logits of F_S and F_R, before any logit map.
+        standard_router_logits, robust_router_logits: (B, E) before softmax; only where asked for.
+        standard_expert_index, robust_expert_index: As in `MoEImageClassifierOutput`; None for a component without experts.
+        aux_loss: Scalar sum of the load-balancing losses, each weighted with its router_aux_loss_coef.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    standard_logits: Tensor | None = None
+    robust_logits: Tensor | None = None
+    standard_router_logits: Tensor | None = None
+    robust_router_logits: Tensor | None = None
+    standard_expert_index: Tensor | None = None
+    robust_expert_index: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def load_balancing_loss(router_logits: Tensor, top_k: int = 1) -> Tensor:
+    """Balance loss of the Switch Transformer (https://arxiv.org/abs/2101.03961, Eq. 4-6): E * sum_i f_i * P_i.
+
+    f_i is the share of the top-k choices that fall on expert i and P_i its mean router probability; 1 when balanced.
+
+    Args:
+        router_logits: (B, E) before softmax.
+        top_k: Experts used per image.
+
+    Returns:
+        Scalar in [0, E]; 0 for an empty batch. Only P carries gradient.
+    """
+    if router_logits.shape[0] == 0:
+        return router_logits.sum()
+    num_experts = router_logits.shape[1]
+    probs = router_logits.float().softmax(dim=1)
+    chosen = probs.topk(top_k, dim=1).indices.flatten()
+    share = torch.bincount(chosen, minlength=num_experts) / chosen.numel()  # (E,)
+    return num_experts * (share * probs.mean(dim=0)).sum()
+
+
+def check_pixel_values(pixel_values: Tensor, num_channels: int, image_size: int | None) -> None:
+    """Refuse anything but a float batch (B, C, H, W) in [0, 1].
+
+    Values are looked at outside gradient computations only: an attack's inner passes would pay for it each step.
+
+    Raises:
+        ValueError: Shape, dtype or values are wrong; the message names what is allowed.
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or pixel_values.shape[0] == 0:
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}; expected (batch >= 1, {num_channels}, height, width)."
+        )
+    if image_size is not None and pixel_values.shape[2:] != (image_size, image_size):
+        height, width = pixel_values.shape[2:]
+        raise ValueError(f"pixel_values are {height}x{width} pixels; this model takes image_size={image_size} squared.")
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; expected floats in [0, 1] (divide by 255).")
+    if pixel_values.requires_grad or torch.compiler.is_compiling() or pixel_values.is_meta:
+        return
+    low, high = (float(v) for v in torch.aminmax(pixel_values.detach()))
+    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also false for NaN
+        raise ValueError(
+            f"pixel_values lie in [{low:.4g}, {high:.4g}]; expected finite values in [0, 1]: the model normalises inside."
+        )
+
+
+def check_labels(labels: Tensor, batch_size: int, num_labels: int) -> None:
+    """Refuse anything but int64 labels (B,) in [0, num_labels).
+
+    Raises:
+        ValueError: Shape, dtype or values are wrong; the message names what is allowed.
+    """
+    if labels.shape != (batch_size,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({batch_size},) and torch.int64."
+        )
+    if torch.compiler.is_compiling() or labels.is_meta:
+        return
+    low, high = (int(v) for v in torch.aminmax(labels))
+    if low < 0 or high >= num_labels:
+        raise ValueError(f"labels lie in [{low}, {high}]; expected values in [0, num_labels) = [0, {num_labels}).")
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, with constants that survive construction on the meta device."""
+
+    def __init__(self, mean: list[float], std: list[float]):
+        super().__init__()
+        self.constants = {"mean": tuple(mean), "std": tuple(std)}
+        for name, values in self.constants.items():
+            self.register_buffer(name, torch.empty(len(values), 1, 1), persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Refill the buffers; `from_pretrained` leaves them uninitialised (same protocol as timm's)."""
+        for name, values in self.constants.items():
+            buffer = getattr(self, name)
+            buffer.copy_(torch.tensor(values, dtype=buffer.dtype, device=buffer.device).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+# --- backbones ---------------------------------------------------------------------------------------------------------
+
+
+def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs) -> nn.Module:
+    """Build one whole timm network with the config's classes, channels, size, width and stem.
+
+    Args:
+        config: Configuration of the mixture.
+        pretrained: Whether timm loads its pretrained weights (before the stem is replaced).
+        timm_kwargs: Passed on to `timm.create_model`, such as `pretrained_cfg_overlay={"file": path}`.
+
+    Raises:
+        ValueError: The backbone is unknown, or does not take the stem or width asked for.
+    """
+    name = config.backbone
+    arch = name.split(".")[0]
+    if not timm.is_model(arch):
+        close = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        raise ValueError(f"backbone={name!r} is not a timm model" + (f"; did you mean {', '.join(close)}?" if close else "."))
+    is_resnet = is_model_in_modules(arch, ("resnet",))
+    kwargs = {"num_classes": config.num_labels, "in_chans": config.num_channels, **config.backbone_kwargs, **timm_kwargs}
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:  # ViTs: the position embedding needs the size
+        kwargs.setdefault("img_size", config.backbone_image_size or config.image_size)
+    if config.width is not None:
+        if not is_resnet or pretrained:
+            reason = "pretrained weights have full width" if pretrained else f"backbone={name!r} is no timm ResNet"
+            raise ValueError(f"width={config.width!r} cannot be used: {reason}.")
+        kwargs["channels"] = stage_channels(config.width)
+    try:
+        backbone = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"backbone={name!r} does not accept the arguments {kwargs}: {error}") from error
+    if is_resnet:
+        adapt_resnet_stem(backbone, config.stem == "cifar", None if config.width is None else kwargs["channels"][0])
+    return backbone
+
+
+def stage_channels(width: float | list[int]) -> tuple[int, ...]:
+    """Channels of the four ResNet stages, from a multiplier (rounded to multiples of 8, at least 8) or a list."""
+    if isinstance(width, (int, float)):
+        return tuple(max(8, 8 * round(channels * width / 8)) for channels in (64, 128, 256, 512))
+    if len(width) != 4 or min(width) < 1:
+        raise ValueError(f"width={width!r} must hold 4 positive stage channels.")
+    return tuple(width)
+
+
+def adapt_resnet_stem(resnet: nn.Module, cifar: bool, stem_channels: int | None) -> None:
+    """Replace, in place, the stem by a 3x3 stride-1 convolution (`cifar`) and narrow it to `stem_channels`."""
+    channels = stem_channels or resnet.bn1.num_features
+    narrowed = channels != resnet.bn1.num_features
+    if cifar:
+        resnet.conv1 = new_conv(resnet.in_chans, channels, kernel_size=3, padding=1)
+        resnet.maxpool = nn.Identity()
+    elif narrowed:
+        if not isinstance(resnet.conv1, nn.Conv2d):
+            raise ValueError("width cannot narrow a deep stem (resnet*d, *c, *s, *t); use stem='cifar'.")
+        resnet.conv1 = new_conv(resnet.in_chans, channels, kernel_size=7, stride=2, padding=3)
+    if narrowed:
+        resnet.bn1 = type(resnet.bn1)(channels)
+        block = resnet.layer1[0]
+        kernel_size, padding = block.conv1.kernel_size, block.conv1.padding
+        block.conv1 = new_conv(channels, block.conv1.out_channels, kernel_size=kernel_size, padding=padding)
+        out_channels = resnet.feature_info[1]["num_chs"]
+        if channels == out_channels:
+            block.downsample = None
+        else:
+            position = next(i for i, m in enumerate(block.downsample) if isinstance(m, nn.Conv2d))
+            block.downsample[position] = new_conv(channels, out_channels, kernel_size=1)
+
+
+def new_conv(in_channels: int, out_channels: int, **kwargs) -> nn.Conv2d:
+    """A bias-free convolution, initialised as timm initialises those of its ResNets."""
+    conv = nn.Conv2d(in_channels, out_channels, bias=False, **kwargs)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def cut_backbone(backbone: nn.Module, shared_stages: int, keep: str) -> nn.Module:
+    """Keep, in place, only the shared trunk (`keep="trunk"`) or what follows it (`keep="expert"`).
+
+    Parts cut away become identities, so that the names of the kept parameters stay those of the whole network: one
+    state dict of a whole network fills trunk and experts. A trunk is called through `forward_features`.
+
+    Raises:
+        ValueError: The backbone is neither ResNet nor ViT, or has fewer stages.
+    """
+    if isinstance(backbone, VisionTransformer):
+        stages = [(backbone.blocks, str(i)) for i in range(len(backbone.blocks))]
+        stem = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
+        head, tokens = ("norm", "fc_norm", "head_drop", "head"), ("pos_embed", "cls_token", "reg_token")
+        if backbone.attn_pool is not None:
+            raise ValueError(f"shared_stages={shared_stages} does not support a ViT with attention pooling.")
+    elif isinstance(backbone, ResNet):
+        stages = [(backbone, f"layer{i}") for i in range(1, 5)]
+        stem, head, tokens = ("conv1", "bn1", "act1", "maxpool"), ("global_pool", "fc"), ()
+    else:
+        raise ValueError(f"shared_stages={shared_stages} needs a timm ResNet or ViT, not {type(backbone).__name__}.")
+    if shared_stages > len(stages):
+        raise ValueError(f"shared_stages={shared_stages} exceeds the {len(stages)} stages of {type(backbone).__name__}.")
+    dropped = stages[shared_stages:] if keep == "trunk" else stages[:shared_stages]
+    dropped += [(backbone, name) for name in (head if keep == "trunk" else stem)]
+    for parent, name in dropped:
+        setattr(parent, name, nn.Identity())
+    if keep == "expert":
+        for name in tokens:
+            setattr(backbone, name, None)
+    return backbone
+
+
+class Trunk(nn.Module):
+    """Up-samples the images where asked to, then applies the stages shared by all experts, if any."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        resized = config.backbone_image_size not in (None, config.image_size)
+        self.size = config.backbone_image_size if resized else None
+        self.stages, self.num_features = None, None
+        if config.shared_stages > 0:
+            self.stages = create_backbone(config)
+            is_vit = isinstance(self.stages, VisionTransformer)
+            cut_backbone(self.stages, config.shared_stages, keep="trunk")
+            self.num_features = (
+                self.stages.embed_dim if is_vit else self.stages.feature_info[config.shared_stages]["num_chs"]
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.size is not None:
+            images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
+        return images if self.stages is None else self.stages.forward_features(images)
+
+
+class FeaturePool(nn.Module):
+    """Mean over positions: maps (B, D, H, W) or tokens (B, N, D) -> (B, D)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.mean(dim=1) if features.ndim == 3 else features.mean(dim=(2, 3))
+
+
+def create_router(config: MoEConfig, num_features: int | None) -> nn.Sequential:
+    """Build the router: normalised images (B, C, H, W), or trunk features for "features" -> logits (B, E)."""
+    num_experts, channels = config.num_experts, config.num_channels
+    if config.router == "linear":
+        return nn.Sequential(nn.Flatten(), nn.Linear(channels * config.image_size**2, num_experts))
+    if config.router == "pooled":
+        grid = config.router_pool_size
+        return nn.Sequential(nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.Linear(channels * grid**2, num_experts))
+    if config.router == "conv":
+        return nn.Sequential(
+            *(nn.Conv2d(channels, 16, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+            *(FeaturePool(), nn.Linear(32, num_experts)),
+        )
+    return nn.Sequential(FeaturePool(), nn.Linear(num_features, num_experts))
+
+
+@contextmanager
+def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
+    """Let training-mode BatchNorm layers use their running statistics: a single image has no variance."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
+
+
+class RobustPreTrainedModel(PreTrainedModel):
+    """What the two models share: initialisation that keeps timm's, and saving that needs nothing else to load."""
+
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer scales it for gradient accumulation
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+    def _keep_initialisation(self) -> None:
+        """Tell transformers not to initialise again what was just built on a real device."""
+        for module in self.modules():
+            if not any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+                module._is_hf_initialized = True
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Recompute activations in the backward pass, through timm's own checkpointing of each backbone."""
+        self._set_grad_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._set_grad_checkpointing(False)
+
+    def _set_grad_checkpointing(self, enable: bool) -> None:
+        for module in self.modules():
+            if hasattr(module, "set_grad_checkpointing"):
+                module.set_grad_checkpointing(enable)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save weights, config, the two code files and an image processor, for all Auto classes and `pipeline`.
+
+        Takes the arguments of `PreTrainedModel.save_pretrained`.
+        """
+        if kwargs.get("is_main_process", True) and self.config.image_size is not None:
+            # Written first, so that push_to_hub=True uploads it too.
+            create_image_processor(self.config.image_size).save_pretrained(save_directory)
+        module = "modeling_dualmoe"
+        auto_classes = ("AutoModel", "AutoModelForImageClassification")
+        self.config.auto_map = {
+            "AutoConfig": f"configuration_dualmoe.{type(self.config).__name__}",
+            **{auto: f"{module}.{type(self).__name__}" for auto in auto_classes},
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def create_image_processor(image_size: int) -> CLIPImageProcessor:
+    """The processor that turns any picture into what our models take: RGB, resized, centre-cropped, in [0, 1]."""
+    return CLIPImageProcessor(
+        do_convert_rgb=True,
+        do_resize=True,
+        size={"shortest_edge": image_size},
+        do_center_crop=True,
+        crop_size={"height": image_size, "width": image_size},
+        do_rescale=True,
+        do_normalize=False,
+    )
+
+
+# --- mixture of experts ------------------------------------------------------------------------------------------------
+
+
+class MoEForImageClassification(RobustPreTrainedModel):
+    """E image classifiers behind a router that sends each image to its k best experts (paper, Section 3).
+
+    k = 1: the output is exactly f_i(x) of the expert with the highest score, at the cost of one expert; the router
+    learns through the straight-through weight a_i / stopgrad(a_i). k > 1: the mixture of the k experts' probabilities
+    with renormalised weights, as log-probabilities.
+    """
+
+    config_class = MoEConfig
+    config: MoEConfig
+
+    def __init__(self, config: MoEConfig):
+        super().__init__(config)
+        self.normalize = Normalize(config.image_mean, config.image_std)
+        self.trunk = Trunk(config)
+        self.experts = nn.ModuleList(self._create_expert() for _ in range(config.num_experts))
+        self.router = create_router(config, self.trunk.num_features)
+        self._keep_initialisation()
+        self.post_init()
+
+    def _create_expert(self) -> nn.Module:
+        backbone = create_backbone(self.config)
+        return backbone if self.trunk.stages is None else cut_backbone(backbone, self.config.shared_stages, "expert")
+
+    @classmethod
+    def from_backbone(
+        cls,
+        config: MoEConfig,
+        *,
+        pretrained: bool = False,
+        init_experts_from: "str | os.PathLike | nn.Module | None" = None,
+        **timm_kwargs,
+    ) -> "MoEForImageClassification":
+        """Build a mixture whose trunk and experts all start from one network.
+
+        Args:
+            config: Configuration of the mixture.
+            pretrained: Start from timm's pretrained weights of `config.backbone`.
+            init_experts_from: Start from a trained single network ("upcycling"): a timm module of the same architecture,
+                a `MoEForImageClassification` with one expert, or the folder or Hub id of one.
+            timm_kwargs: Passed on to `timm.create_model` with `pretrained=True`.
+
+        Raises:
+            ValueError: Both or neither source is given, or the source has other parameters than the backbone.
+        """
+        if pretrained == (init_experts_from is not None):
+            raise ValueError(
+                f"Give exactly one source: pretrained={pretrained} and init_experts_from={init_experts_from!r}."
+            )
+        model = cls(config)
+        if pretrained:
+            model.load_backbone(create_backbone(config, pretrained=True, **timm_kwargs).state_dict())
+            return model
+        source = init_experts_from
+        if isinstance(source, (str, os.PathLike)):
+            source = cls.from_pretrained(source)
+        model.load_backbone(source.backbone_state_dict() if isinstance(source, cls) else source.state_dict())
+        return model
+
+    def backbone_state_dict(self) -> dict[str, Tensor]:
+        """The weights of a one-expert model under the names of its whole timm backbone.
+
+        Raises:
+            ValueError: The model has several experts.
+        """
+        if len(self.experts) != 1:
+            raise ValueError(f"A single backbone needs num_experts=1; this model has num_experts={len(self.experts)}.")
+        trunk = {} if self.trunk.stages is None else self.trunk.stages.state_dict()
+        return {**trunk, **self.experts[0].state_dict()}
+
+    def load_backbone(self, state_dict: dict[str, Tensor]) -> None:
+        """Fill the trunk and every expert from the state dict of one whole backbone.
+
+        Raises:
+            ValueError: Names or shapes differ from those of the backbone.
+        """
+        parts = [*self.experts] if self.trunk.stages is None else [self.trunk.stages, *self.experts]
+        own = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
+        names = set(own) ^ set(state_dict)
+        wrong = sorted(names | {n for n in set(own) & set(state_dict) if own[n].shape != state_dict[n].shape})
+        if wrong:
+            raise ValueError(
+                f"The source does not fit backbone={self.config.backbone!r}: {len(wrong)} parameters are missing, "
+                f"unexpected or of another shape, such as {', '.join(wrong[:5])}."
+            )
+        for part in parts:
+            part.load_state_dict(state_dict, strict=False)  # a part reads its own names only; all were checked above
+
+    def _prepare(self, pixel_values: Tensor) -> Tensor:
+        """Check and normalise; a one-channel model also takes RGB (as `pipeline` sends) and averages it."""
+        channels = self.config.num_channels
+        if channels == 1 and pixel_values.ndim == 4 and pixel_values.shape[1] == 3:
+            pixel_values = pixel_values.mean(dim=1, keepdim=True)
+        check_pixel_values(pixel_values, channels, self.config.image_size)
+        return self.normalize(pixel_values).to(self.dtype)
+
+    def _encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) -> trunk output for the experts, and float32 router logits (B, E)."""
+        images = self._prepare(pixel_values)
+        hidden = self.trunk(images)
+        router_logits = self.router(hidden if self.config.router == "features" else images)
+        return hidden, router_logits.float()
+
+    def route(self, pixel_values: Tensor) -> Tensor:
+        """Router logits (B, E), before softmax, of images (B, C, H, W); runs no more than the router needs."""
+        images = self._prepare(pixel_values)
+        return self.router(self.trunk(images) if self.config.router == "features" else images).float()
+
+    def expert_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of every expert (B, E, C), at the cost of E experts, and router logits (B, E) before softmax."""
+        hidden, router_logits = self._encode(pixel_values)
+        return torch.stack([expert(hidden) for expert in self.experts], dim=1), router_logits
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        expert_index: Tensor | None = None,
+        output_router_logits: bool | None = None,
+    ) -> MoEImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, H, W) floats in [0, 1].
+            labels: (B,) int64; with them the output carries the training loss.
+            expert_index: (B,) int64: the expert to use for each image instead of the router's choice; -1 leaves the
+                choice to the router. So one batch can serve several terms of a loss.
+            output_router_logits: Whether to return the router logits; default: the config's.
+
+        Raises:
+            ValueError: Wrong shape, dtype or values of an argument.
+        """
+        hidden, router_logits = self._encode(pixel_values)
+        forced = self._forced_rows(expert_index, len(pixel_values))
+        mix = self._hard_route if self.config.router_top_k == 1 else self._soft_route
+        logits, index = mix(hidden, router_logits, expert_index, forced)
+        aux_loss = load_balancing_loss(
+            router_logits if forced is None else router_logits[~forced], self.config.router_top_k
+        )
+        loss = None
+        if labels is not None:
+            check_labels(labels, len(pixel_values), self.config.num_labels)
+            loss = F.cross_entropy(logits.float(), labels) + self.config.router_aux_loss_coef * aux_loss
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        return MoEImageClassifierOutput(loss, logits, router_logits if wanted else None, index, aux_loss)
+
+    def _forced_rows(self, expert_index: Tensor | None, batch_size: int) -> Tensor | None:
+        """(B,) bool: the rows whose expert the caller chose; None where the router decides all."""
+        if expert_index is None:
+            return None
+        if expert_index.shape != (batch_size,) or expert_index.dtype != torch.int64:
+            raise ValueError(
+                f"expert_index has shape {tuple(expert_index.shape)} and dtype {expert_index.dtype}; "
+                f"expected ({batch_size},) and torch.int64."
+            )
+        if not torch.compiler.is_compiling():
+            low, high = (int(v) for v in torch.aminmax(expert_index))
+            if low < -1 or high >= len(self.experts):
+                raise ValueError(f"expert_index lies in [{low}, {high}]; expected -1 or values below {len(self.experts)}.")
+        return expert_index >= 0
+
+    def _hard_route(
+        self, hidden: Tensor, router_logits: Tensor, expert_index: Tensor | None, forced: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """k = 1: logits (B, C) of one expert per image, and its index (B,)."""
+        index = router_logits.argmax(dim=1)
+        if forced is not None:
+            index = torch.where(forced, expert_index, index)
+        logits = self._dispatch(hidden, index)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.router.parameters()):
+            # exp(log a - stopgrad(log a)) = a / stopgrad(a): exactly 1, with the gradient of log a
+            log_gate = router_logits.log_softmax(dim=1).gather(1, index[:, None])
+            weight = torch.exp(log_gate - log_gate.detach())
+            if forced is not None:
+                weight = torch.where(forced[:, None], torch.ones_like(weight), weight)
+            logits = logits * weight.to(logits.dtype)
+        return logits, index
+
+    def _soft_route(
+        self, hidden: Tensor, router_logits: Tensor, expert_index: Tensor | None, forced: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """k > 1: log-probabilities (B, C) of the renormalised mixture, and the indices (B, k) of its experts."""
+        batch_size, top_k = len(hidden), self.config.router_top_k
+        log_gate, index = router_logits.log_softmax(dim=1).topk(top_k, dim=1)
+        log_gate = log_gate - log_gate.logsumexp(dim=1, keepdim=True)
+        used = torch.ones_like(index, dtype=torch.bool)
+        if forced is not None:  # a forced row uses its first slot only, with weight 1
+            index = torch.where(forced[:, None], expert_index[:, None], index)
+            used[:, 1:] = ~forced[:, None]
+            only_first = torch.zeros_like(log_gate).masked_fill(~used, -torch.inf)
+            log_gate = torch.where(forced[:, None], only_first, log_gate)
+        slot = used.flatten().nonzero().squeeze(1)
+        rows = torch.arange(batch_size, device=hidden.device).repeat_interleave(top_k)
+        expert_log_probs = self._dispatch(hidden, index.flatten()[slot], rows[slot]).float().log_softmax(dim=1)
+        by_slot = expert_log_probs.new_zeros(batch_size * top_k, expert_log_probs.shape[1])
+        by_slot = by_slot.index_copy(0, slot, expert_log_probs).view(batch_size, top_k, -1)
+        return (log_gate[:, :, None] + by_slot).logsumexp(dim=1), index
+
+    def _dispatch(self, hidden: Tensor, expert_of: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Run each expert once on its group of rows.
+
+        Args:
+            hidden: (B, ...) trunk output.
+            expert_of: (N,) the expert of each unit of work.
+            rows: (N,) the row of `hidden` of each unit of work; None = row n for unit n.
+
+        Returns:
+            (N, C) logits in the order of `expert_of`.
+        """
+        sizes = torch.bincount(expert_of, minlength=len(self.experts)).tolist()
+        if rows is None and max(sizes) == len(hidden):  # one group: nothing to sort or copy
+            return self._run_expert(sizes.index(len(hidden)), hidden)
+        order = expert_of.argsort(stable=True)
+        groups = hidden[order if rows is None else rows[order]].split(sizes)
+        outputs = [self._run_expert(i, group) for i, group in enumerate(groups) if len(group) > 0]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return torch.cat(outputs)[back]
+
+    def _run_expert(self, i: int, hidden: Tensor) -> Tensor:
+        expert = self.experts[i]
+        if self.training and len(hidden) == 1:
+            with frozen_batchnorm(expert):
+                return expert(hidden)
+        return expert(hidden)
+
+
+# --- dual model --------------------------------------------------------------------------------------------------------
+
+
+def apply_logit_map(logits: Tensor, logit_map: dict[str, float] | None) -> Tensor:
+    """Calibrate logits (B, C) before mixing: scale * relu(layer_norm(z) + clamp) ** power (MixedNUTS, Eq. 6).
+
+    Without "clamp" the logits are neither layer-normalised nor rectified; `power` then keeps their sign.
+    """
+    if logit_map is None:
+        return logits
+    if "clamp" in logit_map:
+        logits = F.relu(F.layer_norm(logits, logits.shape[-1:]) + logit_map["clamp"])
+    if logit_map.get("power", 1.0) != 1.0:
+        logits = logits.sign() * logits.abs().clamp_min(1e-6).pow(logit_map["power"])
+    return logit_map.get("scale", 1.0) * logits
+
+
+def mix_logits(
+    standard_logits: Tensor, robust_logits: Tensor, alpha: float | Tensor, mixing: str = "probs"
+) -> Tensor:
+    """F_D = (1 - alpha) F_S + alpha F_R, from the logits (B, C) of both.
+
+    Args:
+        standard_logits: (B, C) logits of F_S.
+        robust_logits: (B, C) logits of F_R.
+        alpha: Weight of F_R in [0, 1]; a number, or a tensor that broadcasts against (B, 1).
+        mixing: "probs" (returns log-probabilities, computed in log space) or "logits".
+
+    Returns:
+        (B, C) float32.
+    """
+    standard_logits, robust_logits = standard_logits.float(), robust_logits.float()
+    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=robust_logits.device)
+    if mixing == "logits":
+        return (1 - alpha) * standard_logits + alpha * robust_logits
+    log_standard, log_robust = standard_logits.log_softmax(dim=1), robust_logits.log_softmax(dim=1)
+    return torch.logaddexp((1 - alpha).log() + log_standard, alpha.log() + log_robust)
+
+
+class DualMoEForImageClassification(RobustPreTrainedModel):
+    """The dual model F_D(x) = (1 - alpha) F_S(x) + alpha F_R(x) of a standard and a robust classifier (paper, Eq. 7).
+
+    alpha = 0 is F_S alone, alpha = 1 is F_R alone; `set_alpha` or `forward(..., alpha=)` turn the dial at run time.
+    """
+
+    config_class = DualMoEConfig
+    config: DualMoEConfig
+
+    def __init__(self, config: DualMoEConfig):
+        super().__init__(config)
+        self.standard = create_component(config.standard, config)
+        self.robust = create_component(config.robust, config)
+        self._create_normalizers()
+        self._keep_initialisation()
+        self.post_init()
+
+    def _create_normalizers(self) -> None:
+        for name in ("standard", "robust"):
+            mean, std = getattr(self.config, f"{name}_image_mean"), getattr(self.config, f"{name}_image_std")
+            normalizer = nn.Identity() if mean is None or std is None else Normalize(mean, std)
+            setattr(self, f"normalize_{name}", normalizer)
+
+    @classmethod
+    def from_models(
+        cls, standard: PreTrainedModel, robust: PreTrainedModel, alpha: float = 0.75, **config_kwargs
+    ) -> "DualMoEForImageClassification":
+        """Join two trained image classifiers; any model that `AutoModelForImageClassification` gives will do.
+
+        Args:
+            standard: F_S.
+            robust: F_R, with the same labels in the same order.
+            alpha: Weight of F_R in [0, 1].
+            config_kwargs: Further fields of `DualMoEConfig`, such as `standard_image_mean` and `standard_image_std` for
+                a model that expects normalised images.
+
+        Raises:
+            ValueError: The two disagree on labels, image size or channels, or alpha is out of range.
+        """
+        labels = standard.config.id2label, robust.config.id2label
+        generic = [all(name == f"LABEL_{i}" for i, name in names.items()) for names in labels]
+        if labels[0] != labels[1] and not (any(generic) and len(labels[0]) == len(labels[1])):
+            raise ValueError(f"standard has labels {labels[0]} but robust has {labels[1]}; they must agree in order.")
+        named = labels[0] if generic[1] else labels[1]
+        config_kwargs = {"id2label": named, "label2id": {v: k for k, v in named.items()}, **config_kwargs}
+        configs = copy.deepcopy((standard.config, robust.config))
+        config = cls.config_class(standard=configs[0], robust=configs[1], alpha=alpha, **config_kwargs)
+        with torch.device("meta"):  # no second copy of the weights
+            model = cls(config)
+        model.standard = standard
+        model.robust = copy.deepcopy(robust) if robust is standard else robust  # shared tensors cannot be saved
+        model._create_normalizers()
+        return model.train(standard.training)
+
+    def set_alpha(self, alpha: float) -> None:
+        """Turn the dial: the weight of F_R in [0, 1], from now on and in what is saved.
+
+        Raises:
+            ValueError: alpha is out of range.
+        """
+        check_alpha(alpha)
+        self.config.alpha = float(alpha)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        expert_index: Tensor | None = None,
+        robust_pixel_values: Tensor | None = None,
+        output_router_logits: bool | None = None,
+    ) -> DualMoEImageClassifierOutput:
+        """Classify images with both models and mix.
+
+        Args:
+            pixel_values: (B, C, H, W) floats in [0, 1].
+            labels: (B,) int64; with them the output carries the training loss.
+            alpha: Weight of F_R for this call: a number in [0, 1], or a tensor that broadcasts against (B, 1); None =
+                the config's.
+            expert_index: As in `MoEForImageClassification.forward`, for F_R.
+            robust_pixel_values: (B', C, H, W) other images for F_R: training shows F_S clean and F_R attacked images in
+                one call, so that DDP sees one forward; there is then no mixture and `logits` is None.
+            output_router_logits: Whether to return the router logits.
+
+        Raises:
+            ValueError: Wrong shape, dtype or values of an argument.
+        """
+        alpha = self.config.alpha if alpha is None else alpha
+        if not isinstance(alpha, Tensor):
+            check_alpha(alpha)
+        standard = self._run("standard", pixel_values, None, output_router_logits)
+        own_images = robust_pixel_values is None
+        robust = self._run(
+            "robust", pixel_values if own_images else robust_pixel_values, expert_index, output_router_logits
+        )
+        aux_loss = self._weighted_aux_loss("standard", standard) + self._weighted_aux_loss("robust", robust)
+        logits, loss = None, None
+        if own_images:
+            logits = self.mix(standard.logits, robust.logits, alpha)
+            if labels is not None:
+                check_labels(labels, len(pixel_values), self.config.num_labels)
+                loss = F.cross_entropy(logits, labels) + aux_loss
+        return DualMoEImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            standard_logits=standard.logits,
+            robust_logits=robust.logits,
+            standard_router_logits=standard.get("router_logits"),
+            robust_router_logits=robust.get("router_logits"),
+            standard_expert_index=standard.get("expert_index"),
+            robust_expert_index=robust.get("expert_index"),
+            aux_loss=aux_loss,
+        )
+
+    def mix(self, standard_logits: Tensor, robust_logits: Tensor, alpha: float | Tensor | None = None) -> Tensor:
+        """`mix_logits` under this model's logit maps, mixing rule and (by default) alpha."""
+        alpha = self.config.alpha if alpha is None else alpha
+        standard_logits = apply_logit_map(standard_logits, self.config.standard_logit_map)
+        robust_logits = apply_logit_map(robust_logits, self.config.robust_logit_map)
+        return mix_logits(standard_logits, robust_logits, alpha, self.config.mixing)
+
+    def _run(
+        self, name: str, pixel_values: Tensor, expert_index: Tensor | None, output_router_logits: bool | None
+    ) -> ModelOutput:
+        model = getattr(self, name)
+        if has_experts(model):
+            return model(pixel_values, expert_index=expert_index, output_router_logits=output_router_logits)
+        if expert_index is not None:
+            raise ValueError(f"expert_index was given, but the {name} model has no experts.")
+        check_pixel_values(pixel_values, getattr(model.config, "num_channels", 3), None)
+        return model(getattr(self, f"normalize_{name}")(pixel_values).to(model.dtype))
+
+    def _weighted_aux_loss(self, name: str, output: ModelOutput) -> Tensor:
+        if not has_experts(getattr(self, name)):
+            return output.logits.new_zeros(())
+        return getattr(self.config, name).router_aux_loss_coef * output.aux_loss
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise a ValueError unless alpha is a number in [0, 1]."""
+    if not 0 <= float(alpha) <= 1:  # also false for NaN
+        raise ValueError(f"alpha={alpha!r} must be in [0, 1].")
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether `model` is our mixture of experts; by name, since remote code has a class of its own."""
+    return getattr(model.config, "model_type", None) == MoEConfig.model_type
+
+
+def create_component(config: PreTrainedConfig, dual_config: DualMoEConfig) -> PreTrainedModel:
+    """Build F_S or F_R with the dual model's number of labels."""
+    if config.num_labels != dual_config.num_labels:
+        config.num_labels = dual_config.num_labels
+    if config.model_type == MoEConfig.model_type:
+        return MoEForImageClassification(config)
+    return AutoModelForImageClassification.from_config(config)
+
+
+__all__ = [
+    "DualMoEForImageClassification",
+    "DualMoEImageClassifierOutput",
+    "MoEForImageClassification",
+    "MoEImageClassifierOutput",
+    "apply_logit_map",
+    "load_balancing_loss",
+    "mix_logits",
+]
