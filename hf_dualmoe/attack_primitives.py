@@ -1,0 +1,217 @@
+"""The small parts that every attack is composed of: freezing, starting, stepping, projecting, objectives.
+
+Images are floats in [0, 1] and radii count in the same units. `model` is any callable from images to logits, or to a
+transformers output that carries `logits`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = ("linf", "l2")
+RANGE_TOLERANCE = 1e-5  # x * (1 / 255) rounds to just above 1
+
+Classifier = Callable[[Tensor], object]
+Objective = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def logits_of(model: Classifier, images: Tensor) -> Tensor:
+    """Logits (B, C) in float32, whatever kind of classifier `model` is."""
+    output = model(images)
+    return (output if isinstance(output, Tensor) else output.logits).float()
+
+
+@contextmanager
+def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
+    """Hold a model still while it is attacked: eval mode and no parameter gradients.
+
+    Every module's own train/eval flag and every parameter's `requires_grad` come back on exit, also after an exception.
+    BatchNorm statistics do not move in eval mode, and `.grad` is not written since nothing requires it; not computing
+    weight gradients also makes an attack about a third cheaper.
+
+    Args:
+        model: Model to hold; a callable that is no `nn.Module` is left alone.
+        seed: Seed the global random number generators for the block and put their state back on exit; None = draw from
+            them as they are, so that training resumes exactly.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    modes = [(module, module.training) for module in modules]
+    needs_grad = [parameter for parameter in parameters if parameter.requires_grad]
+    devices = list({p.device for p in parameters if p.is_cuda})
+    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            for module in modules:
+                module.training = False
+            for parameter in needs_grad:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter in needs_grad:
+                parameter.requires_grad_(True)
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check_eps(eps: float, norm: str) -> None:
+    """Raise a ValueError unless `eps` is a radius of `norm` in [0, 1] pixel units."""
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is not one of {', '.join(map(repr, NORMS))}.")
+    if not 0 <= eps < float("inf"):  # also false for NaN
+        raise ValueError(f"eps={eps!r} must be a finite radius >= 0 in [0, 1] pixel units.")
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"eps={eps!r} is larger than the whole pixel range [0, 1]; did you mean {eps:g}/255?")
+
+
+def check_batch(images: Tensor, labels: Tensor) -> None:
+    """Refuse images that are not finite floats in [0, 1], or labels that do not go with them.
+
+    Raises:
+        ValueError: Shape, dtype or values are wrong; the message names what is allowed.
+    """
+    if images.ndim < 2 or not images.is_floating_point() or len(images) == 0:
+        raise ValueError(
+            f"images has shape {tuple(images.shape)} and dtype {images.dtype}; expected a non-empty float batch."
+        )
+    if labels.shape != (len(images),) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({len(images)},) and torch.int64."
+        )
+    low, high = (float(v) for v in torch.aminmax(images))
+    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also false for NaN
+        raise ValueError(f"images lie in [{low:.4g}, {high:.4g}]; expected finite values in [0, 1].")
+
+
+def check_logits(logits: Tensor, labels: Tensor) -> None:
+    """Refuse logits that are not (B, C) and finite, or labels outside [0, C).
+
+    Raises:
+        ValueError: As above; one check of the clean logits per attack call.
+    """
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise ValueError(f"model returned logits of shape {tuple(logits.shape)}; expected ({len(labels)}, classes).")
+    low, high = (int(v) for v in torch.aminmax(labels))
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(f"labels lie in [{low}, {high}]; expected values in [0, {logits.shape[1]}).")
+    if not torch.isfinite(logits).all():
+        raise ValueError("model returned logits that are NaN or infinite on clean images.")
+
+
+# --- geometry ----------------------------------------------------------------------------------------------------------
+
+
+def per_image(values: Tensor, images: Tensor) -> Tensor:
+    """Reshape (B,) values so that they broadcast against images (B, ...)."""
+    return values.view(-1, *[1] * (images.ndim - 1))
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """L2 norm per image, in a shape that broadcasts against x (B, ...)."""
+    return per_image(x.flatten(1).norm(dim=1), x)
+
+
+def image_noise(
+    images: Tensor, *, normal: bool = False, seed: int | None = None, ids: Tensor | None = None
+) -> Tensor:
+    """Noise like `images`: uniform in [0, 1), or standard normal.
+
+    Args:
+        images: (B, ...).
+        normal: Standard normal instead of uniform.
+        seed: None draws from the global generator of the device (training: part of what a checkpoint restores). A number
+            draws for each image from a generator of its own, seeded by `seed` and its id, so that the noise depends on
+            neither batch size, order, process nor device.
+        ids: (B,) int64 numbers of the images in their dataset; None = 0 .. B-1.
+    """
+    draw = torch.randn if normal else torch.rand
+    if seed is None:
+        return draw(images.shape, device=images.device, dtype=images.dtype)
+    ids = range(len(images)) if ids is None else ids.tolist()
+    noise = [
+        draw(images.shape[1:], generator=torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)) for i in ids
+    ]
+    return torch.stack(noise).to(images)
+
+
+def random_start(
+    images: Tensor, eps: float, norm: str, *, seed: int | None = None, ids: Tensor | None = None
+) -> Tensor:
+    """A point drawn uniformly from the ball of radius eps around each image, clipped to [0, 1].
+
+    Args are those of `image_noise`; returns a tensor like `images`.
+    """
+    if norm == "linf":
+        noise = (2 * image_noise(images, seed=seed, ids=ids) - 1) * eps
+    else:  # direction from a normal, length from the d-th root of a uniform
+        direction = image_noise(images, normal=True, seed=seed, ids=ids)
+        radius = image_noise(images[:, :1].flatten(1)[:, :1], seed=None if seed is None else seed + 1, ids=ids)
+        radius = radius.flatten().pow(1 / images[0].numel())
+        noise = direction / l2_norm(direction).clamp_min(1e-12) * per_image(radius, images) * eps
+    return project(images + noise, images, eps, norm)
+
+
+def project(perturbed: Tensor, images: Tensor, eps: float, norm: str) -> Tensor:
+    """The nearest point of the ball around `images`, then of [0, 1]; the last word on every attacked image.
+
+    Values that are not finite (a gradient overflowed) fall back to the clean pixel.
+    """
+    delta = torch.where(torch.isfinite(perturbed), perturbed - images, torch.zeros_like(images))
+    if norm == "linf":
+        delta = delta.clamp(-eps, eps)
+    else:
+        delta = delta * (eps / l2_norm(delta).clamp_min(1e-12)).clamp_max(1)
+    return (images + delta).clamp(0, 1)
+
+
+def steepest(gradient: Tensor, norm: str) -> Tensor:
+    """The unit step that raises the objective most: sign(g) for L-inf, g / ||g|| for L2; zero where g is zero."""
+    return gradient.sign() if norm == "linf" else gradient / l2_norm(gradient).clamp_min(1e-12)
+
+
+# --- objectives: what an attack raises, per image ----------------------------------------------------------------------
+
+
+def ce_objective(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Cross-entropy (B,)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin_objective(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Largest wrong logit minus the right one (B,); > 0 exactly where the image is misclassified."""
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+    return wrong - right
+
+
+def kl_objective(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Kullback-Leibler divergence (B,) of the attacked from the clean prediction (TRADES' inner objective)."""
+    return F.kl_div(logits.log_softmax(1), reference.log_softmax(1), log_target=True, reduction="none").sum(1)
+
+
+OBJECTIVES: dict[str, Objective] = {"ce": ce_objective, "margin": margin_objective, "kl": kl_objective}
+
+
+def value_and_gradient(
+    model: Classifier, perturbed: Tensor, labels: Tensor, objective: Objective, reference: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward and input-gradient pass.
+
+    The objective is summed, not averaged: a gradient scaled by 1 / B flushes to zero in half precision.
+
+    Returns:
+        Gradient (B, ...), logits (B, C) and objective (B,), all detached.
+    """
+    with torch.enable_grad():
+        perturbed = perturbed.detach().requires_grad_(True)
+        logits = logits_of(model, perturbed)
+        value = objective(logits, labels, reference)
+        gradient = torch.autograd.grad(value.sum(), perturbed)[0]
+    return gradient, logits.detach(), value.detach()

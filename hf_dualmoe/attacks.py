@@ -1,0 +1,178 @@
+"""Gradient attacks: FGSM (https://arxiv.org/abs/1412.6572) and PGD (https://arxiv.org/abs/1706.06083).
+
+    attack = PGD(eps=8 / 255, steps=20)
+    attacked = attack(model, images, labels)
+
+An attack is a small frozen dataclass that is called with any callable from images to logits. It returns detached images
+that lie, up to 1e-6, inside the ball of radius eps around the originals and inside [0, 1]. The model comes back as it was.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attack_primitives import (
+    OBJECTIVES,
+    Classifier,
+    check_batch,
+    check_eps,
+    check_logits,
+    frozen,
+    logits_of,
+    per_image,
+    project,
+    random_start,
+    steepest,
+    value_and_gradient,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """Projected gradient ascent on an objective of the logits, in the L-inf or L2 ball.
+
+    Args:
+        eps: Radius in [0, 1] pixel units.
+        steps: Forward and gradient passes per restart.
+        step_size: Length of a step in the same units as eps; None = 2.5 * eps / steps.
+        norm: "linf" or "l2".
+        objective: "ce", "margin" (largest wrong minus right logit) or "kl" (from the clean prediction, as in TRADES).
+        random_start: Start from a uniform point of the ball instead of the image itself.
+        restarts: Independent runs; needs keep_best when above 1.
+        keep_best: Return, for each image, the best of the clean image and all iterates: misclassified before correct,
+            then the highest objective (evaluation; two more forward passes). Otherwise the last iterate (training).
+        seed: None = the global random number generator; a number makes the start of each image depend on this seed and
+            the image's id alone.
+
+    Raises:
+        ValueError: A setting is out of range; the message names it.
+    """
+
+    eps: float = 8 / 255
+    steps: int = 10
+    step_size: float | None = None
+    norm: str = "linf"
+    objective: str = "ce"
+    random_start: bool = True
+    restarts: int = 1
+    keep_best: bool = True
+    seed: int | None = None
+
+    def __post_init__(self):
+        check_eps(self.eps, self.norm)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is not one of {', '.join(map(repr, OBJECTIVES))}.")
+        for name in ("steps", "restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1.")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size={self.step_size!r} must be > 0, in the units of eps.")
+        if self.restarts > 1 and not (self.keep_best and self.random_start):
+            raise ValueError(f"restarts={self.restarts} needs keep_best=True and random_start=True.")
+
+    def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """Attack images.
+
+        Args:
+            model: Callable from images to logits (B, C) or to an output with `logits`.
+            images: (B, ...) floats in [0, 1].
+            labels: (B,) int64, the right classes.
+            ids: (B,) int64 numbers of the images in their dataset; matter only with a seed.
+
+        Returns:
+            Attacked images like `images`, detached.
+
+        Raises:
+            ValueError: Images or labels have the wrong shape, dtype or values.
+        """
+        check_batch(images, labels)
+        with torch.inference_mode(False), torch.no_grad(), frozen(model):
+            images, labels = images.detach().clone(), labels.clone()  # clones leave inference mode, if it was on
+            if not self.keep_best:
+                reference = logits_of(model, images) if self.objective == "kl" else None
+                for _, perturbed, _, _ in self._iterates(model, images, labels, reference, ids, 0):
+                    last = perturbed
+                return last
+            return self._best(model, images, labels, ids)
+
+    def _iterates(self, model, images, labels, reference, ids, restart):
+        """Yield, after each step, (previous iterate, new iterate, logits and objective of the previous one)."""
+        step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        seed = None if self.seed is None else self.seed + 7919 * restart
+        perturbed = random_start(images, self.eps, self.norm, seed=seed, ids=ids) if self.random_start else images
+        for _ in range(self.steps):
+            gradient, logits, value = value_and_gradient(
+                model, perturbed, labels, OBJECTIVES[self.objective], reference
+            )
+            moved = perturbed + step_size * steepest(gradient, self.norm)
+            previous, perturbed = perturbed, project(moved, images, self.eps, self.norm)
+            yield previous, perturbed, logits, value
+
+    def _best(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        objective = OBJECTIVES[self.objective]
+        clean_logits = logits_of(model, images)
+        check_logits(clean_logits, labels)
+        best = Best(images, clean_logits, objective(clean_logits, labels, clean_logits), labels)
+        for restart in range(self.restarts):
+            perturbed = images
+            for previous, perturbed, logits, value in self._iterates(  # noqa: B007 - the last iterate is used below
+                model, images, labels, clean_logits, ids, restart
+            ):
+                best.update(previous, logits, value)
+            logits = logits_of(model, perturbed)
+            best.update(perturbed, logits, objective(logits, labels, clean_logits))
+        return best.images
+
+
+class Best:
+    """The best attacked version of each image so far: misclassified first, then the highest objective."""
+
+    def __init__(self, images: Tensor, logits: Tensor, value: Tensor, labels: Tensor):
+        self.images, self.value, self.labels = images.clone(), value.clone(), labels
+        self.wrong = logits.argmax(dim=1) != labels
+
+    def update(self, images: Tensor, logits: Tensor, value: Tensor) -> None:
+        """Take over the rows of (B, ...) candidates that are better."""
+        wrong = logits.argmax(dim=1) != self.labels
+        better = (wrong & ~self.wrong) | ((wrong == self.wrong) & (value > self.value))
+        self.images = torch.where(per_image(better, images), images, self.images)
+        self.value = torch.where(better, value, self.value)
+        self.wrong = self.wrong | wrong
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM:
+    """One full-size step along the sign (L-inf) or direction (L2) of the gradient, from the image itself.
+
+    Args:
+        eps: Radius in [0, 1] pixel units.
+        norm: "linf" or "l2".
+        objective: As in `PGD`.
+    """
+
+    eps: float = 8 / 255
+    norm: str = "linf"
+    objective: str = "ce"
+
+    def __post_init__(self):
+        self._as_pgd()
+
+    def _as_pgd(self) -> PGD:
+        step_size = self.eps or None  # eps = 0 changes nothing, with any step size
+        return PGD(
+            eps=self.eps,
+            steps=1,
+            step_size=step_size,
+            norm=self.norm,
+            objective=self.objective,
+            random_start=False,
+            keep_best=False,
+        )
+
+    def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """Attack images; arguments, result and errors are those of `PGD.__call__`."""
+        return self._as_pgd()(model, images, labels, ids=ids)
+
+
+__all__ = ["FGSM", "PGD", "frozen"]
