@@ -1,0 +1,520 @@
+"""Image datasets decoded once into uint8 tensors, and augmentation of whole batches.
+
+`load_splits` turns scikit-learn's digits, a Hub dataset, a local folder or a parquet file into train, validation and
+test sets. Images stay uint8 until `to_unit_range` makes them float in [0, 1]; normalisation is inside the model.
+"""
+
+import io
+import logging
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = [
+    "DataSplits",
+    "ImageTensorDataset",
+    "augment",
+    "collate",
+    "decode_images",
+    "load_digits_splits",
+    "load_splits",
+    "to_unit_range",
+]
+
+logger = logging.getLogger(__name__)
+
+MAX_RAM_BYTES = 2 * 1024**3  # a larger decoded split lives in a temporary file (in TMPDIR) that is paged in as needed
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+
+
+class ImageTensorDataset(Dataset):
+    """Labelled images in memory; `DataLoader` gets a batch by one indexing operation (`__getitems__`).
+
+    Use it with `collate`, and in a `Trainer` with `remove_unused_columns=False`, whose filter expects lists of items.
+
+    Args:
+        images: uint8 (0..255), shape (N, C, H, W), N >= 1.
+        labels: int64, shape (N,), each in [0, len(class_names)).
+        class_names: name of each class, in label order.
+
+    Raises:
+        ValueError: an argument has another dtype, shape or range.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, class_names: Sequence[str]):
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"images is {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, C, H, W)")
+        if len(images) == 0:
+            raise ValueError("empty dataset: images has no rows; at least 1 is needed")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(f"labels is {labels.dtype} {tuple(labels.shape)}; expected torch.int64 ({len(images)},)")
+        for label in (labels.min().item(), labels.max().item()):
+            if not 0 <= label < len(class_names):
+                raise ValueError(f"labels contains {label}; allowed is 0 <= label < {len(class_names)} (class_names)")
+        self.images, self.labels, self.class_names = images, labels, list(class_names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Returns `pixel_values`, uint8 (C, H, W), and `labels`, an int64 scalar."""
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Returns a whole batch: `pixel_values`, uint8 (B, C, H, W), and `labels`, int64 (B,)."""
+        return self[torch.as_tensor(indices)]
+
+    def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> "ImageTensorDataset":
+        """Copies the images at `indices`, in that order, into a new dataset with the same class names."""
+        index = torch.as_tensor(indices)
+        return ImageTensorDataset(self.images[index], self.labels[index], self.class_names)
+
+    def take(self, n: int, seed: int = 0) -> "ImageTensorDataset":
+        """Copies a seeded random choice of `n` images with the class shares of the whole, in their original order."""
+        return self.subset(_stratified(self.labels.numpy(), n, seed, "n"))
+
+
+def collate(batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
+    """Collates a batch for a `DataLoader` or `Trainer`.
+
+    Args:
+        batch: a batch made by `ImageTensorDataset.__getitems__`, which passes through, or a list of B items with
+            `pixel_values` (C, H, W) of any dtype and `labels` (scalar).
+
+    Returns:
+        `pixel_values` (B, C, H, W) and `labels` (B,).
+    """
+    if isinstance(batch, Mapping):
+        return batch
+    return {key: torch.stack([torch.as_tensor(item[key]) for item in batch]) for key in ("pixel_values", "labels")}
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Converts uint8 images (0..255, any shape) to float32 in [0, 1]; returns float images unchanged and unchecked.
+
+    Raises:
+        ValueError: `images` is neither uint8 nor floating point.
+    """
+    if images.is_floating_point():
+        return images
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images has dtype {images.dtype}; allowed are torch.uint8 and floating point")
+    return images.float().div_(255)
+
+
+def augment(
+    images: Tensor, *, crop_padding: int = 4, flip: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
+    """Pads each image with zeros (black) and crops it at random, then mirrors it left-right with probability 1/2.
+
+    Args:
+        images: shape (B, C, H, W), any dtype and device.
+        crop_padding: pixels of padding on each side, >= 0: the largest shift of an image. 0: no crop.
+        flip: whether to mirror.
+        generator: on the device of `images`; default: the global generator of that device.
+
+    Returns:
+        New images with the shape, dtype and device of `images`; `images` itself if there is nothing to do.
+
+    Raises:
+        ValueError: `crop_padding` is negative.
+    """
+    if crop_padding < 0:
+        raise ValueError(f"crop_padding={crop_padding}; allowed is >= 0")
+    if crop_padding == 0 and not flip:
+        return images
+    b, c, h, w = images.shape
+    options = {"device": images.device, "generator": generator}
+    top, left = torch.randint(2 * crop_padding + 1, (2, b, 1), **options)  # (B, 1) each
+    rows = top + torch.arange(h, device=images.device)  # (B, H)
+    columns = torch.arange(w, device=images.device).expand(b, w)  # (B, W)
+    if flip:
+        columns = torch.where(torch.rand(b, 1, **options) < 0.5, w - 1 - columns, columns)
+    # One gather of flat pixel numbers is 4 times faster than indexing by image, channel, row and column.
+    flat = rows[:, :, None] * (w + 2 * crop_padding) + (left + columns)[:, None, :]  # (B, H, W)
+    padded = F.pad(images, (crop_padding,) * 4).flatten(2)
+    return padded.gather(2, flat.view(b, 1, h * w).expand(b, c, h * w)).view(b, c, h, w)
+
+
+@dataclass
+class DataSplits:
+    """Train, validation and test sets with the same classes and image shape.
+
+    Args:
+        name: what `load_splits` was asked for.
+        skipped: train / validation / test -> row numbers in its source split of the undecodable images left out.
+
+    Raises:
+        ValueError: the sets differ in class names or image shape.
+    """
+
+    train: ImageTensorDataset
+    validation: ImageTensorDataset
+    test: ImageTensorDataset
+    name: str
+    skipped: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for role, other in (("validation", self.validation), ("test", self.test)):
+            if other.class_names != self.train.class_names:
+                raise ValueError(f"{role} has class names {other.class_names}, train has {self.train.class_names}")
+            shape, expected = tuple(other.images.shape[1:]), tuple(self.train.images.shape[1:])
+            if shape != expected:
+                raise ValueError(f"{role} images are {shape}, train {expected}; set image_size or num_channels")
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.train.class_names
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def num_channels(self) -> int:
+        return self.train.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in pixels."""
+        return self.train.images.shape[-1]
+
+
+def load_digits_splits() -> DataSplits:
+    """Loads scikit-learn's 1,797 grey 8 x 8 images, always in the same stratified 60 / 15 / 25 % split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # from 0..16
+    labels = digits.target.astype(np.int64)
+    rest, test = _hold_out(np.arange(len(labels)), labels, round(0.25 * len(labels)), seed=0)
+    train, validation = _hold_out(rest, labels, round(0.15 * len(labels)), seed=0)
+    whole = ImageTensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels), [str(d) for d in range(10)])
+    return DataSplits(whole.subset(train), whole.subset(validation), whole.subset(test), name="digits")
+
+
+def load_splits(
+    name: str = "digits",
+    *,
+    config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    image_size: int | None = None,
+    num_channels: int | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    test_split: str | None = None,
+    validation_fraction: float = 0.1,
+    max_train_samples: int | None = None,
+    max_validation_samples: int | None = None,
+    max_test_samples: int | None = None,
+    on_bad_image: Literal["raise", "skip"] = "raise",
+    seed: int = 0,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> DataSplits:
+    """Loads an image-classification dataset and decodes, once, the images that are used.
+
+    Unless an argument names them, the roles of the splits are:
+
+    1. train: "train", or the only split.
+    2. test: "test"; in a dataset without it the validation split, because a lone extra split is the **test** set.
+    3. validation: the validation split, if it is still free.
+    4. What is missing is held out of train, stratified by class: first test, then validation. So model selection never
+       sees the test set. `max_train_samples` applies afterwards and does not change what is held out.
+
+    Args:
+        name: "digits" (embedded in fixed splits), a dataset id on the Hub, a folder of images in one folder per class,
+            a folder of parquet files, a .parquet file, or a folder written by `save_to_disk`.
+        config_name: configuration of a Hub dataset.
+        image_column: default: the only `datasets.Image` column, else the only column with a usual name.
+        label_column: `ClassLabel`, text or integers (classes: the sorted values in train). Default: the only
+            `ClassLabel` column, else the only column with a usual name.
+        image_size: side in pixels; the shorter side is resized to it and the centre cropped. Default: no resizing; all
+            images must be square and equally large.
+        num_channels: 3 (RGB) or 1 (grey). Default: 3 if the first image has colour, else 1.
+        train_split, validation_split, test_split: names of splits of the dataset.
+        validation_fraction: share of train for each held-out set, in (0, 1).
+        max_train_samples, max_validation_samples, max_test_samples: use only a seeded random choice of so many images,
+            stratified by class; from 1 to the number of images.
+        on_bad_image: after reading a whole split with undecodable images, "raise" an error, or "skip" them with a
+            warning and list them in `DataSplits.skipped`.
+        seed: seed of all random choices, in [0, 2**32).
+        revision, token: version and access token of a Hub dataset.
+
+    Raises:
+        FileNotFoundError: `name` looks like a local path and does not exist.
+        ValueError: an argument, split, column, label or image cannot be used; the message says what can.
+    """
+    if on_bad_image not in ("raise", "skip"):
+        raise ValueError(f"on_bad_image={on_bad_image!r}; allowed are 'raise' and 'skip'")
+    limits = {"train": max_train_samples, "validation": max_validation_samples, "test": max_test_samples}
+    asked = {"train": train_split, "validation": validation_split, "test": test_split}
+    if name == "digits":
+        given = {"config_name": config_name, "image_column": image_column, "label_column": label_column}
+        given |= {f"{role}_split": split for role, split in asked.items()}
+        return _limited_digits(given | {"image_size": image_size, "num_channels": num_channels}, limits, seed)
+    sources = _load_source(name, config_name, revision, token)
+    parts, class_names = _read_labels(sources, _assign_roles(list(sources), asked), label_column)
+    _choose_rows(parts, validation_fraction, limits, seed)
+    sets, skipped = {}, {}
+    for role in limits:
+        images, labels, bad = _decode_part(parts[role], image_column, image_size, num_channels, on_bad_image)
+        sets[role] = ImageTensorDataset(images, labels, class_names)
+        if bad:
+            skipped[role] = bad
+        if images.shape[1] == 3:
+            num_channels = 3  # a later split may begin with a grey image
+    return DataSplits(**sets, name=name, skipped=skipped)
+
+
+def decode_images(
+    encoded: Iterable[Mapping[str, Any]], total: int, *, image_size: int | None = None, num_channels: int | None = None
+) -> tuple[Tensor, dict[int, str]]:
+    """Decodes images of any format and mode that Pillow reads; one bad image does not lose the others.
+
+    Args:
+        encoded: images as `datasets.Image(decode=False)` gives them: `bytes` or, where that is None, a file's `path`.
+        total: number of images.
+        image_size, num_channels: see `load_splits`.
+
+    Returns:
+        The decoded images in their order, uint8 (M, C, H, W), and position -> reason for the `total` - M bad ones.
+
+    Raises:
+        ValueError: no image can be decoded, or images differ in shape and no argument says which one to make.
+    """
+    if num_channels not in (None, 1, 3):
+        raise ValueError(f"num_channels={num_channels}; allowed are 1 (grey) and 3 (RGB)")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size={image_size}; allowed is >= 1")
+    array, done, failures = None, 0, {}
+    for position, image in enumerate(tqdm(encoded, "decoding", total, disable=total <= 2_000)):
+        try:
+            pixels = _decode_image(image, image_size, num_channels)
+        except Exception as error:  # damage shows as OSError, SyntaxError, struct.error, DecompressionBombError, ...
+            failures[position] = f"{type(error).__name__}: {error}"
+            continue
+        if array is None:
+            array = _allocate((total, len(pixels), pixels.shape[2], pixels.shape[2]))
+            if len(pixels) == 3:
+                num_channels = 3  # grey images become RGB; but colour after a grey image is refused below
+        if pixels.shape != array.shape[1:]:
+            raise ValueError(
+                f"image {position} of {total} is (channels, height, width) = {pixels.shape}, but from the first image "
+                f"{array.shape[1:]} was expected; set image_size or num_channels"
+            )
+        array[done] = pixels
+        done += 1
+    if array is None:
+        raise ValueError(f"none of {total} images can be decoded: {failures.get(0)}")
+    return torch.from_numpy(array[:done]), failures
+
+
+def _decode_image(encoded: Mapping[str, Any], image_size: int | None, num_channels: int | None) -> np.ndarray:
+    """Returns uint8 (C, H, W); C is 1 for a grey image, else 3, if `num_channels` is None."""
+    with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":
+            raise ValueError("floating-point image: its range is unknown")
+        if image.mode.startswith("I"):  # 16 bit ("I" too, in practice); convert() would clip it, not scale
+            image = Image.fromarray(np.rint(np.clip(image, 0, 65535) / 257).astype(np.uint8))
+        grey = num_channels == 1 or (num_channels is None and image.mode in ("1", "L", "LA", "La"))
+        image = image.convert("L" if grey else "RGB")  # drops transparency, as `pipeline` does
+    if image_size is not None and image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)  # antialiased
+    pixels = np.asarray(image)
+    return pixels[None] if grey else pixels.transpose(2, 0, 1)
+
+
+def _allocate(shape: tuple[int, ...]) -> np.ndarray:
+    if math.prod(shape) <= MAX_RAM_BYTES:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile() as file:  # has no name; the mapping keeps it alive after it is closed
+        return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _stratified(labels: np.ndarray, n: int, seed: int, argument: str) -> np.ndarray:
+    """Chooses `n` of the rows of `labels` (N,), in which each class keeps its share to within one row; ascending."""
+    if not 1 <= n <= len(labels):
+        raise ValueError(f"{argument}={n}, but only 1 to {len(labels)} images can be chosen")
+    rng = np.random.RandomState(seed)  # its stream is frozen: every version of NumPy makes the same choice
+    shuffled = rng.permutation(len(labels))
+    _, classes, counts = np.unique(labels[shuffled], return_inverse=True, return_counts=True)
+    quota, remainder = np.divmod(counts * n, len(labels))
+    favoured = np.lexsort((rng.permutation(len(counts)), -remainder))  # largest remainder first, ties at random
+    quota[favoured[: n - quota.sum()]] += 1
+    by_class = np.argsort(classes, kind="stable")
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each row within its class
+    return np.sort(shuffled[by_class[rank < np.repeat(quota, counts)]])
+
+
+def _hold_out(rows: np.ndarray, labels: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits `rows`, numbers of entries of `labels`, into those that stay and `n` stratified ones."""
+    if n >= len(rows):
+        raise ValueError(f"cannot hold {n} images out of {len(rows)} in train; name a split or provide more images")
+    held = _stratified(labels[rows], n, seed, "n")
+    return np.delete(rows, held), rows[held]
+
+
+def _limited_digits(given: Mapping[str, Any], limits: Mapping[str, int | None], seed: int) -> DataSplits:
+    splits = load_digits_splits()
+    for argument, value in given.items():
+        allowed = {"image_size": splits.image_size, "num_channels": splits.num_channels}.get(argument)
+        if value not in (None, allowed):
+            raise ValueError(f"{argument}={value!r} does not fit the embedded digits; allowed is {allowed}")
+    for role, limit in limits.items():
+        if limit is not None:
+            data = getattr(splits, role)
+            setattr(splits, role, data.subset(_stratified(data.labels.numpy(), limit, seed, f"max_{role}_samples")))
+    return splits
+
+
+def _load_source(
+    name: str, config_name: str | None, revision: str | None, token: str | bool | None
+) -> "Mapping[str, datasets.Dataset]":
+    """Loads the dataset as split -> rows, without decoding any image."""
+    import datasets
+
+    path = Path(name).expanduser()
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".parquet"  # never a Hub id
+    if local and not path.exists():
+        raise FileNotFoundError(f"name={name!r} looks like a local path, but {path.absolute()} does not exist")
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"name={name!r} is a file; allowed are folders and .parquet files")
+    try:
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files={"train": str(path)})
+        if (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(path)
+        if (path / "state.json").is_file():
+            return {"train": datasets.load_from_disk(path)}
+        return datasets.load_dataset(str(path) if path.exists() else name, config_name, revision=revision, token=token)
+    except (IndexError, ValueError) as error:  # what datasets 5 raises for a split without rows
+        raise ValueError(f"cannot load {name!r}; has it an empty split? {type(error).__name__}: {error}") from error
+
+
+def _assign_roles(splits: list[str], asked: Mapping[str, str | None]) -> dict[str, str]:
+    """Maps train, test, validation to splits by rules 1 to 3 of `load_splits`; roles to be held out are absent."""
+    for role, split in asked.items():
+        if split is not None and split not in splits:
+            raise ValueError(f"{role}_split={split!r} is not a split of the dataset; available: {splits}")
+    roles = {role: split for role, split in asked.items() if split is not None}
+    usual = {"train": ["train"] if len(splits) > 1 else splits, "test": ["test", *VALIDATION_SPLITS]}
+    for role, names in (usual | {"validation": VALIDATION_SPLITS}).items():
+        free = [split for split in names if split in splits and split not in roles.values()]
+        if role not in roles and free:
+            roles[role] = free[0]
+    if "train" not in roles or len(set(roles.values())) < len(roles):
+        raise ValueError(f"train_split, validation_split, test_split: need train and no split twice among {splits}")
+    return {"train": roles.pop("train"), **roles}
+
+
+@dataclass
+class _Part:
+    """The `rows` of one source split that play one role; `labels` are those of the whole source split."""
+
+    source: "datasets.Dataset"
+    split: str
+    labels: np.ndarray
+    rows: np.ndarray
+
+
+def _read_labels(
+    sources: "Mapping[str, datasets.Dataset]", roles: Mapping[str, str], label_column: str | None
+) -> tuple[dict[str, _Part], list[str]]:
+    """Returns role -> part with all rows of its split, and the class names, which train (first in `roles`) defines."""
+    from datasets import ClassLabel
+
+    parts, classes = {}, None
+    for role, split in roles.items():
+        source = sources[split]
+        if len(source) == 0:
+            raise ValueError(f"empty dataset: split {split!r} has no rows")
+        column = _find_column(source.features, label_column, "label", ClassLabel, LABEL_COLUMNS)
+        values = source.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+        if isinstance(source.features[column], ClassLabel):
+            names = dict(enumerate(source.features[column].names))
+            values = [names.get(value, value) for value in values]
+            classes = classes or list(names.values())
+        usable = [isinstance(value, (str, int)) for value in values]  # no classes for nulls, floats and lists
+        classes = classes or sorted({value for value, ok in zip(values, usable, strict=True) if ok})
+        number = {value: i for i, value in enumerate(classes)}
+        labels = np.array([number.get(value, -1) if ok else -1 for value, ok in zip(values, usable, strict=True)])
+        if labels.min() < 0:
+            row = int(labels.argmin())
+            raise ValueError(
+                f"column {column!r} of split {split!r} has the label {values[row]!r} in row {row}; allowed are the "
+                f"{len(classes)} classes of train (text, integers or a ClassLabel): {classes[:20]}"
+            )
+        parts[role] = _Part(source, split, labels, np.arange(len(labels)))
+    return parts, [str(value) for value in classes]
+
+
+def _find_column(features: "datasets.Features", asked: str | None, kind: str, kind_type: type, usual: tuple) -> str:
+    """Returns the column to use: the one asked for, the only one of type `kind_type`, or the only usual name."""
+    if asked is not None:
+        found = [asked] if asked in features else []
+    else:
+        found = [name for name, feature in features.items() if isinstance(feature, kind_type)]
+        found = found or [name for name in usual if name in features]
+    if len(found) != 1:
+        reason = f"{kind}_column={asked!r} does not exist" if asked else f"{len(found)} columns may hold the {kind}"
+        raise ValueError(f"{reason}; set {kind}_column to one of the available columns: {list(features)}")
+    return found[0]
+
+
+def _choose_rows(parts: dict[str, _Part], fraction: float, limits: Mapping[str, int | None], seed: int) -> None:
+    """Moves rows of train to the roles missing in `parts` (rule 4 of `load_splits`), then applies `limits`."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction={fraction}; allowed is 0 < validation_fraction < 1")
+    train = parts["train"]
+    n = max(1, round(fraction * len(train.rows)))
+    for role in ("test", "validation"):
+        if role not in parts:
+            train.rows, held = _hold_out(train.rows, train.labels, n, seed)
+            parts[role] = _Part(train.source, train.split, train.labels, held)
+    for role, limit in limits.items():
+        if limit is not None:
+            rows = parts[role].rows
+            parts[role].rows = rows[_stratified(parts[role].labels[rows], limit, seed, f"max_{role}_samples")]
+
+
+def _decode_part(
+    part: _Part, image_column: str | None, image_size: int | None, num_channels: int | None, on_bad_image: str
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Returns the decodable images of the part, their labels, and the rows of the undecodable ones."""
+    import datasets
+
+    column = _find_column(part.source.features, image_column, "image", datasets.Image, IMAGE_COLUMNS)
+    source = part.source.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    tables = source.select(part.rows).with_format("arrow").iter(batch_size=256)
+    encoded = (image for table in tables for image in table.column(0).to_pylist())
+    try:
+        images, failures = decode_images(encoded, len(part.rows), image_size=image_size, num_channels=num_channels)
+    except ValueError as error:
+        raise ValueError(f"split {part.split!r}: {error}") from error
+    bad = part.rows[list(failures)].tolist()
+    if bad:
+        message = f"split {part.split!r}: {len(bad)} of {len(part.rows)} images cannot be decoded, in rows {bad[:10]}"
+        message += f"{' and more' if len(bad) > 10 else ''} ({next(iter(failures.values()))})"
+        if on_bad_image == "raise":
+            raise ValueError(f"{message}; on_bad_image='skip' leaves them out")
+        logger.warning("%s; skipped", message)
+    return images, torch.from_numpy(part.labels[np.setdiff1d(part.rows, bad)]), bad

@@ -1,0 +1,331 @@
+"""Training objectives: standard, AT, TRADES, RT-ER and JTDMoE, one function each.
+
+Every function crafts its own attacked images on the frozen model, then makes one forward through `forward` (the model
+itself, or its distributed wrapper) on all images of all its terms, and returns named terms.
+
+    output = rt_er_loss(model, images, labels, attack=PGD(keep_best=False), beta=6.0)
+    output.loss.backward()
+
+Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach*, https://arxiv.org/abs/2502.06832
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attack_primitives import kl_objective, logits_of
+from .attacks import frozen
+
+SECOND_TERMS = ("kl", "ce")
+SECOND_ATTACKS = ("own", "shared")
+
+Attack = Callable[[Callable, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class LossOutput:
+    """What one training step of an objective produced.
+
+    Args:
+        loss: Scalar to minimise: the weighted sum of the terms.
+        terms: The unweighted terms by name, scalars.
+        attacked_images: (B, C, H, W) what the whole model was attacked with; None for the standard objective.
+        attacked_logits: (B, classes) of the whole attacked model on them, in training mode, detached.
+        attacked_experts: (B,) expert chosen for them; None without a hard-routed mixture.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    attacked_images: Tensor | None = None
+    attacked_logits: Tensor | None = None
+    attacked_experts: Tensor | None = None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy in float32."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def kl_divergence(attacked_logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """Mean over images of sum_c p_c log(p_c / q_c), p the clean and q the attacked prediction.
+
+    This is the direction of TRADES' published code. Gradients flow into both arguments.
+    """
+    return kl_objective(attacked_logits.float(), None, clean_logits.float()).mean()
+
+
+def second_expert(router_logits: Tensor) -> Tensor:
+    """s(x): the index (B,) of the expert with the second-highest router score (B, E).
+
+    Raises:
+        ValueError: There is only one expert.
+    """
+    if router_logits.shape[1] < 2:
+        raise ValueError(f"RT-ER needs a second expert: num_experts={router_logits.shape[1]} must be at least 2.")
+    return router_logits.topk(2, dim=1).indices[:, 1]
+
+
+def _weighted_aux_loss(model: nn.Module, output: object) -> Tensor | float:
+    """Load-balancing loss as it enters the training loss; 0 for a model without a router."""
+    aux_loss = getattr(output, "aux_loss", None)
+    if aux_loss is None:
+        return 0.0
+    return aux_loss * getattr(model.config, "router_aux_loss_coef", 1.0)  # a dual model has weighted it already
+
+
+def _expert_index(output: object, rows: int) -> Tensor | None:
+    index = getattr(output, "expert_index", None)
+    index = getattr(output, "robust_expert_index", None) if index is None else index
+    return index[:rows] if index is not None and index.ndim == 1 else None
+
+
+def _finish(model: nn.Module, output: object, loss: Tensor, terms: dict[str, Tensor], **attacked) -> LossOutput:
+    """Add the load-balancing term and detach what is only reported."""
+    aux_loss = _weighted_aux_loss(model, output)
+    if isinstance(aux_loss, Tensor):
+        terms["aux"] = aux_loss
+    terms = {name: term.detach() for name, term in terms.items()}
+    return LossOutput(loss=loss + aux_loss, terms=terms, **attacked)
+
+
+def standard_loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    forward: Callable | None = None,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """CE(F(x), y).
+
+    Args:
+        model: Any classifier.
+        images: (B, C, H, W) in [0, 1].
+        labels: (B,) int64.
+        forward: What to call for the loss; default `model`. Pass the distributed wrapper here.
+        label_smoothing: In [0, 1).
+    """
+    output = (forward or model)(images)
+    ce = cross_entropy(_logits(output), labels, label_smoothing)
+    return _finish(model, output, ce, {"ce": ce})
+
+
+def at_loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: Attack,
+    forward: Callable | None = None,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """Adversarial training (Madry et al. 2018): CE(F(x + delta), y).
+
+    Args:
+        attack: Called as `attack(model, images, labels)`; the last iterate is the usual choice in training.
+
+    Other arguments are those of `standard_loss`.
+    """
+    attacked = attack(model, images, labels)
+    output = (forward or model)(attacked)
+    logits = _logits(output)
+    ce = cross_entropy(logits, labels, label_smoothing)
+    return _finish(model, output, ce, {"robust_ce": ce}, **_report(attacked, logits, output))
+
+
+def trades_loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: Attack,
+    trades_lambda: float = 6.0,
+    forward: Callable | None = None,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """TRADES (Zhang et al. 2019, Eq. 5): CE(F(x), y) + lambda * KL between the predictions on x and x + delta.
+
+    Args:
+        attack: An attack on the KL objective, such as `PGD(objective="kl", keep_best=False)`.
+        trades_lambda: Weight of the robust term (6 in TRADES' code).
+
+    Other arguments are those of `standard_loss`.
+    """
+    attacked = attack(model, images, labels)
+    output = (forward or model)(torch.cat([attacked, images]))
+    attacked_logits, clean_logits = _logits(output).chunk(2)
+    ce = cross_entropy(clean_logits, labels, label_smoothing)
+    kl = kl_divergence(attacked_logits, clean_logits)
+    terms = {"ce": ce, "kl": kl}
+    return _finish(model, output, ce + trades_lambda * kl, terms, **_report(attacked, attacked_logits, output))
+
+
+@dataclass
+class RTERBatch:
+    """Attacked images of the RT-ER loss and the one batch that computes all its terms.
+
+    Args:
+        attacked: (B, C, H, W) images that attack the whole mixture.
+        images: (N, C, H, W) all images of one forward: attacked, clean (KL only), attacked second expert.
+        expert_index: (N,) the expert of each, -1 where the router decides.
+    """
+
+    attacked: Tensor
+    images: Tensor
+    expert_index: Tensor
+
+
+def craft_rt_er(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: Attack,
+    second_term: str = "kl",
+    second_attack: str = "own",
+) -> RTERBatch:
+    """Attack the mixture, and its second expert s(x); arguments are those of `rt_er_loss`."""
+    for name, value, allowed in (
+        ("second_term", second_term, SECOND_TERMS),
+        ("second_attack", second_attack, SECOND_ATTACKS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+    with frozen(model):
+        with torch.no_grad():
+            second = second_expert(model.route(images))
+        attacked = attack(model, images, labels)
+        attacked_second = attacked
+        if second_attack == "own":
+            attacked_second = attack(lambda x: model(x, expert_index=second), images, labels)
+    routed = torch.full_like(second, -1)
+    clean = [(images, second)] if second_term == "kl" else []
+    parts = [(attacked, routed), *clean, (attacked_second, second)]
+    return RTERBatch(attacked, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+
+
+def rt_er_terms(
+    logits: Tensor, labels: Tensor, *, beta: float, second_term: str, label_smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The RT-ER loss from the logits (N, classes) of an `RTERBatch`: loss, named terms, attacked whole-model logits."""
+    parts = logits.split(len(labels))
+    robust_ce = cross_entropy(parts[0], labels, label_smoothing)
+    if second_term == "kl":
+        expert = kl_divergence(parts[2], parts[1])
+    else:
+        expert = cross_entropy(parts[1], labels, label_smoothing)
+    return robust_ce + beta * expert, {"robust_ce": robust_ce, f"expert_{second_term}": expert}, parts[0]
+
+
+def rt_er_loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: Attack,
+    beta: float = 6.0,
+    second_term: str = "kl",
+    second_attack: str = "own",
+    forward: Callable | None = None,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """Robust training with expert robustification (paper, Eq. 6).
+
+    CE(F(x + delta), y) + beta * KL(f_s(x + delta_s), f_s(x)): s(x) is the expert with the second-highest router score,
+    delta attacks the whole mixture and delta_s attacks expert s. Mean over the batch.
+
+    Args:
+        model: A `MoEForImageClassification` with at least two experts.
+        attack: Called as `attack(classifier, images, labels)`, once for the mixture and once for the second expert.
+        beta: Weight of the expert term (paper: 6).
+        second_term: "kl" (paper) or "ce": CE(f_s(x + delta_s), y), which needs no clean image.
+        second_attack: "own" (paper), or "shared": use delta for delta_s, at half the cost.
+
+    Other arguments are those of `standard_loss`.
+
+    Raises:
+        ValueError: The model has a single expert, or an option is unknown.
+    """
+    batch = craft_rt_er(
+        model, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
+    )
+    output = (forward or model)(batch.images, expert_index=batch.expert_index)
+    loss, terms, attacked_logits = rt_er_terms(
+        output.logits, labels, beta=beta, second_term=second_term, label_smoothing=label_smoothing
+    )
+    return _finish(model, output, loss, terms, **_report(batch.attacked, attacked_logits, output))
+
+
+def jtdmoe_loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: Attack,
+    alpha: float,
+    beta: float = 6.0,
+    second_term: str = "kl",
+    second_attack: str = "own",
+    forward: Callable | None = None,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """Joint training of the dual model (paper, Eq. 11), both levels in one backward.
+
+    Lower level: RT-ER on F_R. Upper level: CE((1 - alpha) F_S(x) + alpha F_R(x), y) on F_S, with F_R held fixed: its
+    clean prediction is that of the deployed (eval mode) F_R and carries no gradient. Each level's loss reaches only its
+    own parameters, so the gradient of the sum is the gradient of both.
+
+    Args:
+        model: A `DualMoEForImageClassification` whose robust model is a mixture of at least two experts.
+        attack: As in `rt_er_loss`; it attacks F_R.
+        alpha: Weight of F_R in the upper level, in [0, 1).
+
+    Other arguments are those of `rt_er_loss`.
+
+    Raises:
+        ValueError: As in `rt_er_loss`, or alpha = 1: F_S would get no gradient.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha={alpha!r} must be in [0, 1) in training: at 1 the standard model gets no gradient.")
+    batch = craft_rt_er(
+        model.robust, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
+    )
+    with torch.no_grad(), frozen(model.robust):
+        clean_robust_logits = logits_of(model.robust, images)
+    output = (forward or model)(images, robust_pixel_values=batch.images, expert_index=batch.expert_index)
+    lower, terms, attacked_logits = rt_er_terms(
+        output.robust_logits, labels, beta=beta, second_term=second_term, label_smoothing=label_smoothing
+    )
+    mixed = model.mix(output.standard_logits, clean_robust_logits, alpha)
+    upper = cross_entropy(mixed, labels, label_smoothing)
+    terms["dual_ce"] = upper
+    return _finish(model, output, lower + upper, terms, **_report(batch.attacked, attacked_logits, output))
+
+
+def _logits(output: object) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _report(attacked: Tensor, logits: Tensor, output: object) -> dict[str, Tensor | None]:
+    return {
+        "attacked_images": attacked,
+        "attacked_logits": logits.detach(),
+        "attacked_experts": _expert_index(output, len(attacked)),
+    }
+
+
+__all__ = [
+    "LossOutput",
+    "at_loss",
+    "craft_rt_er",
+    "jtdmoe_loss",
+    "kl_divergence",
+    "rt_er_loss",
+    "rt_er_terms",
+    "second_expert",
+    "standard_loss",
+    "trades_loss",
+]

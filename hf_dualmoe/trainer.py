@@ -1,0 +1,281 @@
+"""`RobustTrainer`: the Trainer of transformers with an attack inside the loss.
+
+Each step crafts attacked images on the unwrapped, frozen model and then makes one forward through the wrapped model, so
+that accumulation, mixed precision, distributed training and resuming work as in any other Trainer.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_model, save_model
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from .attack_primitives import frozen, logits_of
+from .data import augment, collate, to_unit_range
+from .losses import LossOutput, at_loss, jtdmoe_loss, rt_er_loss, standard_loss, trades_loss
+from .training_args import RobustTrainingArguments
+
+EMA_WEIGHTS_NAME = "ema.safetensors"
+
+
+def robust_accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """SA and RA in %, and their mean, from the logits on clean and (where there are any) attacked images."""
+    logits = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
+    correct = [values.argmax(axis=1) == prediction.label_ids for values in logits]
+    metrics = {"sa": 100 * float(correct[0].mean())}
+    if len(correct) == 2:
+        metrics["ra"] = 100 * float((correct[0] & correct[1]).mean())
+        metrics["sa_ra_mean"] = (metrics["sa"] + metrics["ra"]) / 2
+    return metrics
+
+
+class RobustTrainer(Trainer):
+    """Train a classifier by one of the objectives of `losses.py`.
+
+    Args:
+        model: A `DualMoEForImageClassification` for method="jtdmoe", a `MoEForImageClassification` for "rt_er", any image
+            classifier that takes [0, 1] images otherwise.
+        args: Objective, attack and the usual training arguments.
+        kwargs: As in `transformers.Trainer`. Datasets give {"pixel_values", "labels"}; uint8 pixel values are divided by
+            255 on the device, and training batches are augmented there.
+
+    Raises:
+        ValueError: The model does not fit the method.
+    """
+
+    def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
+        check_model_fits_method(model, args.method)
+        kwargs = {"data_collator": collate, "compute_metrics": robust_accuracy_metrics, **kwargs}
+        super().__init__(model=model, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # our losses are batch means: let the Trainer divide by the accumulation
+        self.objective = self._create_objective()
+        self.evaluation_attack = args.evaluation_attack()
+        self._sums: dict[str, list[Tensor]] = {}
+        self.ema: ModelEmaV3 | None = None
+        if args.ema_decay > 0:
+            self.ema = ModelEmaV3(self.model, decay=args.ema_decay)
+            self.add_callback(EmaCallback(self.ema))
+
+    def _create_objective(self) -> partial:
+        """The loss function of the chosen method, with all its settings but the attack."""
+        args = self.args
+        smoothing = {"label_smoothing": args.label_smoothing_factor}
+        expert = {"beta": args.beta, "second_term": args.second_term, "second_attack": args.second_attack}
+        return {
+            "standard": partial(standard_loss, **smoothing),
+            "at": partial(at_loss, **smoothing),
+            "trades": partial(trades_loss, trades_lambda=args.trades_lambda, **smoothing),
+            "rt_er": partial(rt_er_loss, **expert, **smoothing),
+            "jtdmoe": partial(jtdmoe_loss, alpha=args.train_alpha, **expert, **smoothing),
+        }[args.method]
+
+    # --- training ------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, LossOutput]:
+        """Attack the raw model, then one forward of the wrapped model on everything the objective needs."""
+        raw = self._raw_model()
+        self._share_buffers(raw)
+        attack = {} if self.args.method == "standard" else {"attack": self.args.training_attack(self._eps_scale())}
+        images, labels = inputs["pixel_values"], inputs["labels"]
+        with self.accelerator.autocast():  # parts of the model that the attack calls alone
+            output = self.objective(raw, images, labels, forward=model, **attack)
+        self._record(raw, images, labels, output)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _raw_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+
+    def _eps_scale(self) -> float:
+        warmup_steps = self.args.eps_warmup_ratio * self.state.max_steps
+        return min(1.0, (self.state.global_step + 1) / warmup_steps) if warmup_steps >= 1 else 1.0
+
+    def _share_buffers(self, raw: nn.Module) -> None:
+        """Give all ranks rank 0's BatchNorm statistics: DDP does so only at its own forward, after the attack."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for buffer in raw.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move the batch to the device; there turn it into [0, 1] floats and, in training, augment it."""
+        inputs = super()._prepare_inputs(inputs)
+        images = to_unit_range(inputs["pixel_values"])
+        if self.model.training:
+            images = augment(images, crop_padding=self.args.crop_padding, flip=self.args.horizontal_flip)
+        return {**inputs, "pixel_values": images}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The parent's optimizer; with `standard_learning_rate`, F_S gets parameter groups of its own."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created and self.args.standard_learning_rate is not None:
+            own = {id(p) for p in self.model.standard.parameters()}
+            groups, optimizer.param_groups = list(optimizer.param_groups), []
+            for group in groups:
+                for is_standard in (True, False):
+                    params = [p for p in group["params"] if (id(p) in own) == is_standard]
+                    rate = self.args.standard_learning_rate if is_standard else group["lr"]
+                    if params:
+                        optimizer.add_param_group({**group, "params": params, "lr": rate})
+        return optimizer
+
+    # --- logging -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _record(self, raw: nn.Module, images: Tensor, labels: Tensor, output: LossOutput) -> None:
+        """Collect what `log` reports, as tensors on the device: no step waits for them."""
+        for name, term in output.terms.items():
+            self._add(f"loss_{name}", term)
+        if output.attacked_logits is not None:
+            self._add("train_ra", 100.0 * (output.attacked_logits.argmax(dim=1) == labels))
+        if self._logs_after_this_step():
+            self._record_clean(raw, images, labels, output)
+
+    def _logs_after_this_step(self) -> bool:
+        step, every = self.state.global_step + 1, self.state.logging_steps
+        return step == 1 or (every > 0 and step % every == 0) or step == self.state.max_steps
+
+    def _record_clean(self, raw: nn.Module, images: Tensor, labels: Tensor, output: LossOutput) -> None:
+        """SA, expert load and route-flip rate on this batch; once per log, since it costs a forward pass."""
+        with frozen(raw), self.accelerator.autocast():
+            clean = raw(images)
+            self._add("train_sa", 100.0 * (clean.logits.argmax(dim=1) == labels))
+            robust = getattr(raw, "robust", raw)
+            index = clean.get("robust_expert_index", clean.get("expert_index"))
+            if index is None or index.ndim != 1:
+                return
+            for i in range(robust.config.num_experts):
+                self._add(f"expert_load_{i}", 100.0 * (index == i))
+            if output.attacked_images is not None:
+                flipped = robust.route(output.attacked_images).argmax(dim=1) != index
+                self._add("route_flip_rate", 100.0 * flipped)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        values = values.detach().double().flatten() if values.device.type != "mps" else values.detach().float().flatten()
+        added = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
+        self._sums[name] = self._sums[name] + added if name in self._sums else added
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the means since the last training log, over all processes."""
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
+            self._sums.clear()
+            logs.update({name: round(s / n, 4) for name, (s, n) in zip(names, sums.tolist(), strict=True)})
+        super().log(logs, *args, **kwargs)
+
+    # --- evaluation ----------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """Clean logits and, unless eval_attack_steps = 0, logits under PGD, in eval mode."""
+        inputs = self._prepare_inputs(inputs)
+        images, labels = inputs["pixel_values"], inputs["labels"]
+        raw = self._raw_model()
+        with torch.no_grad(), frozen(raw), self.accelerator.autocast():
+            clean = logits_of(raw, images)
+            loss = nn.functional.cross_entropy(clean, labels)
+            if prediction_loss_only:
+                return loss, None, None
+            if self.evaluation_attack is None:
+                return loss, clean, labels
+            attacked = logits_of(raw, self.evaluation_attack(raw, images, labels))
+        return loss, (clean, attacked), labels
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate the averaged weights where there are any."""
+        with self._averaged_weights():
+            return super().evaluation_loop(*args, **kwargs)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Let the model hold the moving average for the block, then the trained weights again."""
+        if self.ema is None or not self.is_in_train:
+            yield
+            return
+        trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema.module.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(trained)
+
+    # --- checkpoints: the moving average is saved beside the trained weights ---------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.ema is not None and self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            save_model(self.ema.module, os.path.join(folder, EMA_WEIGHTS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self._load_average(resume_from_checkpoint, self.ema.module)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.ema is not None:
+            self._load_average(self.state.best_model_checkpoint, self.ema.module)
+
+    def _load_average(self, folder: str, model: nn.Module) -> None:
+        path = os.path.join(folder, EMA_WEIGHTS_NAME)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{path} is missing: this checkpoint was written without ema_decay (now {self.args.ema_decay})."
+            )
+        load_model(model, path)
+
+
+class EmaCallback(TrainerCallback):
+    """Update the moving average after each optimizer step; at the end of training the model takes it over."""
+
+    def __init__(self, ema: ModelEmaV3):
+        self.ema = ema
+
+    def on_step_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        """Move the average towards the trained weights."""
+        self.ema.update(model)
+
+    def on_train_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        """Leave the averaged weights (of the best checkpoint, where that was loaded) in the model."""
+        model.load_state_dict(self.ema.module.state_dict())
+
+
+def check_model_fits_method(model: nn.Module, method: str) -> None:
+    """Refuse a model that the objective cannot train.
+
+    Raises:
+        ValueError: The message says which model the method needs.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    if method == "jtdmoe":
+        if model_type != "dual_moe":
+            raise ValueError(f"method='jtdmoe' trains a DualMoEForImageClassification, not a {model_type}.")
+        config, model_type = config.robust, config.robust.model_type
+    if method in ("rt_er", "jtdmoe") and (model_type != "robust_moe" or config.num_experts < 2):
+        raise ValueError(
+            f"method={method!r} needs a robust mixture with num_experts >= 2; got a {model_type} with "
+            f"num_experts={getattr(config, 'num_experts', 1)}."
+        )
+
+
+__all__ = ["EmaCallback", "RobustTrainer", "check_model_fits_method", "robust_accuracy_metrics"]

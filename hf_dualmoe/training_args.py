@@ -1,0 +1,143 @@
+"""Arguments of `RobustTrainer`: the objective, the attack inside it, and what is measured while training."""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .attack_primitives import check_eps
+from .attacks import PGD
+
+METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe")
+
+
+class PixelValue(float):
+    """A length in [0, 1] pixel units that may be written as a fraction: `PixelValue("8/255")`."""
+
+    def __new__(cls, value: Any) -> "PixelValue":
+        return super().__new__(cls, Fraction(value.replace(" ", "")) if isinstance(value, str) and "/" in value else value)
+
+
+@dataclass
+class RobustTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the objective and its attack; defaults are the paper's.
+
+    Defaults that differ from the parent: columns are kept (images are made in the collator), labels are called "labels",
+    and the run logs every 50 steps.
+    """
+
+    # Objective
+    method: str = field(
+        default="jtdmoe",
+        metadata={
+            "help": "Training objective: standard, at (adversarial training), trades, rt_er (paper, robust mixture of "
+            "experts), jtdmoe (paper, dual model).",
+            "choices": METHODS,
+        },
+    )
+    beta: float = field(default=6.0, metadata={"help": "Weight of the second-expert term of RT-ER, >= 0 (paper: 6)."})
+    second_term: str = field(
+        default="kl",
+        metadata={"help": "Second-expert term of RT-ER: kl (paper) or ce.", "choices": ("kl", "ce")},
+    )
+    second_attack: str = field(
+        default="own",
+        metadata={
+            "help": "Attack of the second-expert term: own (paper) or shared with the whole model, at half the cost.",
+            "choices": ("own", "shared"),
+        },
+    )
+    trades_lambda: float = field(default=6.0, metadata={"help": "Weight of the KL term of TRADES, >= 0."})
+    train_alpha: float = field(
+        default=0.75,
+        metadata={"help": "Weight of the robust model in the upper level of JTDMoE, in [0, 1); the dial can be turned later."},
+    )
+    standard_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the standard model in JTDMoE; default: learning_rate."}
+    )
+
+    # Attack
+    eps: PixelValue = field(
+        default=PixelValue("8/255"), metadata={"help": "Attack radius in [0, 1] pixel units; fractions like 8/255 work."}
+    )
+    norm: str = field(default="linf", metadata={"help": "Norm of the attack: linf or l2.", "choices": ("linf", "l2")})
+    attack_steps: int = field(default=10, metadata={"help": "PGD steps of the training attack, >= 1."})
+    attack_step_size: PixelValue | None = field(
+        default=None, metadata={"help": "Step of the training attack, in the unit of eps; default: 2.5 * eps / steps."}
+    )
+    eps_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the training steps over which eps grows linearly from 0, in [0, 1]."}
+    )
+    eval_attack_steps: int = field(
+        default=20, metadata={"help": "PGD steps of the evaluation during training; 0 evaluates clean accuracy only."}
+    )
+
+    # Images
+    crop_padding: int = field(default=4, metadata={"help": "Random crops: pixels of zero padding on each side; 0 = none."})
+    horizontal_flip: bool = field(default=True, metadata={"help": "Random horizontal flips."})
+
+    # Weights
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It is evaluated and saved."},
+    )
+
+    # Changed defaults of the parent
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop dataset columns that the model's forward does not take."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Keys of the batch that hold labels."}
+    )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Log every so many steps; a number below 1 is a share of the training steps."}
+    )
+
+    def __post_init__(self):
+        self.eps = PixelValue(self.eps)
+        if self.attack_step_size is not None:
+            self.attack_step_size = PixelValue(self.attack_step_size)
+        check_eps(self.eps, self.norm)
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not one of {', '.join(map(repr, METHODS))}.")
+        for name in ("beta", "trades_lambda"):
+            self._check(name, getattr(self, name) >= 0, ">= 0")
+        self._check("train_alpha", 0 <= self.train_alpha <= 1, "in [0, 1]")
+        self._check("train_alpha", self.method != "jtdmoe" or self.train_alpha < 1, "below 1: F_S would get no gradient")
+        self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        self._check("eps_warmup_ratio", 0 <= self.eps_warmup_ratio <= 1, "in [0, 1]")
+        self._check("crop_padding", self.crop_padding >= 0, ">= 0")
+        self._check("attack_steps", self.attack_steps >= 1, "at least 1")
+        self._check("eval_attack_steps", self.eval_attack_steps >= 0, ">= 0")
+        self.training_attack()  # its own checks name the rest
+        super().__post_init__()
+
+    def _check(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{name}={getattr(self, name)!r} must be {allowed}.")
+
+    def training_attack(self, eps_scale: float = 1.0) -> PGD:
+        """The attack inside the objective: last iterate, random numbers of the global generator.
+
+        Args:
+            eps_scale: Factor on eps and step size, for the warm-up.
+        """
+        step_size = 2.5 * self.eps / self.attack_steps if self.attack_step_size is None else self.attack_step_size
+        return PGD(
+            eps=self.eps * eps_scale,
+            steps=self.attack_steps,
+            step_size=max(step_size * eps_scale, 1e-12),
+            norm=self.norm,
+            objective="kl" if self.method == "trades" else "ce",
+            keep_best=False,
+        )
+
+    def evaluation_attack(self) -> PGD | None:
+        """The attack of the evaluations during training: best iterate, its own seed; None where it is switched off."""
+        if self.eval_attack_steps == 0:
+            return None
+        return PGD(eps=self.eps, steps=self.eval_attack_steps, norm=self.norm, seed=self.seed)
+
+
+__all__ = ["METHODS", "PixelValue", "RobustTrainingArguments"]

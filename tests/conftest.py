@@ -1,0 +1,192 @@
+"""Fixtures for all tests: offline, on CPU, tiny models in eval mode whose sizes all differ from each other.
+
+`make_moe` and `make_dual` build each model once a session and hand every test a deep copy of its own.
+"""
+
+import copy
+import os
+import tempfile
+from typing import NamedTuple
+
+HF_HOME = tempfile.TemporaryDirectory(
+    prefix="hf_dualmoe_tests_"
+)  # removed at exit; read when transformers is imported
+os.environ.update(
+    HF_HOME=HF_HOME.name,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    MPLBACKEND="Agg",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from hf_dualmoe import (  # noqa: E402
+    DualMoEConfig,
+    DualMoEForImageClassification,
+    MoEConfig,
+    MoEForImageClassification,
+)
+
+torch.set_num_threads(1)  # tiny tensors: two threads that wait for each other are ten times slower on a busy machine
+logging.disable_progress_bar()
+
+BATCH, NUM_CHANNELS, IMAGE_SIZE, NUM_LABELS, NUM_EXPERTS = 13, 3, 30, 7, 4
+MEAN, STD = [0.48, 0.45, 0.4], [0.25, 0.3, 0.2]
+ARCHITECTURES = {
+    "resnet": {"backbone": "resnet18", "width": [8, 16, 24, 32]},
+    "vit": {
+        "backbone": "vit_tiny_patch16_224",
+        "backbone_kwargs": {"patch_size": 6, "embed_dim": 48, "depth": 3, "num_heads": 3},
+    },
+}
+
+
+class Digits(NamedTuple):
+    """A mixture trained on scikit-learn's digits (8x8 pixels, one channel), and images that it has not seen."""
+
+    model: MoEForImageClassification
+    images: torch.Tensor  # (60, 1, 8, 8) in [0, 1]
+    labels: torch.Tensor  # (60,)
+
+
+@torch.no_grad()
+def shake(model: nn.Module, seed: int = 0) -> None:
+    """Move every weight to a generic place: timm starts with zero gains and biases, which would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """tiny_config("resnet" | "vit", **fields): the config of a tiny mixture."""
+
+    def make(arch: str = "resnet", **fields) -> MoEConfig:
+        sizes = {"image_size": IMAGE_SIZE, "num_labels": NUM_LABELS, "num_experts": NUM_EXPERTS}
+        return MoEConfig(**{**ARCHITECTURES[arch], **sizes, "image_mean": MEAN, "image_std": STD, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _built():
+    return {}
+
+
+@pytest.fixture
+def make_moe(tiny_config, _built):
+    """make_moe("resnet" | "vit", **fields): a copy of a tiny mixture with generic weights, in eval mode."""
+
+    def make(arch: str = "resnet", **fields) -> MoEForImageClassification:
+        key = (arch, repr(sorted(fields.items())))
+        if key not in _built:
+            torch.manual_seed(1)
+            _built[key] = MoEForImageClassification(tiny_config(arch, **fields)).eval()
+            shake(_built[key])
+        return copy.deepcopy(_built[key])
+
+    return make
+
+
+@pytest.fixture
+def make_dual(make_moe):
+    """make_dual(**fields): a tiny dual model of a one-expert ViT (F_S) and a ResNet mixture (F_R), in eval mode."""
+
+    def make(**fields) -> DualMoEForImageClassification:
+        standard, robust = make_moe("vit", num_experts=1), make_moe("resnet")
+        return DualMoEForImageClassification.from_models(standard, robust, **fields)
+
+    return make
+
+
+@pytest.fixture
+def resnet_moe(make_moe):
+    return make_moe("resnet")
+
+
+@pytest.fixture
+def vit_moe(make_moe):
+    return make_moe("vit")
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def moe(request, make_moe):
+    """Both tiny mixtures in turn."""
+    return make_moe(request.param)
+
+
+@pytest.fixture
+def dual(make_dual):
+    return make_dual()
+
+
+@pytest.fixture
+def native_vit():
+    """A classifier of transformers' own, which expects normalised images."""
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 37}
+    config = ViTConfig(image_size=IMAGE_SIZE, patch_size=6, num_labels=NUM_LABELS, **sizes)
+    model = ViTForImageClassification(config).eval()
+    shake(model)
+    return model
+
+
+@pytest.fixture
+def images():
+    """(B, C, H, W) floats in [0, 1]."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(BATCH, NUM_CHANNELS, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+@pytest.fixture
+def labels():
+    """(B,) int64."""
+    return torch.arange(BATCH) % NUM_LABELS
+
+
+@pytest.fixture
+def dual_config(tiny_config):
+    """dual_config(**fields): the config of a tiny dual model."""
+    return lambda **fields: DualMoEConfig(
+        **{"standard": tiny_config("vit", num_experts=1), "robust": tiny_config("resnet"), **fields}
+    )
+
+
+@pytest.fixture(scope="session")
+def _trained_digits() -> Digits:
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(4)
+    data = load_digits()
+    images, labels = torch.tensor(data.images / 16, dtype=torch.float32)[:, None], torch.tensor(data.target)
+    constants = {"image_mean": 0.3, "image_std": 0.37, "num_channels": 1, "image_size": 8}
+    config = MoEConfig(**constants, num_labels=10, num_experts=3, width=[8, 16, 24, 32], backbone="resnet10t")
+    model = MoEForImageClassification(config).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(6):
+        for rows in torch.randperm(1500).split(100):
+            loss = model(images[rows], labels[rows]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return Digits(model.eval(), images[1500:1560], labels[1500:1560])
+
+
+@pytest.fixture
+def trained_digits_moe(_trained_digits) -> Digits:
+    """(model, images, labels): a mixture that is about 95 % right on 60 held-out digits, and those digits."""
+    model, images, labels = _trained_digits
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    return Digits(model, images.clone(), labels.clone())

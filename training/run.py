@@ -1,0 +1,140 @@
+"""Train a robust image classifier, report how robust it is, and save it for `AutoModel`.
+
+    accelerate launch training/run.py                                           # digits dual model, minutes on 2 CPU cores
+    accelerate launch training/run.py --recipe cifar10_resnet18 --method rt_er  # a recipe with overrides
+    accelerate launch training/run.py --dataset_name path/to/images             # your own images, one folder per class
+    python training/run.py --help
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
+from hf_dualmoe.arguments import DataArguments, ModelArguments, RecipeParser
+from hf_dualmoe.data import DataSplits, load_splits
+from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
+from hf_dualmoe.plots import plot_tradeoff
+from hf_dualmoe.trainer import RobustTrainer
+from hf_dualmoe.training_args import RobustTrainingArguments
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def main() -> None:
+    parser = RecipeParser(RECIPES, description=__doc__.splitlines()[0])
+    try:
+        data_args, model_args, args, run = parser.parse(sys.argv[1:])
+        output_dir = Path(args.output_dir)
+        checkpoint = find_checkpoint(output_dir, settings_of(data_args, model_args, args), run.fresh)
+        set_seed(args.seed)
+        data = load_data(data_args, model_args, args.seed)
+        model = create_model(model_args, args, data)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+    trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
+    if trainer.is_world_process_zero():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "settings.json").write_text(settings_of(data_args, model_args, args))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
+
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+    if trainer.is_world_process_zero():
+        model.eval().save_pretrained(output_dir / "model")  # before the report: nothing trained is lost
+        report = write_report(model, data, args, output_dir, trainer)
+        print(f"\n{report.table()}\n\nSaved to {output_dir / 'model'}: the model, results.json", end="")
+        print(" and tradeoff.png" if report.alpha_sweep else "")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def settings_of(data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments) -> str:
+    """What makes two runs the same, as JSON; where they write and how they report is left out."""
+    ours = {name: getattr(args, name) for name in RobustTrainingArguments.__annotations__}
+    shared = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "optim", "seed")
+    shared += ("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "optim_args")
+    training = ours | {name: getattr(args, name) for name in shared}
+    settings = {"data": asdict(data_args), "model": asdict(model_args), "training": training}
+    return json.dumps(settings, indent=2, default=str) + "\n"
+
+
+def find_checkpoint(output_dir: Path, settings: str, fresh: bool) -> str | None:
+    """The checkpoint to go on from when the same run was started in `output_dir` before.
+
+    Raises:
+        ValueError: The folder holds a run with other settings, and `fresh` does not say to start over.
+    """
+    recorded = output_dir / "settings.json"
+    if fresh or not recorded.is_file():
+        return None
+    if recorded.read_text() != settings:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds a run with other settings; choose another --output_dir, or start over "
+            "in it with --fresh."
+        )
+    return get_last_checkpoint(str(output_dir))
+
+
+def load_data(data_args: DataArguments, model_args: ModelArguments, seed: int) -> DataSplits:
+    """Load and decode the images, at the size and with the channels that the model arguments ask for."""
+    options = asdict(data_args)
+    name, config_name = options.pop("dataset_name"), options.pop("dataset_config_name")
+    shape = {"image_size": model_args.image_size, "num_channels": model_args.num_channels}
+    return load_splits(name, config_name=config_name, **shape, **options, seed=seed)
+
+
+def create_model(
+    model_args: ModelArguments, args: RobustTrainingArguments, data: DataSplits
+) -> DualMoEForImageClassification | MoEForImageClassification:
+    """A dual model for JTDMoE, a single mixture for the other methods, from scratch or from given weights."""
+
+    def create_moe() -> MoEForImageClassification:
+        config, source = model_args.moe_config(data), model_args.init_experts_from
+        if model_args.pretrained or source:
+            return MoEForImageClassification.from_backbone(
+                config, pretrained=model_args.pretrained, init_experts_from=source
+            )
+        return MoEForImageClassification(config)
+
+    if args.method != "jtdmoe":
+        return create_moe()
+    config = model_args.dual_config(data, args.train_alpha)
+    return DualMoEForImageClassification.from_models(create_moe(), create_moe(), config.alpha, mixing=config.mixing)
+
+
+def write_report(
+    model: DualMoEForImageClassification | MoEForImageClassification,
+    data: DataSplits,
+    args: RobustTrainingArguments,
+    output_dir: Path,
+    trainer: RobustTrainer,
+) -> RobustnessReport:
+    """Measure on the test images, write results.json as the numbers come, then the plot."""
+    path = output_dir / "model" / "results.json"
+    report = evaluate_robustness(
+        model, data.test, eps=args.eps, norm=args.norm, seed=args.seed, dataset_name=data.name, path=path
+    )
+    report.seeds["training"] = args.seed
+    report.training = {
+        "method": args.method,
+        "num_images": len(data.train),
+        "selected_on": f"{len(data.validation)} images held out of train",
+        "best_validation": trainer.state.best_metric,
+        "steps": trainer.state.global_step,
+        "skipped_images": data.skipped,
+        **{name: getattr(args, name) for name in ("eps", "norm", "attack_steps", "beta", "train_alpha", "ema_decay")},
+        "train_runtime_s": next((e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e), None),
+    }
+    report.save(path)
+    if report.alpha_sweep:
+        plot_tradeoff(report, output_dir / "model" / "tradeoff.png")
+    return report
+
+
+if __name__ == "__main__":
+    main()
