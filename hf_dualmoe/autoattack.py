@@ -181,9 +181,9 @@ def autoattack(
         raise ValueError(f"batch_size={batch_size!r} must be at least 1.")
     if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
         warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=2)
-    make = _torchattacks_attack if backend == "torchattacks" else _own_attack
-    stages = {name: make(name, budget, eps=eps, norm=norm, seed=seed) for name, budget in VERSIONS[version].items()}
-    settings = {"version": version, "backend": _backend_name(backend), "eps": eps, "norm": norm, "seed": seed}
+    common = {"backend": backend, "eps": eps, "norm": norm, "seed": seed}
+    stages = {name: make_attack(name, budget, **common) for name, budget in VERSIONS[version].items()}
+    settings = {**common, "version": version, "budgets": VERSIONS[version], "backend": _backend_name(backend)}
     ids = torch.arange(len(images)) if ids is None else ids.cpu()
     if ids.shape != labels.shape:
         raise ValueError(f"ids has shape {tuple(ids.shape)}; expected one number per image, ({len(images)},).")
@@ -193,7 +193,7 @@ def autoattack(
         if "apgd-t" in stages:
             check_classes(run.probe_logits, 4, f"version={version!r} (version='few_classes' does not)")
         run.attack(stages, batch_size, progress)
-        return run.result(VERSIONS[version], settings)
+        return run.result(settings)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -232,25 +232,25 @@ class _Run:
 
     def prepare(self, batch_size: int) -> None:
         """Take up the state file if there is one, else check the model's sanity on a few images."""
-        probe = min(PROBE_IMAGES, batch_size, len(self.images))
-        images, labels = self.images[:probe].to(self.device), self.labels[:probe].to(self.device)
         if self.file is not None and self.file.exists():
             self._load()
-            self._check_same_model(images)
+            # weights alone would not tell two settings of one model apart, such as the alpha of a dual model
+            if self.state.weights != _weights_digest(self.model) or not self._same_outputs():
+                raise ValueError(f"state_file={str(self.file)!r} belongs to another model, or the output is random.")
             return
+        probe = min(PROBE_IMAGES, batch_size, len(self.images))
+        # clones leave inference mode, if it was on
+        images, labels = (x[:probe].clone().to(self.device) for x in (self.images, self.labels))
         self.state.weights = _weights_digest(self.model)
         self.probe_logits, flags = probe_model(self.counter, images, labels)
         self.state.flags = {name: asdict(flag) for name, flag in flags.items()}
 
-    def _check_same_model(self, images: Tensor) -> None:
-        """Weights alone would not tell two settings of one model apart, such as the alpha of a dual model."""
+    def _same_outputs(self) -> bool:
+        """Whether the first images still get the logits (B, C) that they got before the attacks."""
         with torch.no_grad():
-            logits = self.counter(images).cpu()
-        count = min(len(logits), len(self.probe_logits))
-        logits, expected = logits[:count], self.probe_logits[:count]
-        same = logits.shape == expected.shape and (logits - expected).abs().max() <= _rounding(expected)
-        if not same or self.state.weights != _weights_digest(self.model):
-            raise ValueError(f"state_file={str(self.file)!r} belongs to another model, or the output is random.")
+            logits = self.counter(self.images[: len(self.probe_logits)].to(self.device)).cpu()
+        same_shape = logits.shape == self.probe_logits.shape
+        return same_shape and bool((logits - self.probe_logits).abs().max() <= _rounding(self.probe_logits))
 
     def attack(self, stages: dict[str, Callable], batch_size: int, progress: bool) -> None:
         """Run the stages that are left, batch by batch."""
@@ -291,18 +291,19 @@ class _Run:
         if broken.any():
             self.adversarial[at[broken.to(at.device)]] = attacked[broken.to(self.device)].to(self.adversarial)
 
-    def result(self, budgets: dict, settings: dict) -> AutoAttackResult:
+    def result(self, settings: dict) -> AutoAttackResult:
         """The result, with the checks that look back on the whole run."""
         flags = {name: Flag(**flag) for name, flag in self.state.flags.items()}
         flags["square_stronger"] = _square_flag(self.state.accuracy, len(self.robust))
         if _weights_digest(self.model) != self.state.weights:
             flags["changing_model"] = Flag(True, "parameters or buffers changed during the evaluation")
+        elif not flags["random_output"].raised and not self._same_outputs():
+            flags["changing_model"] = Flag(True, "predictions of the same images changed during the evaluation")
         state, count = self._count(), len(self.robust)
         passes = {"forward": state.forward_rows / count, "gradient": state.gradient_rows / count}
         return AutoAttackResult(
             *(self.adversarial, self.robust, self.clean_correct, dict(state.accuracy), passes, flags),
             **settings,
-            budgets=budgets,
             seconds=state.seconds,
         )
 
@@ -408,7 +409,7 @@ def probe_model(model: PassCounter, images: Tensor, labels: Tensor) -> tuple[Ten
 
 
 def _gradient_flag(model: PassCounter, images: Tensor, labels: Tensor, logits: Tensor) -> Flag:
-    images = images.detach().clone().requires_grad_(True)
+    images = images.detach().requires_grad_(True)
     with torch.enable_grad():
         loss = ce_objective(model(images), labels).sum()
     gradient = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
@@ -438,13 +439,24 @@ def _rounding(logits: Tensor) -> float:
 # --- backends --------------------------------------------------------------------------------------------------------
 
 
-def _own_attack(name: str, budget: dict[str, int], **common) -> Callable:
+def make_attack(
+    name: str, budget: dict[str, int], *, backend: str = "hf_dualmoe", eps: float, norm: str = "linf", seed: int = 0
+) -> Callable:
+    """One attack of the union: a callable with the contract of `PGD.__call__`.
+
+    Args:
+        name: "apgd-ce", "apgd-t", "fab-t" or "square".
+        budget: Its entry in a version of `VERSIONS`.
+        backend, eps, norm, seed: As in `autoattack`.
+    """
+    if backend == "torchattacks":
+        return _torchattacks_attack(name, budget, eps=eps, norm=norm, seed=seed)
     if name == "fab-t":
-        common.pop("seed")
-        return FAB(**budget, **common)
+        return FAB(**budget, eps=eps, norm=norm)
     if name == "square":
-        return Square(**budget, **common)
-    return APGD(objective={"apgd-ce": "ce", "apgd-t": "dlr_targeted"}[name], **budget, **common)
+        return Square(**budget, eps=eps, norm=norm, seed=seed)
+    objective = {"apgd-ce": "ce", "apgd-t": "dlr_targeted"}[name]
+    return APGD(objective=objective, **budget, eps=eps, norm=norm, seed=seed)
 
 
 def _torchattacks_attack(name: str, budget: dict[str, int], *, eps: float, norm: str, seed: int) -> Callable:
@@ -478,4 +490,4 @@ def _backend_name(backend: str) -> str:
     return f"{backend} {__version__ if backend == 'hf_dualmoe' else metadata.version(backend)}"
 
 
-__all__ = ["VERSIONS", "AutoAttackResult", "Flag", "autoattack"]
+__all__ = ["VERSIONS", "AutoAttackResult", "Flag", "autoattack", "make_attack"]

@@ -208,8 +208,9 @@ def stage_channels(width: float | list[int]) -> tuple[int, ...]:
 
 def adapt_resnet_stem(resnet: nn.Module, cifar: bool, stem_channels: int | None) -> None:
     """Replace, in place, the stem by a 3x3 stride-1 convolution (`cifar`) and narrow it to `stem_channels`."""
-    channels = stem_channels or resnet.bn1.num_features
-    narrowed = channels != resnet.bn1.num_features
+    old_channels = resnet.feature_info[0]["num_chs"]
+    channels = stem_channels or old_channels
+    narrowed = channels != old_channels
     if cifar:
         resnet.conv1 = new_conv(resnet.in_chans, channels, kernel_size=3, padding=1)
         resnet.maxpool = nn.Identity()

@@ -1,7 +1,6 @@
 """Arguments of `RobustTrainer`: the objective, the attack inside it, and what is measured while training."""
 
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from transformers import TrainingArguments
@@ -16,7 +15,10 @@ class PixelValue(float):
     """A length in [0, 1] pixel units that may be written as a fraction: `PixelValue("8/255")`."""
 
     def __new__(cls, value: Any) -> "PixelValue":
-        return super().__new__(cls, Fraction(value.replace(" ", "")) if isinstance(value, str) and "/" in value else value)
+        if isinstance(value, str) and "/" in value:
+            numerator, denominator = value.split("/", 1)
+            value = float(numerator) / float(denominator)
+        return super().__new__(cls, value)
 
 
 @dataclass
@@ -110,7 +112,8 @@ class RobustTrainingArguments(TrainingArguments):
         self._check("crop_padding", self.crop_padding >= 0, ">= 0")
         self._check("attack_steps", self.attack_steps >= 1, "at least 1")
         self._check("eval_attack_steps", self.eval_attack_steps >= 0, ">= 0")
-        self.training_attack()  # its own checks name the rest
+        step_size = self.attack_step_size
+        self._check("attack_step_size", step_size is None or step_size > 0, "> 0, in the unit of eps")
         super().__post_init__()
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:

@@ -26,7 +26,6 @@ from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from hf_dualmoe import (  # noqa: E402
-    DualMoEConfig,
     DualMoEForImageClassification,
     MoEConfig,
     MoEForImageClassification,
@@ -84,7 +83,7 @@ def _built():
     return {}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_moe(tiny_config, _built):
     """make_moe("resnet" | "vit", **fields): a copy of a tiny mixture with generic weights, in eval mode."""
 
@@ -99,7 +98,7 @@ def make_moe(tiny_config, _built):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_dual(make_moe):
     """make_dual(**fields): a tiny dual model of a one-expert ViT (F_S) and a ResNet mixture (F_R), in eval mode."""
 
@@ -131,9 +130,8 @@ def dual(make_dual):
     return make_dual()
 
 
-@pytest.fixture
-def native_vit():
-    """A classifier of transformers' own, which expects normalised images."""
+@pytest.fixture(scope="session")
+def _native_vit():
     torch.manual_seed(2)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 37}
     config = ViTConfig(image_size=IMAGE_SIZE, patch_size=6, num_labels=NUM_LABELS, **sizes)
@@ -143,24 +141,27 @@ def native_vit():
 
 
 @pytest.fixture
-def images():
-    """(B, C, H, W) floats in [0, 1]."""
+def native_vit(_native_vit):
+    """A classifier of transformers' own, which expects normalised images."""
+    return copy.deepcopy(_native_vit)
+
+
+@pytest.fixture(scope="session")
+def _images():
     generator = torch.Generator().manual_seed(3)
     return torch.rand(BATCH, NUM_CHANNELS, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+@pytest.fixture
+def images(_images):
+    """(B, C, H, W) floats in [0, 1]."""
+    return _images.clone()
 
 
 @pytest.fixture
 def labels():
     """(B,) int64."""
     return torch.arange(BATCH) % NUM_LABELS
-
-
-@pytest.fixture
-def dual_config(tiny_config):
-    """dual_config(**fields): the config of a tiny dual model."""
-    return lambda **fields: DualMoEConfig(
-        **{"standard": tiny_config("vit", num_experts=1), "robust": tiny_config("resnet"), **fields}
-    )
 
 
 @pytest.fixture(scope="session")

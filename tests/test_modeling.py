@@ -468,7 +468,8 @@ def test_frozen_model_has_no_straight_through_path(moe, images):
 def test_gradient_checkpointing_changes_memory_only(make_moe, images, labels):
     model = make_moe("vit", shared_stages=1).train()
     calls = []
-    model.experts[0].blocks[1].register_forward_hook(lambda *_: calls.append(1))  # timm never recomputes the last
+    block = model.experts[0].blocks[1]  # timm never recomputes the last one
+    block.register_forward_pre_hook(lambda *_: calls.append(1))
     gradients = []
     for enable, expected_calls in ((False, 1), (True, 2), (False, 1)):
         (model.gradient_checkpointing_enable if enable else model.gradient_checkpointing_disable)()
