@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -24,13 +24,17 @@ class DataArguments:
 
     dataset_name: str = field(
         default="digits",
-        metadata={"help": "digits (embedded), a dataset id on the Hub, a folder of images or parquet, a .parquet file."},
+        metadata={
+            "help": "digits (embedded), a dataset id on the Hub, a folder of images or parquet, a .parquet file."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images; default: detected."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels; default: detected."})
     train_split: str | None = field(default=None, metadata={"help": "Name of the training split; default: detected."})
-    validation_split: str | None = field(default=None, metadata={"help": "Split for model selection; default: detected."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split for model selection; default: detected."}
+    )
     test_split: str | None = field(default=None, metadata={"help": "Split for the final report; default: detected."})
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of train for each set that must be held out of it, in (0, 1)."}
@@ -54,12 +58,18 @@ class ModelArguments:
     )
     stem: str = field(
         default="default",
-        metadata={"help": "cifar (3x3 stride 1, no max-pool; images up to 64 px) or default.", "choices": ("cifar", "default")},
+        metadata={
+            "help": "cifar (3x3 stride 1, no max-pool; images up to 64 px) or default.",
+            "choices": ("cifar", "default"),
+        },
     )
     width: str | None = field(
-        default=None, metadata={"help": "Multiplier of a ResNet's channels (0.25), or its 4 stage channels (16,32,64,128)."}
+        default=None,
+        metadata={"help": "Multiplier of a ResNet's channels (0.25), or its 4 stage channels (16,32,64,128)."},
     )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the images in pixels; default: that of the data."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images in pixels; default: that of the data."}
+    )
     backbone_image_size: int | None = field(
         default=None, metadata={"help": "Side to which the model up-samples; eps stays in the image's own pixels."}
     )
@@ -145,7 +155,9 @@ def parse_width(text: "str | float | list | None") -> float | list[int] | None:
     try:
         return [int(part) for part in text.split(",")] if "," in text else float(text)
     except ValueError as error:
-        raise ValueError(f"width={text!r} must be a multiplier like 0.25 or four channels like 16,32,64,128.") from error
+        raise ValueError(
+            f"width={text!r} must be a multiplier like 0.25 or four channels like 16,32,64,128."
+        ) from error
 
 
 # What `--help` shows, in reading order. Everything else that transformers' Trainer takes is in `--help_all`.
@@ -154,12 +166,12 @@ ATTACK = "eps norm attack_steps attack_step_size eps_warmup_ratio eval_attack_st
 IMAGES = "crop_padding horizontal_flip"
 TRAINING = (
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim optim_args "
-    "label_smoothing_factor ema_decay per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "gradient_checkpointing max_grad_norm seed"
+    "label_smoothing_factor ema_decay per_device_train_batch_size per_device_eval_batch_size "
+    "gradient_accumulation_steps gradient_checkpointing max_grad_norm seed"
 )
 OUTPUT = (
-    "output_dir eval_strategy save_strategy save_total_limit logging_steps metric_for_best_model report_to disable_tqdm "
-    "push_to_hub hub_model_id"
+    "output_dir eval_strategy save_strategy save_total_limit logging_steps metric_for_best_model report_to "
+    "disable_tqdm push_to_hub hub_model_id"
 )
 HARDWARE = "use_cpu bf16 torch_compile dataloader_num_workers ddp_find_unused_parameters"
 
@@ -186,7 +198,9 @@ class RecipeParser(HfArgumentParser):
         self.add_argument("--fresh", action="store_true", help="Start over in an output_dir that holds a run.")
         self.add_argument("--help_all", action="help", help="Show all arguments, those of transformers' Trainer too.")
 
-    def parse(self, args: list[str]) -> tuple[DataArguments, ModelArguments, RobustTrainingArguments, argparse.Namespace]:
+    def parse(
+        self, args: list[str]
+    ) -> tuple[DataArguments, ModelArguments, RobustTrainingArguments, argparse.Namespace]:
         """Parse a command line.
 
         Raises:
@@ -214,6 +228,10 @@ class RecipeParser(HfArgumentParser):
             raise ValueError(f"recipe {path.name} has unknown settings {', '.join(unknown)}.")
         # argparse converts strings only; a recipe may write 8/255, 1e-3 (text in YAML) or true
         return {name: json.dumps(v) if isinstance(v, dict) else v for name, v in settings.items()}
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with the message alone: the usage of 150 arguments would hide it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def format_help(self) -> str:
         """Help in groups, ours and the most used of the Trainer's."""

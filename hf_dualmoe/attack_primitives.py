@@ -28,7 +28,8 @@ def logits_of(model: Classifier, images: Tensor) -> Tensor:
 def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
     """Hold a model still while it is attacked: eval mode and no parameter gradients.
 
-    Every module's own train/eval flag and every parameter's `requires_grad` come back on exit, also after an exception.
+    Every module's own train/eval flag and every parameter's `requires_grad` come back on exit, also after an
+    exception.
     BatchNorm statistics do not move in eval mode, and `.grad` is not written since nothing requires it; not computing
     weight gradients also makes an attack about a third cheaper.
 
@@ -58,7 +59,7 @@ def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_eps(eps: float, norm: str) -> None:
@@ -83,7 +84,7 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         )
     if labels.shape != (len(images),) or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({len(images)},) and torch.int64."
+            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({len(images)},) and int64."
         )
     low, high = (float(v) for v in torch.aminmax(images))
     if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also false for NaN
@@ -105,7 +106,7 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
         raise ValueError("model returned logits that are NaN or infinite on clean images.")
 
 
-# --- geometry ----------------------------------------------------------------------------------------------------------
+# --- geometry --------------------------------------------------------------------------------------------------------
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:
@@ -119,21 +120,30 @@ def l2_norm(x: Tensor) -> Tensor:
 
 
 def image_noise(
-    images: Tensor, *, normal: bool = False, seed: int | None = None, ids: Tensor | None = None
+    images: Tensor,
+    *,
+    normal: bool = False,
+    seed: int | None = None,
+    ids: Tensor | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Noise like `images`: uniform in [0, 1), or standard normal.
 
     Args:
         images: (B, ...).
         normal: Standard normal instead of uniform.
-        seed: None draws from the global generator of the device (training: part of what a checkpoint restores). A number
-            draws for each image from a generator of its own, seeded by `seed` and its id, so that the noise depends on
-            neither batch size, order, process nor device.
+        seed: None draws from the global generator of the device (training: part of what a checkpoint restores). A
+            number draws for each image from a generator of its own, seeded by `seed` and its id, so that the noise
+            depends on neither batch size, order, process nor device.
         ids: (B,) int64 numbers of the images in their dataset; None = 0 .. B-1.
+        shard: (rank, processes): without a seed, draw for the whole batch of all processes and take this one's part,
+            so that several processes with equal generators do together what one process does.
     """
     draw = torch.randn if normal else torch.rand
     if seed is None:
-        return draw(images.shape, device=images.device, dtype=images.dtype)
+        rank, processes = shard
+        noise = draw((processes * len(images), *images.shape[1:]), device=images.device, dtype=images.dtype)
+        return noise[rank * len(images) : (rank + 1) * len(images)]
     ids = range(len(images)) if ids is None else ids.tolist()
     noise = [
         draw(images.shape[1:], generator=torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)) for i in ids
@@ -142,17 +152,24 @@ def image_noise(
 
 
 def random_start(
-    images: Tensor, eps: float, norm: str, *, seed: int | None = None, ids: Tensor | None = None
+    images: Tensor,
+    eps: float,
+    norm: str,
+    *,
+    seed: int | None = None,
+    ids: Tensor | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """A point drawn uniformly from the ball of radius eps around each image, clipped to [0, 1].
 
     Args are those of `image_noise`; returns a tensor like `images`.
     """
     if norm == "linf":
-        noise = (2 * image_noise(images, seed=seed, ids=ids) - 1) * eps
+        noise = (2 * image_noise(images, seed=seed, ids=ids, shard=shard) - 1) * eps
     else:  # direction from a normal, length from the d-th root of a uniform
-        direction = image_noise(images, normal=True, seed=seed, ids=ids)
-        radius = image_noise(images[:, :1].flatten(1)[:, :1], seed=None if seed is None else seed + 1, ids=ids)
+        direction = image_noise(images, normal=True, seed=seed, ids=ids, shard=shard)
+        one_pixel = images.flatten(1)[:, :1]
+        radius = image_noise(one_pixel, seed=None if seed is None else seed + 1, ids=ids, shard=shard)
         radius = radius.flatten().pow(1 / images[0].numel())
         noise = direction / l2_norm(direction).clamp_min(1e-12) * per_image(radius, images) * eps
     return project(images + noise, images, eps, norm)
@@ -176,7 +193,7 @@ def steepest(gradient: Tensor, norm: str) -> Tensor:
     return gradient.sign() if norm == "linf" else gradient / l2_norm(gradient).clamp_min(1e-12)
 
 
-# --- objectives: what an attack raises, per image ----------------------------------------------------------------------
+# --- objectives: what an attack raises, per image --------------------------------------------------------------------
 
 
 def ce_objective(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> Tensor:

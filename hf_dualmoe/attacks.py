@@ -3,8 +3,10 @@
     attack = PGD(eps=8 / 255, steps=20)
     attacked = attack(model, images, labels)
 
-An attack is a small frozen dataclass that is called with any callable from images to logits. It returns detached images
-that lie, up to 1e-6, inside the ball of radius eps around the originals and inside [0, 1]. The model comes back as it was.
+An attack is a small frozen dataclass that is called with any callable from images to logits. It returns detached
+images
+that lie, up to 1e-6, inside the ball of radius eps around the originals and inside [0, 1]. The model comes back as it
+was.
 """
 
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ class PGD:
             then the highest objective (evaluation; two more forward passes). Otherwise the last iterate (training).
         seed: None = the global random number generator; a number makes the start of each image depend on this seed and
             the image's id alone.
+        shard: (rank, processes) of a training that is spread over processes; see `image_noise`.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -58,6 +61,7 @@ class PGD:
     restarts: int = 1
     keep_best: bool = True
     seed: int | None = None
+    shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self):
         check_eps(self.eps, self.norm)
@@ -100,7 +104,9 @@ class PGD:
         """Yield, after each step, (previous iterate, new iterate, logits and objective of the previous one)."""
         step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         seed = None if self.seed is None else self.seed + 7919 * restart
-        perturbed = random_start(images, self.eps, self.norm, seed=seed, ids=ids) if self.random_start else images
+        perturbed = images
+        if self.random_start:
+            perturbed = random_start(images, self.eps, self.norm, seed=seed, ids=ids, shard=self.shard)
         for _ in range(self.steps):
             gradient, logits, value = value_and_gradient(
                 model, perturbed, labels, OBJECTIVES[self.objective], reference

@@ -42,8 +42,8 @@ def check_format_version(version: int) -> None:
     """Refuse a config that a newer release wrote: reading it half-right would give a silently wrong model."""
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"format_version={version!r}: this config was written by a newer hf_dualmoe; this one reads versions up to "
-            f"{FORMAT_VERSION}. Upgrade hf_dualmoe, or load with trust_remote_code=True to use the model's own code."
+            f"format_version={version!r}: this config was written by a newer hf_dualmoe; this one reads versions up "
+            f"to {FORMAT_VERSION}. Upgrade hf_dualmoe, or load with trust_remote_code=True to use the model's own code."
         )
 
 
@@ -61,9 +61,10 @@ class MoEConfig(PreTrainedConfig):
         num_channels: Image channels.
         image_mean, image_std: Per-channel normalisation done inside the model, in [0, 1] pixel units.
         num_experts: E (paper: 4).
-        router_top_k: k, the experts used per image; 1 = hard routing (paper's code), E = dense mixture (paper's theory).
+        router_top_k: k, the experts used per image; 1 = hard routing (paper's code), E = dense mixture (paper's
+            theory).
         router: "linear" on the normalised flattened image (paper), "pooled" = linear on the image average-pooled to
-            `router_pool_size` squared, "conv" = small CNN, "features" = linear on the pooled output of the shared trunk.
+            `router_pool_size` squared, "conv" = small CNN, "features" = linear on the pooled output of the trunk.
         router_pool_size: Height and width of the grid of the "pooled" router.
         shared_stages: 0 = whole-network experts (paper); n = the first n stages (ResNet) or blocks (ViT) are one trunk
             shared by all experts.
@@ -110,7 +111,9 @@ class MoEConfig(PreTrainedConfig):
         if self.router_top_k > self.num_experts:
             raise ValueError(f"router_top_k={self.router_top_k} must not exceed num_experts={self.num_experts}.")
         if self.router == "features" and self.shared_stages == 0:
-            raise ValueError("router='features' reads the shared trunk: it needs shared_stages >= 1, got shared_stages=0.")
+            raise ValueError(
+                "router='features' reads the shared trunk: it needs shared_stages >= 1, got shared_stages=0."
+            )
         if isinstance(self.width, (int, float)):
             if self.width <= 0:
                 raise ValueError(f"width={self.width!r} must be a multiplier > 0, a list of stage channels, or None.")
@@ -138,8 +141,8 @@ class DualMoEConfig(PreTrainedConfig):
         alpha: Weight of F_R in [0, 1]. Robustness of F_R can only carry over where alpha > 1/2.
         mixing: "probs" mixes probabilities, "logits" mixes logits (as the paper's code does).
         standard_logit_map, robust_logit_map: Optional calibration before mixing, as in MixedNUTS
-            (https://arxiv.org/abs/2402.02263): a dict with any of `scale` (> 0), `clamp` (bias c of a layer-normalised,
-            rectified logit; omitted = neither) and `power` (> 0).
+            (https://arxiv.org/abs/2402.02263): a dict with any of `scale` (> 0), `clamp` (bias c of a
+            layer-normalised, rectified logit; omitted = neither) and `power` (> 0).
         standard_image_mean, standard_image_std, robust_image_mean, robust_image_std: Normalisation to apply before a
             component that does not normalise its input itself (all models but ours); None = none.
         format_version: Version of this format, checked on loading.
@@ -192,7 +195,9 @@ class DualMoEConfig(PreTrainedConfig):
             return value
         fields = dict(value)
         model_type = fields.pop("model_type", MoEConfig.model_type)
-        return MoEConfig(**fields) if model_type == MoEConfig.model_type else AutoConfig.for_model(model_type, **fields)
+        return (
+            MoEConfig(**fields) if model_type == MoEConfig.model_type else AutoConfig.for_model(model_type, **fields)
+        )
 
     def _check_logit_map(self, name: str) -> None:
         logit_map = getattr(self, name)

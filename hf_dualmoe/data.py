@@ -119,7 +119,12 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def augment(
-    images: Tensor, *, crop_padding: int = 4, flip: bool = True, generator: torch.Generator | None = None
+    images: Tensor,
+    *,
+    crop_padding: int = 4,
+    flip: bool = True,
+    generator: torch.Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Pads each image with zeros (black) and crops it at random, then mirrors it left-right with probability 1/2.
 
@@ -128,6 +133,8 @@ def augment(
         crop_padding: pixels of padding on each side, >= 0: the largest shift of an image. 0: no crop.
         flip: whether to mirror.
         generator: on the device of `images`; default: the global generator of that device.
+        shard: (rank, processes): draw for the whole batch of all processes and take this one's part, so that several
+            processes with equal generators do together what one process does.
 
     Returns:
         New images with the shape, dtype and device of `images`; `images` itself if there is nothing to do.
@@ -140,12 +147,14 @@ def augment(
     if crop_padding == 0 and not flip:
         return images
     b, c, h, w = images.shape
+    rank, processes = shard
+    own = slice(rank * b, (rank + 1) * b)
     options = {"device": images.device, "generator": generator}
-    top, left = torch.randint(2 * crop_padding + 1, (2, b, 1), **options)  # (B, 1) each
+    top, left = torch.randint(2 * crop_padding + 1, (2, processes * b, 1), **options)[:, own]  # (B, 1) each
     rows = top + torch.arange(h, device=images.device)  # (B, H)
     columns = torch.arange(w, device=images.device).expand(b, w)  # (B, W)
     if flip:
-        columns = torch.where(torch.rand(b, 1, **options) < 0.5, w - 1 - columns, columns)
+        columns = torch.where(torch.rand(processes * b, 1, **options)[own] < 0.5, w - 1 - columns, columns)
     # One gather of flat pixel numbers is 4 times faster than indexing by image, channel, row and column.
     flat = rows[:, :, None] * (w + 2 * crop_padding) + (left + columns)[:, None, :]  # (B, H, W)
     padded = F.pad(images, (crop_padding,) * 4).flatten(2)

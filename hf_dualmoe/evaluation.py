@@ -33,8 +33,8 @@ class RobustnessReport:
         model: Kind, architecture, number of parameters.
         dataset: Name, split, number of images.
         threat: `norm`, `eps` (in [0, 1] pixel units) and the attacks with their settings.
-        metrics: `sa` and `ra_<attack>` in %, of the whole model; `components` has the same for F_S and F_R; `expert_load`
-            in % per expert on clean and attacked images, and `route_flip_rate` in %.
+        metrics: `sa` and `ra_<attack>` in %, of the whole model; `components` has the same for F_S and F_R;
+            `expert_load` in % per expert on clean and attacked images, and `route_flip_rate` in %.
         alpha_sweep: One {"alpha", "sa", "ra_<attack>"} per position of the dial, each attacked at that position.
         controls: Results of other models for comparison, by name.
         sanity: Checks by name.
@@ -234,7 +234,9 @@ def routing_metrics(
             routes["attacked"].append(moe.route(attack(moe, images, labels, ids=ids)).argmax(dim=1).cpu())
     clean, attacked = torch.cat(routes["clean"]), torch.cat(routes["attacked"])
     load = {
-        name: [round(100 * share, 2) for share in (torch.bincount(r, minlength=moe.config.num_experts) / len(r)).tolist()]
+        name: [
+            round(100 * share, 2) for share in (torch.bincount(r, minlength=moe.config.num_experts) / len(r)).tolist()
+        ]
         for name, r in (("clean", clean), ("attacked", attacked))
     }
     return {"expert_load": load, "route_flip_rate": percent(clean != attacked)}

@@ -210,7 +210,7 @@ def craft_rt_er(
 def rt_er_terms(
     logits: Tensor, labels: Tensor, *, beta: float, second_term: str, label_smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The RT-ER loss from the logits (N, classes) of an `RTERBatch`: loss, named terms, attacked whole-model logits."""
+    """The RT-ER loss from the logits (N, classes) of an `RTERBatch`: loss, named terms, whole-model logits."""
     parts = logits.split(len(labels))
     robust_ce = cross_entropy(parts[0], labels, label_smoothing)
     if second_term == "kl":
@@ -249,9 +249,7 @@ def rt_er_loss(
     Raises:
         ValueError: The model has a single expert, or an option is unknown.
     """
-    batch = craft_rt_er(
-        model, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
-    )
+    batch = craft_rt_er(model, images, labels, attack=attack, second_term=second_term, second_attack=second_attack)
     output = (forward or model)(batch.images, expert_index=batch.expert_index)
     loss, terms, attacked_logits = rt_er_terms(
         output.logits, labels, beta=beta, second_term=second_term, label_smoothing=label_smoothing
@@ -275,8 +273,8 @@ def jtdmoe_loss(
     """Joint training of the dual model (paper, Eq. 11), both levels in one backward.
 
     Lower level: RT-ER on F_R. Upper level: CE((1 - alpha) F_S(x) + alpha F_R(x), y) on F_S, with F_R held fixed: its
-    clean prediction is that of the deployed (eval mode) F_R and carries no gradient. Each level's loss reaches only its
-    own parameters, so the gradient of the sum is the gradient of both.
+    clean prediction is that of the deployed (eval mode) F_R and carries no gradient. Each level's loss reaches only
+    its own parameters, so the gradient of the sum is the gradient of both.
 
     Args:
         model: A `DualMoEForImageClassification` whose robust model is a mixture of at least two experts.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models import ResNet, is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
@@ -60,7 +61,8 @@ class DualMoEImageClassifierOutput(ModelOutput):
             saw different images.
         standard_logits, robust_logits: (B, C) logits of F_S and F_R, before any logit map.
         standard_router_logits, robust_router_logits: (B, E) before softmax; only where asked for.
-        standard_expert_index, robust_expert_index: As in `MoEImageClassifierOutput`; None for a component without experts.
+        standard_expert_index, robust_expert_index: As in `MoEImageClassifierOutput`; None for a component without
+            experts.
         aux_loss: Scalar sum of the load-balancing losses, each weighted with its router_aux_loss_coef.
     """
 
@@ -75,7 +77,7 @@ class DualMoEImageClassifierOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-def load_balancing_loss(router_logits: Tensor, top_k: int = 1) -> Tensor:
+def load_balancing_loss(router_logits: Tensor, top_k: int = 1, all_processes: bool = False) -> Tensor:
     """Balance loss of the Switch Transformer (https://arxiv.org/abs/2101.03961, Eq. 4-6): E * sum_i f_i * P_i.
 
     f_i is the share of the top-k choices that fall on expert i and P_i its mean router probability; 1 when balanced.
@@ -83,6 +85,8 @@ def load_balancing_loss(router_logits: Tensor, top_k: int = 1) -> Tensor:
     Args:
         router_logits: (B, E) before softmax.
         top_k: Experts used per image.
+        all_processes: Count f over the batches of all processes, as one process with the whole batch would; all must
+            call.
 
     Returns:
         Scalar in [0, E]; 0 for an empty batch. Only P carries gradient.
@@ -93,6 +97,9 @@ def load_balancing_loss(router_logits: Tensor, top_k: int = 1) -> Tensor:
     probs = router_logits.float().softmax(dim=1)
     chosen = probs.topk(top_k, dim=1).indices.flatten()
     share = torch.bincount(chosen, minlength=num_experts) / chosen.numel()  # (E,)
+    if all_processes and dist.is_available() and dist.is_initialized():
+        dist.all_reduce(share)
+        share = share / dist.get_world_size()
     return num_experts * (share * probs.mean(dim=0)).sum()
 
 
@@ -106,11 +113,13 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int, image_size: int 
     """
     if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or pixel_values.shape[0] == 0:
         raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)}; expected (batch >= 1, {num_channels}, height, width)."
+            f"pixel_values has shape {tuple(pixel_values.shape)}; expected (batch, {num_channels}, height, width)."
         )
     if image_size is not None and pixel_values.shape[2:] != (image_size, image_size):
         height, width = pixel_values.shape[2:]
-        raise ValueError(f"pixel_values are {height}x{width} pixels; this model takes image_size={image_size} squared.")
+        raise ValueError(
+            f"pixel_values are {height}x{width} pixels; this model takes image_size={image_size} squared."
+        )
     if not pixel_values.is_floating_point():
         raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; expected floats in [0, 1] (divide by 255).")
     if pixel_values.requires_grad or torch.compiler.is_compiling() or pixel_values.is_meta:
@@ -118,7 +127,7 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int, image_size: int 
     low, high = (float(v) for v in torch.aminmax(pixel_values.detach()))
     if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also false for NaN
         raise ValueError(
-            f"pixel_values lie in [{low:.4g}, {high:.4g}]; expected finite values in [0, 1]: the model normalises inside."
+            f"pixel_values lie in [{low:.4g}, {high:.4g}]; expected [0, 1] (the model normalises inside)."
         )
 
 
@@ -130,7 +139,7 @@ def check_labels(labels: Tensor, batch_size: int, num_labels: int) -> None:
     """
     if labels.shape != (batch_size,) or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({batch_size},) and torch.int64."
+            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({batch_size},) and int64."
         )
     if torch.compiler.is_compiling() or labels.is_meta:
         return
@@ -159,7 +168,7 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-# --- backbones ---------------------------------------------------------------------------------------------------------
+# --- backbones -------------------------------------------------------------------------------------------------------
 
 
 def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs) -> nn.Module:
@@ -177,9 +186,16 @@ def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs) 
     arch = name.split(".")[0]
     if not timm.is_model(arch):
         close = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        raise ValueError(f"backbone={name!r} is not a timm model" + (f"; did you mean {', '.join(close)}?" if close else "."))
+        raise ValueError(
+            f"backbone={name!r} is not a timm model" + (f"; did you mean {', '.join(close)}?" if close else ".")
+        )
     is_resnet = is_model_in_modules(arch, ("resnet",))
-    kwargs = {"num_classes": config.num_labels, "in_chans": config.num_channels, **config.backbone_kwargs, **timm_kwargs}
+    kwargs = {
+        "num_classes": config.num_labels,
+        "in_chans": config.num_channels,
+        **config.backbone_kwargs,
+        **timm_kwargs,
+    }
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:  # ViTs: the position embedding needs the size
         kwargs.setdefault("img_size", config.backbone_image_size or config.image_size)
@@ -259,7 +275,9 @@ def cut_backbone(backbone: nn.Module, shared_stages: int, keep: str) -> nn.Modul
     else:
         raise ValueError(f"shared_stages={shared_stages} needs a timm ResNet or ViT, not {type(backbone).__name__}.")
     if shared_stages > len(stages):
-        raise ValueError(f"shared_stages={shared_stages} exceeds the {len(stages)} stages of {type(backbone).__name__}.")
+        raise ValueError(
+            f"shared_stages={shared_stages} exceeds the {len(stages)} stages of {type(backbone).__name__}."
+        )
     dropped = stages[shared_stages:] if keep == "trunk" else stages[:shared_stages]
     dropped += [(backbone, name) for name in (head if keep == "trunk" else stem)]
     for parent, name in dropped:
@@ -390,7 +408,7 @@ def create_image_processor(image_size: int) -> CLIPImageProcessor:
     )
 
 
-# --- mixture of experts ------------------------------------------------------------------------------------------------
+# --- mixture of experts ----------------------------------------------------------------------------------------------
 
 
 class MoEForImageClassification(RobustPreTrainedModel):
@@ -431,8 +449,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
         Args:
             config: Configuration of the mixture.
             pretrained: Start from timm's pretrained weights of `config.backbone`.
-            init_experts_from: Start from a trained single network ("upcycling"): a timm module of the same architecture,
-                a `MoEForImageClassification` with one expert, or the folder or Hub id of one.
+            init_experts_from: Start from a trained single network ("upcycling"): a timm module of the same
+                architecture, a `MoEForImageClassification` with one expert, or the folder or Hub id of one.
             timm_kwargs: Passed on to `timm.create_model` with `pretrained=True`.
 
         Raises:
@@ -530,7 +548,9 @@ class MoEForImageClassification(RobustPreTrainedModel):
         mix = self._hard_route if self.config.router_top_k == 1 else self._soft_route
         logits, index = mix(hidden, router_logits, expert_index, forced)
         aux_loss = load_balancing_loss(
-            router_logits if forced is None else router_logits[~forced], self.config.router_top_k
+            router_logits if forced is None else router_logits[~forced],
+            self.config.router_top_k,
+            all_processes=self.training and torch.is_grad_enabled(),  # where DDP makes all processes call forward
         )
         loss = None
         if labels is not None:
@@ -551,7 +571,9 @@ class MoEForImageClassification(RobustPreTrainedModel):
         if not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(expert_index))
             if low < -1 or high >= len(self.experts):
-                raise ValueError(f"expert_index lies in [{low}, {high}]; expected -1 or values below {len(self.experts)}.")
+                raise ValueError(
+                    f"expert_index lies in [{low}, {high}]; expected -1 or values below {len(self.experts)}."
+                )
         return expert_index >= 0
 
     def _hard_route(
@@ -619,7 +641,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
         return expert(hidden)
 
 
-# --- dual model --------------------------------------------------------------------------------------------------------
+# --- dual model ------------------------------------------------------------------------------------------------------
 
 
 def apply_logit_map(logits: Tensor, logit_map: dict[str, float] | None) -> Tensor:
@@ -636,9 +658,7 @@ def apply_logit_map(logits: Tensor, logit_map: dict[str, float] | None) -> Tenso
     return logit_map.get("scale", 1.0) * logits
 
 
-def mix_logits(
-    standard_logits: Tensor, robust_logits: Tensor, alpha: float | Tensor, mixing: str = "probs"
-) -> Tensor:
+def mix_logits(standard_logits: Tensor, robust_logits: Tensor, alpha: float | Tensor, mixing: str = "probs") -> Tensor:
     """F_D = (1 - alpha) F_S + alpha F_R, from the logits (B, C) of both.
 
     Args:
@@ -691,8 +711,8 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             standard: F_S.
             robust: F_R, with the same labels in the same order.
             alpha: Weight of F_R in [0, 1].
-            config_kwargs: Further fields of `DualMoEConfig`, such as `standard_image_mean` and `standard_image_std` for
-                a model that expects normalised images.
+            config_kwargs: Further fields of `DualMoEConfig`, such as `standard_image_mean` and `standard_image_std`
+                for a model that expects normalised images.
 
         Raises:
             ValueError: The two disagree on labels, image size or channels, or alpha is out of range.
@@ -738,8 +758,8 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             alpha: Weight of F_R for this call: a number in [0, 1], or a tensor that broadcasts against (B, 1); None =
                 the config's.
             expert_index: As in `MoEForImageClassification.forward`, for F_R.
-            robust_pixel_values: (B', C, H, W) other images for F_R: training shows F_S clean and F_R attacked images in
-                one call, so that DDP sees one forward; there is then no mixture and `logits` is None.
+            robust_pixel_values: (B', C, H, W) other images for F_R: training shows F_S clean and F_R attacked images
+                in one call, so that DDP sees one forward; there is then no mixture and `logits` is None.
             output_router_logits: Whether to return the router logits.
 
         Raises:

@@ -42,7 +42,9 @@ def plot_tradeoff(report: RobustnessReport, path: str | os.PathLike) -> None:
     norm = {"linf": "L∞", "l2": "L2"}[report.threat["norm"]]
     axes.set_xlabel("accuracy on clean images, %")
     axes.set_ylabel(f"accuracy under {attack.removeprefix('ra_').upper()}, {norm} {radius}, %")
-    axes.set_title(f"The dial of the dual model on {report.dataset['name']} ({report.dataset['num_images']} test images)")
+    axes.set_title(
+        f"The dial of the dual model on {report.dataset['name']} ({report.dataset['num_images']} test images)"
+    )
     axes.margins(x=0.12, y=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", frameon=False)

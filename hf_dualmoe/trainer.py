@@ -1,7 +1,7 @@
 """`RobustTrainer`: the Trainer of transformers with an attack inside the loss.
 
-Each step crafts attacked images on the unwrapped, frozen model and then makes one forward through the wrapped model, so
-that accumulation, mixed precision, distributed training and resuming work as in any other Trainer.
+Each step crafts attacked images on the unwrapped, frozen model and then makes one forward through the wrapped model,
+so that accumulation, mixed precision, distributed training and resuming work as in any other Trainer.
 """
 
 import os
@@ -40,11 +40,11 @@ class RobustTrainer(Trainer):
     """Train a classifier by one of the objectives of `losses.py`.
 
     Args:
-        model: A `DualMoEForImageClassification` for method="jtdmoe", a `MoEForImageClassification` for "rt_er", any image
+        model: A `DualMoEForImageClassification` for method="jtdmoe", a `MoEForImageClassification` for "rt_er", any
             classifier that takes [0, 1] images otherwise.
         args: Objective, attack and the usual training arguments.
-        kwargs: As in `transformers.Trainer`. Datasets give {"pixel_values", "labels"}; uint8 pixel values are divided by
-            255 on the device, and training batches are augmented there.
+        kwargs: As in `transformers.Trainer`. Datasets give {"pixel_values", "labels"}; uint8 pixel values are divided
+            by 255 on the device, and training batches are augmented there.
 
     Raises:
         ValueError: The model does not fit the method.
@@ -54,7 +54,9 @@ class RobustTrainer(Trainer):
         check_model_fits_method(model, args.method)
         kwargs = {"data_collator": collate, "compute_metrics": robust_accuracy_metrics, **kwargs}
         super().__init__(model=model, args=args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # our losses are batch means: let the Trainer divide by the accumulation
+        self.model_accepts_loss_kwargs = (
+            False  # our losses are batch means: let the Trainer divide by the accumulation
+        )
         self.objective = self._create_objective()
         self.evaluation_attack = args.evaluation_attack()
         self._sums: dict[str, list[Tensor]] = {}
@@ -76,7 +78,7 @@ class RobustTrainer(Trainer):
             "jtdmoe": partial(jtdmoe_loss, alpha=args.train_alpha, **expert, **smoothing),
         }[args.method]
 
-    # --- training ------------------------------------------------------------------------------------------------------
+    # --- training ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -113,7 +115,8 @@ class RobustTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         images = to_unit_range(inputs["pixel_values"])
         if self.model.training:
-            images = augment(images, crop_padding=self.args.crop_padding, flip=self.args.horizontal_flip)
+            shard = (self.args.process_index, self.args.world_size)
+            images = augment(images, crop_padding=self.args.crop_padding, flip=self.args.horizontal_flip, shard=shard)
         return {**inputs, "pixel_values": images}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -131,7 +134,7 @@ class RobustTrainer(Trainer):
                         optimizer.add_param_group({**group, "params": params, "lr": rate})
         return optimizer
 
-    # --- logging -------------------------------------------------------------------------------------------------------
+    # --- logging -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _record(self, raw: nn.Module, images: Tensor, labels: Tensor, output: LossOutput) -> None:
@@ -163,7 +166,9 @@ class RobustTrainer(Trainer):
                 self._add("route_flip_rate", 100.0 * flipped)
 
     def _add(self, name: str, values: Tensor) -> None:
-        values = values.detach().double().flatten() if values.device.type != "mps" else values.detach().float().flatten()
+        values = (
+            values.detach().double().flatten() if values.device.type != "mps" else values.detach().float().flatten()
+        )
         added = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
         self._sums[name] = self._sums[name] + added if name in self._sums else added
 
@@ -176,7 +181,7 @@ class RobustTrainer(Trainer):
             logs.update({name: round(s / n, 4) for name, (s, n) in zip(names, sums.tolist(), strict=True)})
         super().log(logs, *args, **kwargs)
 
-    # --- evaluation ----------------------------------------------------------------------------------------------------
+    # --- evaluation --------------------------------------------------------------------------------------------------
 
     def prediction_step(
         self,
@@ -217,7 +222,7 @@ class RobustTrainer(Trainer):
         finally:
             self.model.load_state_dict(trained)
 
-    # --- checkpoints: the moving average is saved beside the trained weights ---------------------------------------------
+    # --- checkpoints: the moving average is saved beside the trained weights -----------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

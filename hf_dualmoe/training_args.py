@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .attack_primitives import check_eps
@@ -25,8 +26,8 @@ class PixelValue(float):
 class RobustTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the objective and its attack; defaults are the paper's.
 
-    Defaults that differ from the parent: columns are kept (images are made in the collator), labels are called "labels",
-    and the run logs every 50 steps.
+    Defaults that differ from the parent: columns are kept (images are made in the collator), labels are called
+    "labels", and the run logs every 50 steps.
     """
 
     # Objective
@@ -53,7 +54,9 @@ class RobustTrainingArguments(TrainingArguments):
     trades_lambda: float = field(default=6.0, metadata={"help": "Weight of the KL term of TRADES, >= 0."})
     train_alpha: float = field(
         default=0.75,
-        metadata={"help": "Weight of the robust model in the upper level of JTDMoE, in [0, 1); the dial can be turned later."},
+        metadata={
+            "help": "Weight of the robust model in the upper level of JTDMoE, in [0, 1); the dial can be turned later."
+        },
     )
     standard_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the standard model in JTDMoE; default: learning_rate."}
@@ -61,7 +64,8 @@ class RobustTrainingArguments(TrainingArguments):
 
     # Attack
     eps: PixelValue = field(
-        default=PixelValue("8/255"), metadata={"help": "Attack radius in [0, 1] pixel units; fractions like 8/255 work."}
+        default=PixelValue("8/255"),
+        metadata={"help": "Attack radius in [0, 1] pixel units; fractions like 8/255 work."},
     )
     norm: str = field(default="linf", metadata={"help": "Norm of the attack: linf or l2.", "choices": ("linf", "l2")})
     attack_steps: int = field(default=10, metadata={"help": "PGD steps of the training attack, >= 1."})
@@ -76,13 +80,17 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     # Images
-    crop_padding: int = field(default=4, metadata={"help": "Random crops: pixels of zero padding on each side; 0 = none."})
+    crop_padding: int = field(
+        default=4, metadata={"help": "Random crops: pixels of zero padding on each side; 0 = none."}
+    )
     horizontal_flip: bool = field(default=True, metadata={"help": "Random horizontal flips."})
 
     # Weights
     ema_decay: float = field(
         default=0.0,
-        metadata={"help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It is evaluated and saved."},
+        metadata={
+            "help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It is evaluated and saved."
+        },
     )
 
     # Changed defaults of the parent
@@ -106,7 +114,9 @@ class RobustTrainingArguments(TrainingArguments):
         for name in ("beta", "trades_lambda"):
             self._check(name, getattr(self, name) >= 0, ">= 0")
         self._check("train_alpha", 0 <= self.train_alpha <= 1, "in [0, 1]")
-        self._check("train_alpha", self.method != "jtdmoe" or self.train_alpha < 1, "below 1: F_S would get no gradient")
+        self._check(
+            "train_alpha", self.method != "jtdmoe" or self.train_alpha < 1, "below 1: F_S would get no gradient"
+        )
         self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check("eps_warmup_ratio", 0 <= self.eps_warmup_ratio <= 1, "in [0, 1]")
         self._check("crop_padding", self.crop_padding >= 0, ">= 0")
@@ -114,6 +124,7 @@ class RobustTrainingArguments(TrainingArguments):
         self._check("eval_attack_steps", self.eval_attack_steps >= 0, ">= 0")
         step_size = self.attack_step_size
         self._check("attack_step_size", step_size is None or step_size > 0, "> 0, in the unit of eps")
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # lets bf16 recipes run on a CPU too
         super().__post_init__()
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
@@ -134,6 +145,7 @@ class RobustTrainingArguments(TrainingArguments):
             norm=self.norm,
             objective="kl" if self.method == "trades" else "ce",
             keep_best=False,
+            shard=(self.process_index, self.world_size),
         )
 
     def evaluation_attack(self) -> PGD | None:

@@ -99,12 +99,15 @@ def make_moe(tiny_config, _built):
 
 
 @pytest.fixture(scope="session")
-def make_dual(make_moe):
+def make_dual(make_moe, _built):
     """make_dual(**fields): a tiny dual model of a one-expert ViT (F_S) and a ResNet mixture (F_R), in eval mode."""
 
     def make(**fields) -> DualMoEForImageClassification:
-        standard, robust = make_moe("vit", num_experts=1), make_moe("resnet")
-        return DualMoEForImageClassification.from_models(standard, robust, **fields)
+        key = ("dual", repr(sorted(fields.items())))
+        if key not in _built:
+            standard, robust = make_moe("vit", num_experts=1), make_moe("resnet")
+            _built[key] = DualMoEForImageClassification.from_models(standard, robust, **fields)
+        return copy.deepcopy(_built[key])
 
     return make
 

@@ -9,7 +9,15 @@ from torch import nn
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.attacks import PGD, frozen
-from hf_dualmoe.losses import at_loss, jtdmoe_loss, kl_divergence, rt_er_loss, second_expert, standard_loss, trades_loss
+from hf_dualmoe.losses import (
+    at_loss,
+    jtdmoe_loss,
+    kl_divergence,
+    rt_er_loss,
+    second_expert,
+    standard_loss,
+    trades_loss,
+)
 
 ATTACK = PGD(eps=0.05, steps=2, keep_best=False, seed=3)  # seeded: the same images whenever it is called
 # GroupNorm, so that a formula can be recomputed one term at a time

@@ -1,4 +1,4 @@
-"""The Trainer: every method learns, terms are logged, weights are averaged, and a resumed run equals an unbroken one."""
+"""Trainer: every method learns, terms are logged, weights are averaged, a resumed run equals an unbroken one."""
 
 import copy
 import math
@@ -145,10 +145,17 @@ def test_gradient_accumulation_equals_one_large_batch(method, stripes, arguments
     losses = []
     for batch_size, accumulation in ((20, 1), (10, 2)):
         torch.manual_seed(0)
-        kwargs = {**TINY, "backbone_kwargs": {"norm_layer": "groupnorm1"}, "router_aux_loss_coef": 0.0, "num_experts": 2}
+        kwargs = {
+            **TINY,
+            "backbone_kwargs": {"norm_layer": "groupnorm1"},
+            "router_aux_loss_coef": 0.0,
+            "num_experts": 2,
+        }
         model = MoEForImageClassification(MoEConfig(**kwargs))
         if method == "jtdmoe":
-            model = DualMoEForImageClassification(DualMoEConfig(standard=MoEConfig(**kwargs), robust=MoEConfig(**kwargs)))
+            model = DualMoEForImageClassification(
+                DualMoEConfig(standard=MoEConfig(**kwargs), robust=MoEConfig(**kwargs))
+            )
         args = arguments(
             method,
             per_device_train_batch_size=batch_size,
@@ -157,8 +164,8 @@ def test_gradient_accumulation_equals_one_large_batch(method, stripes, arguments
             horizontal_flip=False,
             logging_steps=1,
             attack_steps=1,
-            attack_step_size=1.0,  # one step of full length: the random start does not matter where the sign is the same
-            max_steps=2,
+            attack_step_size=1.0,  # one step of full length: the random start does not matter where the sign is the
+            same max_steps=2,
             eps=1e-6,
         )
         trainer = RobustTrainer(model, args, train_dataset=stripes)

@@ -1,9 +1,9 @@
 """Train a robust image classifier, report how robust it is, and save it for `AutoModel`.
 
-    accelerate launch training/run.py                                           # digits dual model, minutes on 2 CPU cores
-    accelerate launch training/run.py --recipe cifar10_resnet18 --method rt_er  # a recipe with overrides
-    accelerate launch training/run.py --dataset_name path/to/images             # your own images, one folder per class
-    python training/run.py --help
+accelerate launch training/run.py                                           # digits dual model, minutes on 2 CPU cores
+accelerate launch training/run.py --recipe cifar10_resnet18 --method rt_er  # a recipe with overrides
+accelerate launch training/run.py --dataset_name path/to/images             # your own images, one folder per class
+python training/run.py --help
 """
 
 import json
@@ -74,8 +74,8 @@ def find_checkpoint(output_dir: Path, settings: str, fresh: bool) -> str | None:
         return None
     if recorded.read_text() != settings:
         raise ValueError(
-            f"output_dir={str(output_dir)!r} holds a run with other settings; choose another --output_dir, or start over "
-            "in it with --fresh."
+            f"output_dir={str(output_dir)!r} holds a run with other settings; choose another --output_dir, or start "
+            "over in it with --fresh."
         )
     return get_last_checkpoint(str(output_dir))
 

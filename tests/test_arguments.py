@@ -1,0 +1,90 @@
+"""The command line: recipes, overrides, help, and errors that name what is wrong."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_dualmoe.arguments import RecipeParser, parse_json, parse_width
+from hf_dualmoe.data import load_splits
+
+TRAINING = Path(__file__).parents[1] / "training"
+
+
+@pytest.fixture
+def parser():
+    return RecipeParser(TRAINING / "recipes", description="Train.")
+
+
+def test_no_argument_means_the_digits_recipe(parser):
+    data, model, training, run = parser.parse([])
+    assert (run.recipe, data.dataset_name, training.method) == ("digits", "digits", "jtdmoe")
+    assert training.eps == 0.15 and model.width == "16,32,64,64" and not training.horizontal_flip
+    assert training.output_dir == "outputs/digits-jtdmoe"
+
+
+def test_other_data_means_the_recipe_for_own_images(parser):
+    data, model, training, run = parser.parse(["--dataset_name", "somewhere/images"])
+    assert (run.recipe, model.image_size) == ("own_images", 64)
+    assert training.eps == pytest.approx(4 / 255)
+
+
+def test_command_line_overrides_recipe(parser):
+    _, model, training, _ = parser.parse(
+        ["--eps", "2/255", "--method", "at", "--num_experts", "2", "--horizontal_flip"]
+    )
+    assert training.eps == pytest.approx(2 / 255)
+    assert (training.method, model.num_experts, training.horizontal_flip) == ("at", 2, True)
+    assert training.output_dir == "outputs/digits-at"
+    assert parser.parse(["--output_dir", "here"])[2].output_dir == "here"
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (TRAINING / "recipes").glob("*.yaml")))
+def test_every_recipe_parses_and_builds_a_config(parser, recipe):
+    _, model, training, _ = parser.parse(["--recipe", recipe])
+    assert training.load_best_model_at_end and training.report_to in ([], ["none"], "none")
+    config = model.moe_config(load_splits("digits"))
+    assert config.num_experts == 4 and config.id2label[9] == "9"
+    assert training.training_attack().eps == training.eps
+
+
+def test_a_recipe_of_ones_own(parser, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: trades\neps: 3/255\nbackbone_kwargs: {drop_rate: 0.1}\n")
+    _, model, training, _ = parser.parse(["--recipe", str(path)])
+    assert training.method == "trades" and training.eps == pytest.approx(3 / 255)
+    assert model.moe_config(load_splits("digits")).backbone_kwargs == {"drop_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("methodd: at", "unknown settings methodd"), (None, "neither a file nor one of cifar10_resnet18, digits")],
+)
+def test_bad_recipes_are_named(parser, tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        parser.parse(["--recipe", str(path)])
+
+
+def test_json_and_width():
+    assert parse_json("x", '{"a": 1}') == {"a": 1}
+    assert parse_json("x", None) is None
+    assert parse_width("0.25") == 0.25
+    assert parse_width("8,16,24,32") == [8, 16, 24, 32]
+    for function, text in ((lambda t: parse_json("backbone_kwargs", t), "{"), (parse_width, "wide")):
+        with pytest.raises(ValueError, match="backbone_kwargs='{'|width='wide'"):
+            function(text)
+
+
+def test_help_is_grouped_and_complete(monkeypatch):
+    texts = {}
+    for flag in ("--help", "--help_all"):
+        monkeypatch.setattr(sys, "argv", ["run.py", flag])
+        texts[flag] = RecipeParser(TRAINING / "recipes", description="Train.").format_help()
+    positions = [texts["--help"].index(f"\n{g}:") for g in ("recipe", "data", "model", "objective", "optimisation")]
+    assert positions == sorted(positions)
+    assert "--eps VALUE" in texts["--help"] and "--dataset-name" not in texts["--help"]
+    assert "--adam_beta1" not in texts["--help"] and "--adam_beta1" in texts["--help_all"]
+    assert len(texts["--help"].splitlines()) < 250

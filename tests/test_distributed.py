@@ -1,0 +1,55 @@
+"""Two CPU processes do what one does at the same global batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_dualmoe.evaluation import RobustnessReport
+
+TRAINING = Path(__file__).parents[1] / "training"
+# GroupNorm: BatchNorm statistics are those of each process's own images
+SETTINGS = (
+    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 10 --num_experts 2 --width 8,8,8,16 "
+    "--shared_stages 0 --router linear --attack_steps 2 --eval_attack_steps 1 --num_train_epochs 1 --optim sgd "
+    "--learning_rate 0.05 --logging_steps 1 --disable_tqdm true --backbone_kwargs"
+).split() + ['{"norm_layer": "groupnorm1"}']
+
+
+def launch(output_dir, processes, method):
+    config = TRAINING / "accelerate_configs" / "two_cpu_processes.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
+    batch = [
+        "--per_device_train_batch_size",
+        str(16 // processes),
+        "--output_dir",
+        str(output_dir),
+        "--method",
+        method,
+    ]
+    command = [sys.executable, *launcher, str(TRAINING / "run.py"), *SETTINGS, *batch]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "jtdmoe",
+        pytest.param("at", marks=pytest.mark.slow),
+        pytest.param("trades", marks=pytest.mark.slow),
+        pytest.param("rt_er", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, method):
+    outputs = [launch(tmp_path / str(n), n, method) for n in (1, 2)]
+    assert "Saved to" in outputs[1]
+    one, two = (load_file(tmp_path / str(n) / "model" / "model.safetensors") for n in (1, 2))
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=1e-4), (name, float((value - two[name]).abs().max()))
+    reports = [RobustnessReport.load(tmp_path / str(n) / "model" / "results.json") for n in (1, 2)]
+    assert reports[0].training["steps"] == reports[1].training["steps"] == 4

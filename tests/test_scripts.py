@@ -1,0 +1,115 @@
+"""`training/run.py` end to end on a shrunken model: outputs, going on after an interruption, refusals."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_dualmoe.evaluation import RobustnessReport
+
+TRAINING = Path(__file__).parents[1] / "training"
+QUICK = (
+    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 20 --num_experts 2 --width 8,8,8,16 "
+    "--attack_steps 1 --eval_attack_steps 1 --num_train_epochs 2 --per_device_train_batch_size 32 --disable_tqdm true"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run_module():
+    spec = importlib.util.spec_from_file_location("run_script", TRAINING / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(run_module, monkeypatch):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+        run_module.main()
+
+    return call
+
+
+def test_run_trains_reports_and_saves(run, tmp_path, capsys):
+    run(*QUICK, "--output_dir", tmp_path)
+    folder = tmp_path / "model"
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {
+        *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "tradeoff.png"),
+        *("modeling_dualmoe.py", "configuration_dualmoe.py"),
+    }
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    report = RobustnessReport.load(folder / "results.json")
+    assert [point["alpha"] for point in report.alpha_sweep] == [0.0, 0.5, 0.75, 0.9, 1.0]
+    assert report.threat["eps"] == 0.15 and report.dataset == {
+        "name": "digits",
+        "num_images": 20,
+        "class_names": [str(i) for i in range(10)],
+    }
+    assert report.training["method"] == "jtdmoe" and report.training["num_images"] == 64
+    assert report.environment["packages"]["torch"]
+    assert report.table() in capsys.readouterr().out
+
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.alpha == 0.9 and not model.training
+    with torch.no_grad():
+        assert model(torch.rand(3, 1, 8, 8)).logits.shape == (3, 10)
+
+    # the same command again goes on from the last checkpoint: nothing is left to train, the model stays the same
+    run(*QUICK, "--output_dir", tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(folder)
+    assert all(torch.equal(v, again.state_dict()[name]) for name, v in model.state_dict().items())
+
+    with pytest.raises(SystemExit):  # other settings must not continue it
+        run(*QUICK, "--output_dir", tmp_path, "--beta", "1")
+    assert "holds a run with other settings" in capsys.readouterr().err
+    run(*QUICK, "--output_dir", tmp_path, "--beta", "1", "--fresh")
+    assert RobustnessReport.load(folder / "results.json").training["beta"] == 1
+
+
+@pytest.mark.parametrize("method", ["standard", "at", "trades", "rt_er"])
+def test_every_other_method_by_flag(run, tmp_path, method):
+    run(*QUICK, "--output_dir", tmp_path, "--method", method, "--num_train_epochs", 1)
+    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    assert results["model"]["kind"] == "mixture of experts"
+    assert results["training"]["method"] == method
+    assert results["metrics"]["ra_pgd20"] <= results["metrics"]["sa"]
+
+
+def test_run_upcycles_a_single_network(run, tmp_path):
+    run(*QUICK, "--output_dir", tmp_path / "one", "--method", "at", "--num_experts", 1, "--num_train_epochs", 1)
+    source = tmp_path / "one" / "model"
+    options = ["--init_experts_from", source, "--num_train_epochs", 1, "--learning_rate", 0, "--save_strategy", "no"]
+    run(
+        *QUICK, "--output_dir", tmp_path / "four", *options, "--eval_strategy", "no", "--load_best_model_at_end", False
+    )
+    one = AutoModelForImageClassification.from_pretrained(source)
+    dual = AutoModelForImageClassification.from_pretrained(tmp_path / "four" / "model")
+    for expert in (*dual.standard.experts, *dual.robust.experts):
+        assert torch.equal(expert.fc.weight, one.experts[0].fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eps", "8"], "did you mean 8/255"),
+        (["--router_top_k", "9"], "router_top_k=9 must not exceed num_experts=4"),
+        (["--backbone", "resnet81"], "backbone='resnet81' is not a timm model"),
+        (["--alpha", "1.5"], "alpha=1.5"),
+        (["--dataset_name", "./nowhere"], "nowhere"),
+        (["--image_column", "picture"], "image_column"),
+        (["--recipe", "nonsense"], "recipe='nonsense'"),
+    ],
+    ids=str,
+)
+def test_run_refuses_bad_input_before_training(run, arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run("--output_dir", tmp_path / "out", *arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model").exists()
