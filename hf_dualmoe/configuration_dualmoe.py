@@ -43,7 +43,7 @@ def check_format_version(version: int) -> None:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
             f"format_version={version!r}: this config was written by a newer hf_dualmoe; this one reads versions up "
-            f"to {FORMAT_VERSION}. Upgrade hf_dualmoe, or load with trust_remote_code=True to use the model's own code."
+            f"to {FORMAT_VERSION}. Upgrade hf_dualmoe, or use trust_remote_code=True to load the model's own code."
         )
 
 

@@ -41,7 +41,7 @@ class RobustTrainer(Trainer):
 
     Args:
         model: A `DualMoEForImageClassification` for method="jtdmoe", a `MoEForImageClassification` for "rt_er", any
-            classifier that takes [0, 1] images otherwise.
+            image classifier that takes [0, 1] images otherwise.
         args: Objective, attack and the usual training arguments.
         kwargs: As in `transformers.Trainer`. Datasets give {"pixel_values", "labels"}; uint8 pixel values are divided
             by 255 on the device, and training batches are augmented there.

@@ -272,6 +272,14 @@ def test_apgd_halves_its_step_towards_a_known_optimum():
     assert (attacked - 0.53).abs().max() < 0.1 / 2**5
     moves = (torch.stack(seen)[2:] - torch.stack(seen)[1:-1]).abs()  # without the clean image
     assert moves[:20].amax() > 0.05 and moves[-3:].amax() < 0.1 / 2**4
+
+    def plain(x):  # one step of the first size, 2 * eps
+        return (x + 0.2 * (0.53 - x).sign()).clamp(images.flatten() - 0.1, images.flatten() + 0.1)
+
+    first, second, third = seen[1:4]
+    torch.testing.assert_close(second, plain(first))
+    blend = second + 0.75 * (plain(second) - second) + 0.25 * (second - first)
+    torch.testing.assert_close(third, blend.clamp(images.flatten() - 0.1, images.flatten() + 0.1))
     seen.clear()
     APGD(eps=0.1, steps=20, rho=0.0)(model, images, labels)  # only condition 2 is left
     patient = (torch.stack(seen)[2:] - torch.stack(seen)[1:-1]).abs()[-3:].amax()

@@ -1,5 +1,6 @@
 """Two CPU processes do what one does at the same global batch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,16 +23,11 @@ SETTINGS = (
 def launch(output_dir, processes, method):
     config = TRAINING / "accelerate_configs" / "two_cpu_processes.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
-    batch = [
-        "--per_device_train_batch_size",
-        str(16 // processes),
-        "--output_dir",
-        str(output_dir),
-        "--method",
-        method,
-    ]
-    command = [sys.executable, *launcher, str(TRAINING / "run.py"), *SETTINGS, *batch]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    own = {"per_device_train_batch_size": 16 // processes, "output_dir": output_dir, "method": method}
+    options = [text for name, value in own.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, *launcher, str(TRAINING / "run.py"), *SETTINGS, *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # processes that share cores must not each use all of them
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -164,8 +164,8 @@ def test_gradient_accumulation_equals_one_large_batch(method, stripes, arguments
             horizontal_flip=False,
             logging_steps=1,
             attack_steps=1,
-            attack_step_size=1.0,  # one step of full length: the random start does not matter where the sign is the
-            same max_steps=2,
+            attack_step_size=1.0,  # one step of full length ends in a corner of the ball, wherever it starts
+            max_steps=2,
             eps=1e-6,
         )
         trainer = RobustTrainer(model, args, train_dataset=stripes)
