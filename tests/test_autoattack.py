@@ -357,6 +357,27 @@ def test_broken_images_stop_costing_passes(stop_early):
     assert (counter.gradient_rows < 0.6 * naive) if stop_early else (counter.gradient_rows == naive)
 
 
+# --- FAB -------------------------------------------------------------------------------------------------------------
+
+
+def test_fab_steps_over_the_boundary_and_back_towards_the_image():
+    linear, images, labels = linear_problem(classes=2, count=4)
+    seen = []
+
+    def model(x):
+        seen.append(x.detach().clone())
+        return linear(x)
+
+    margin = linear.margin(images, labels, "l2")
+    attacked = FAB(eps=margin.min().item() / 10, norm="l2", steps=3)(model, images, labels)
+    assert torch.equal(attacked, images)  # the boundary is out of reach
+    _, first, across, back, _, _, _, last = seen  # clean; before and after each of three steps; pulled into the ball
+    assert torch.equal(first, images)
+    torch.testing.assert_close(norms(across - images, "l2"), 1.05 * margin, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(back, images + 0.9 * (across - images))
+    torch.testing.assert_close(norms(last - images, "l2"), (margin.min() / 10).expand(4), rtol=1e-3, atol=1e-5)
+
+
 # --- Square ----------------------------------------------------------------------------------------------------------
 
 

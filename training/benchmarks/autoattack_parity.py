@@ -134,18 +134,19 @@ def compare(name: str, model: nn.Module, images: Tensor, labels: Tensor, args) -
     return row
 
 
-def print_table(title: str, rows: list[dict], count: int, num_images: int) -> None:
-    print(f"\n{title}: {count} of {num_images} images are right when clean ({100 * count / num_images:.2f} %)")
-    print("attack    robust %: ours  theirs  difference  only ours / theirs broke   wall s: ours  theirs  ratio  cpu")
-    for row in rows:
-        ours, theirs = (row[backend] for backend in BACKENDS)
-        shares = [100 * side["robust"] / num_images for side in (ours, theirs)]
-        print(
-            f"{row['attack']:<9} {shares[0]:14.2f} {shares[1]:7.2f} {shares[0] - shares[1]:+11.2f}"
-            f" {row['only_ours_broke']:14d} / {row['only_theirs_broke']:<12d}"
-            f" {ours['wall_seconds']:10.1f} {theirs['wall_seconds']:7.1f} {row['wall_seconds_ratio']:6.2f}"
-            f" {row['cpu_seconds_ratio']:5.2f}"
-        )
+HEADER = "attack    robust %: ours  theirs  difference  only ours / theirs broke   wall s: ours  theirs  ratio  cpu"
+
+
+def print_row(row: dict, num_images: int) -> None:
+    ours, theirs = (row[backend] for backend in BACKENDS)
+    shares = [100 * side["robust"] / num_images for side in (ours, theirs)]
+    print(
+        f"{row['attack']:<9} {shares[0]:14.2f} {shares[1]:7.2f} {shares[0] - shares[1]:+11.2f}"
+        f" {row['only_ours_broke']:14d} / {row['only_theirs_broke']:<12d}"
+        f" {ours['wall_seconds']:10.1f} {theirs['wall_seconds']:7.1f} {row['wall_seconds_ratio']:6.2f}"
+        f" {row['cpu_seconds_ratio']:5.2f}",
+        flush=True,
+    )
 
 
 def environment(device: str) -> dict:
@@ -179,12 +180,13 @@ def main(arguments: list[str] | None = None) -> dict:
             counter = PassCounter(model)
             batches = zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True)
             right = torch.cat([(counter(x.to(args.device)).argmax(dim=1).cpu() == y) for x, y in batches])
-        rows = [
-            compare(name, model, images[right], labels[right], args) for name in (*VERSIONS[args.version], "union")
-        ]
-        print_table(folder, rows, int(right.sum()), len(images))
-        results["models"][folder] = {"clean_correct": int(right.sum()), "num_images": len(images), "rows": rows}
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        count, rows = int(right.sum()), []
+        results["models"][folder] = {"clean_correct": count, "num_images": len(images), "rows": rows}
+        print(f"\n{folder}: {count} of {len(images)} images are right when clean\n{HEADER}", flush=True)
+        for name in (*VERSIONS[args.version], "union"):
+            rows.append(compare(name, model, images[right], labels[right], args))
+            print_row(rows[-1], len(images))
+            args.output.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
