@@ -99,11 +99,16 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
     """
     if logits.ndim != 2 or len(logits) != len(labels):
         raise ValueError(f"model returned logits of shape {tuple(logits.shape)}; expected ({len(labels)}, classes).")
-    low, high = (int(v) for v in torch.aminmax(labels))
-    if low < 0 or high >= logits.shape[1]:
-        raise ValueError(f"labels lie in [{low}, {high}]; expected values in [0, {logits.shape[1]}).")
+    check_label_range(labels, logits.shape[1])
     if not torch.isfinite(logits).all():
         raise ValueError("model returned logits that are NaN or infinite on clean images.")
+
+
+def check_label_range(labels: Tensor, num_classes: int) -> None:
+    """Raise a ValueError unless all labels lie in [0, num_classes)."""
+    low, high = (int(v) for v in torch.aminmax(labels))
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels lie in [{low}, {high}]; expected values in [0, {num_classes}).")
 
 
 # --- geometry --------------------------------------------------------------------------------------------------------
@@ -180,12 +185,24 @@ def project(perturbed: Tensor, images: Tensor, eps: float, norm: str) -> Tensor:
 
     Values that are not finite (a gradient overflowed) fall back to the clean pixel.
     """
-    delta = torch.where(torch.isfinite(perturbed), perturbed - images, torch.zeros_like(images))
+    wide = torch.promote_types(images.dtype, torch.float32)
+    delta = torch.where(torch.isfinite(perturbed), perturbed.to(wide) - images.to(wide), 0)
     if norm == "linf":
         delta = delta.clamp(-eps, eps)
     else:
         delta = delta * (eps / l2_norm(delta).clamp_min(1e-12)).clamp_max(1)
-    return (images + delta).clamp(0, 1)
+    return round_inwards((images.to(wide) + delta).clamp(0, 1), images)
+
+
+def round_inwards(perturbed: Tensor, images: Tensor) -> Tensor:
+    """Round to the precision of `images`, in half precision always towards `images`: else 2e-3 outside the ball."""
+    rounded = perturbed.to(images.dtype)
+    if images.dtype not in (torch.float16, torch.bfloat16):
+        return rounded
+    moved = rounded.float() - images.float()
+    excess = moved.abs() > (perturbed - images.float()).abs()
+    bits = rounded.view(torch.int16)  # values in [0, 1] are ordered like their bit patterns
+    return torch.where(excess, bits - moved.sign().to(torch.int16), bits).view(images.dtype)
 
 
 def steepest(gradient: Tensor, norm: str) -> Tensor:
@@ -211,6 +228,16 @@ def margin_objective(logits: Tensor, labels: Tensor, reference: Tensor | None = 
 def kl_objective(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> Tensor:
     """Kullback-Leibler divergence (B,) of the attacked from the clean prediction (TRADES' inner objective)."""
     return F.kl_div(logits.log_softmax(1), reference.log_softmax(1), log_target=True, reduction="none").sum(1)
+
+
+def checked(objective: Objective) -> Objective:
+    """The same objective, after a check that all labels are classes of the model."""
+
+    def check_then_compute(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> Tensor:
+        check_label_range(labels, logits.shape[1])
+        return objective(logits, labels, reference)
+
+    return check_then_compute
 
 
 OBJECTIVES: dict[str, Objective] = {"ce": ce_objective, "margin": margin_objective, "kl": kl_objective}

@@ -20,6 +20,7 @@ from .attack_primitives import (
     check_batch,
     check_eps,
     check_logits,
+    checked,
     frozen,
     logits_of,
     per_image,
@@ -68,10 +69,10 @@ class PGD:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is not one of {', '.join(map(repr, OBJECTIVES))}.")
         for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1.")
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size={self.step_size!r} must be > 0, in the units of eps.")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least 1.")
+        if self.step_size is not None and not 0 < self.step_size < float("inf"):
+            raise ValueError(f"step_size={self.step_size!r} must be finite and > 0, in the units of eps.")
         if self.restarts > 1 and not (self.keep_best and self.random_start):
             raise ValueError(f"restarts={self.restarts} needs keep_best=True and random_start=True.")
 
@@ -107,10 +108,11 @@ class PGD:
         perturbed = images
         if self.random_start:
             perturbed = random_start(images, self.eps, self.norm, seed=seed, ids=ids, shard=self.shard)
-        for _ in range(self.steps):
-            gradient, logits, value = value_and_gradient(
-                model, perturbed, labels, OBJECTIVES[self.objective], reference
-            )
+        for step in range(self.steps):
+            objective = OBJECTIVES[self.objective]
+            if step == 0 and not self.keep_best:  # the first logits seen tell how many classes there are
+                objective = checked(objective)
+            gradient, logits, value = value_and_gradient(model, perturbed, labels, objective, reference)
             moved = perturbed + step_size * steepest(gradient, self.norm)
             previous, perturbed = perturbed, project(moved, images, self.eps, self.norm)
             yield previous, perturbed, logits, value

@@ -6,6 +6,7 @@ This file travels to the Hub as remote code together with `modeling_dualmoe.py`;
 Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach*, https://arxiv.org/abs/2502.06832
 """
 
+import math
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -47,7 +48,30 @@ def check_format_version(version: int) -> None:
         )
 
 
-class MoEConfig(PreTrainedConfig):
+def check_normalisation(name: str, mean: list[float] | None, std: list[float] | None, num_channels: int) -> None:
+    """Raise a ValueError unless `mean` and `std` are both None, or one finite value per channel with std > 0."""
+    if (mean is None) != (std is None):
+        raise ValueError(f"{name}_mean={mean!r} and {name}_std={std!r} must be given together.")
+    for field, values in ((f"{name}_mean", mean), (f"{name}_std", std)):
+        if values is not None and len(values) != num_channels:
+            raise ValueError(f"{field} has {len(values)} values but num_channels={num_channels}.")
+        if values is not None and not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{field}={values!r} must be finite.")
+    if std is not None and min(std) <= 0:
+        raise ValueError(f"{name}_std={std!r} must be > 0 in every channel.")
+
+
+class ValidatedConfig(PreTrainedConfig):
+    """A config whose values are also checked when `from_pretrained` overrides them."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        result = super().from_dict(config_dict, **kwargs)  # sets overrides as attributes, after __post_init__
+        (result[0] if isinstance(result, tuple) else result)._check_fields()
+        return result
+
+
+class MoEConfig(ValidatedConfig):
     """Configuration of `MoEForImageClassification`: E whole or late-stage experts behind one router.
 
     Args:
@@ -98,6 +122,11 @@ class MoEConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
+        self._check_fields()
+        self.backbone_kwargs = dict(self.backbone_kwargs or {})
+        super().__post_init__(**kwargs)
+
+    def _check_fields(self) -> None:
         check_format_version(self.format_version)
         check_choice("stem", self.stem, STEMS)
         check_choice("router", self.router, ROUTERS)
@@ -119,20 +148,14 @@ class MoEConfig(PreTrainedConfig):
                 raise ValueError(f"width={self.width!r} must be a multiplier > 0, a list of stage channels, or None.")
         self.image_mean = self._per_channel("image_mean")
         self.image_std = self._per_channel("image_std")
-        if min(self.image_std) <= 0:
-            raise ValueError(f"image_std={self.image_std!r} must be > 0 in every channel.")
-        self.backbone_kwargs = dict(self.backbone_kwargs or {})
-        super().__post_init__(**kwargs)
+        check_normalisation("image", self.image_mean, self.image_std, self.num_channels)
 
     def _per_channel(self, name: str) -> list[float]:
         value = getattr(self, name)
-        values = [float(value)] * self.num_channels if isinstance(value, (int, float)) else [float(v) for v in value]
-        if len(values) != self.num_channels:
-            raise ValueError(f"{name} has {len(values)} values but num_channels={self.num_channels}.")
-        return values
+        return [float(value)] * self.num_channels if isinstance(value, (int, float)) else [float(v) for v in value]
 
 
-class DualMoEConfig(PreTrainedConfig):
+class DualMoEConfig(ValidatedConfig):
     """Configuration of `DualMoEForImageClassification`: F_D = (1 - alpha) F_S + alpha F_R.
 
     Args:
@@ -171,21 +194,28 @@ class DualMoEConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
+        self.standard = self._component("standard")
+        self.robust = self._component("robust")
+        if self.id2label is None and kwargs.get("num_labels") is None:
+            kwargs.pop("num_labels", None)  # transformers would build no labels at all from an explicit None
+            self.id2label = dict(self.robust.id2label)
+            self.label2id = {name: i for i, name in self.id2label.items()}
+        self._check_fields()
+        super().__post_init__(**kwargs)
+
+    def _check_fields(self) -> None:
         check_format_version(self.format_version)
         check_range("alpha", self.alpha, 0, 1)
         check_choice("mixing", self.mixing, MIXINGS)
         self._check_logit_map("standard_logit_map")
         self._check_logit_map("robust_logit_map")
-        self.standard = self._component("standard")
-        self.robust = self._component("robust")
-        if self.id2label is None and kwargs.get("num_labels") is None:
-            kwargs.pop("num_labels", None)  # transformers would build no labels at all from an explicit None
-            self.id2label, self.label2id = dict(self.robust.id2label), dict(self.robust.label2id)
         for name in ("image_size", "num_channels", "num_labels"):
             standard, robust = getattr(self.standard, name, None), getattr(self.robust, name, None)
             if standard is not None and robust is not None and standard != robust:
                 raise ValueError(f"standard.{name}={standard} and robust.{name}={robust} must be equal.")
-        super().__post_init__(**kwargs)
+        for name in ("standard", "robust"):
+            mean, std = getattr(self, f"{name}_image_mean"), getattr(self, f"{name}_image_std")
+            check_normalisation(f"{name}_image", mean, std, getattr(getattr(self, name), "num_channels", 3))
 
     def _component(self, name: str) -> PreTrainedConfig:
         value = getattr(self, name)
@@ -193,11 +223,9 @@ class DualMoEConfig(PreTrainedConfig):
             return MoEConfig()
         if not isinstance(value, dict):
             return value
-        fields = dict(value)
-        model_type = fields.pop("model_type", MoEConfig.model_type)
-        return (
-            MoEConfig(**fields) if model_type == MoEConfig.model_type else AutoConfig.for_model(model_type, **fields)
-        )
+        model_type = value.get("model_type", MoEConfig.model_type)
+        config_class = MoEConfig if model_type == MoEConfig.model_type else type(AutoConfig.for_model(model_type))
+        return config_class.from_dict(value)  # some classes translate what `to_dict` wrote
 
     def _check_logit_map(self, name: str) -> None:
         logit_map = getattr(self, name)

@@ -41,7 +41,8 @@ class MoEImageClassifierOutput(ModelOutput):
         logits: (B, C); k = 1: the chosen expert's logits; k > 1: log-probabilities of the mixture.
         router_logits: (B, E) before softmax; only where asked for.
         expert_index: (B,) the expert used for k = 1; (B, k), highest score first, for k > 1.
-        aux_loss: Scalar load-balancing loss, unweighted, over the rows that the router decided.
+        aux_loss: Scalar load-balancing loss, unweighted, over the rows that the router decided; None where no loss is
+            asked for under `no_grad`: `pipeline` can only split a batch of outputs that have a row per image.
     """
 
     loss: Tensor | None = None
@@ -63,7 +64,7 @@ class DualMoEImageClassifierOutput(ModelOutput):
         standard_router_logits, robust_router_logits: (B, E) before softmax; only where asked for.
         standard_expert_index, robust_expert_index: As in `MoEImageClassifierOutput`; None for a component without
             experts.
-        aux_loss: Scalar sum of the load-balancing losses, each weighted with its router_aux_loss_coef.
+        aux_loss: Scalar sum of the load-balancing losses, each weighted with its router_aux_loss_coef; None as there.
     """
 
     loss: Tensor | None = None
@@ -111,6 +112,8 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int, image_size: int 
     Raises:
         ValueError: Shape, dtype or values are wrong; the message names what is allowed.
     """
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; expected floats in [0, 1] (divide by 255).")
     if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or pixel_values.shape[0] == 0:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}; expected (batch, {num_channels}, height, width)."
@@ -120,8 +123,6 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int, image_size: int 
         raise ValueError(
             f"pixel_values are {height}x{width} pixels; this model takes image_size={image_size} squared."
         )
-    if not pixel_values.is_floating_point():
-        raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; expected floats in [0, 1] (divide by 255).")
     if pixel_values.requires_grad or torch.compiler.is_compiling() or pixel_values.is_meta:
         return
     low, high = (float(v) for v in torch.aminmax(pixel_values.detach()))
@@ -155,7 +156,8 @@ class Normalize(nn.Module):
         super().__init__()
         self.constants = {"mean": tuple(mean), "std": tuple(std)}
         for name, values in self.constants.items():
-            self.register_buffer(name, torch.empty(len(values), 1, 1), persistent=False)
+            # float32 whatever dtype the model is loaded in: 8 bits are too few for a mean
+            self.register_buffer(name, torch.empty(len(values), 1, 1, dtype=torch.float32), persistent=False)
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
@@ -307,7 +309,10 @@ class Trunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.size is not None:
             images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
-        return images if self.stages is None else self.stages.forward_features(images)
+        if self.stages is None:
+            return images
+        with single_row_mode(self.stages, len(images)):
+            return self.stages.forward_features(images)
 
 
 class FeaturePool(nn.Module):
@@ -335,16 +340,26 @@ def create_router(config: MoEConfig, num_features: int | None) -> nn.Sequential:
 
 
 @contextmanager
-def frozen_batchnorm(module: nn.Module) -> Iterator[None]:
-    """Let training-mode BatchNorm layers use their running statistics: a single image has no variance."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+def single_row_mode(module: nn.Module, num_rows: int) -> Iterator[None]:
+    """Let training-mode BatchNorm layers use their running statistics for a single image, which has no variance.
+
+    Nothing is recomputed in the backward pass meanwhile: that would happen in the other mode.
+    """
+    layers, checkpointed = [], []
+    if num_rows == 1:
+        layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        checkpointed = [m for m in module.modules() if layers and getattr(m, "grad_checkpointing", False)]
     for layer in layers:
         layer.eval()
+    for part in checkpointed:
+        part.grad_checkpointing = False
     try:
         yield
     finally:
         for layer in layers:
             layer.train()
+        for part in checkpointed:
+            part.grad_checkpointing = True
 
 
 class RobustPreTrainedModel(PreTrainedModel):
@@ -502,7 +517,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
     def _prepare(self, pixel_values: Tensor) -> Tensor:
         """Check and normalise; a one-channel model also takes RGB (as `pipeline` sends) and averages it."""
         channels = self.config.num_channels
-        if channels == 1 and pixel_values.ndim == 4 and pixel_values.shape[1] == 3:
+        is_rgb = pixel_values.ndim == 4 and pixel_values.shape[1] == 3
+        if channels == 1 and is_rgb and pixel_values.is_floating_point():
             pixel_values = pixel_values.mean(dim=1, keepdim=True)
         check_pixel_values(pixel_values, channels, self.config.image_size)
         return self.normalize(pixel_values).to(self.dtype)
@@ -557,6 +573,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
             check_labels(labels, len(pixel_values), self.config.num_labels)
             loss = F.cross_entropy(logits.float(), labels) + self.config.router_aux_loss_coef * aux_loss
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if labels is None and not torch.is_grad_enabled():
+            aux_loss = None
         return MoEImageClassifierOutput(loss, logits, router_logits if wanted else None, index, aux_loss)
 
     def _forced_rows(self, expert_index: Tensor | None, batch_size: int) -> Tensor | None:
@@ -634,11 +652,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
         return torch.cat(outputs)[back]
 
     def _run_expert(self, i: int, hidden: Tensor) -> Tensor:
-        expert = self.experts[i]
-        if self.training and len(hidden) == 1:
-            with frozen_batchnorm(expert):
-                return expert(hidden)
-        return expert(hidden)
+        with single_row_mode(self.experts[i], len(hidden)):
+            return self.experts[i](hidden)
 
 
 # --- dual model ------------------------------------------------------------------------------------------------------
@@ -766,12 +781,16 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             ValueError: Wrong shape, dtype or values of an argument.
         """
         alpha = self.config.alpha if alpha is None else alpha
-        if not isinstance(alpha, Tensor):
-            check_alpha(alpha)
-        standard = self._run("standard", pixel_values, None, output_router_logits)
+        check_alpha(alpha)
         own_images = robust_pixel_values is None
+        robust_labels = labels if own_images else None
+        standard = self._run("standard", pixel_values, labels, None, output_router_logits)
         robust = self._run(
-            "robust", pixel_values if own_images else robust_pixel_values, expert_index, output_router_logits
+            "robust",
+            pixel_values if own_images else robust_pixel_values,
+            robust_labels,
+            expert_index,
+            output_router_logits,
         )
         aux_loss = self._weighted_aux_loss("standard", standard) + self._weighted_aux_loss("robust", robust)
         logits, loss = None, None
@@ -789,7 +808,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             robust_router_logits=robust.get("router_logits"),
             standard_expert_index=standard.get("expert_index"),
             robust_expert_index=robust.get("expert_index"),
-            aux_loss=aux_loss,
+            aux_loss=None if labels is None and not torch.is_grad_enabled() else aux_loss,
         )
 
     def mix(self, standard_logits: Tensor, robust_logits: Tensor, alpha: float | Tensor | None = None) -> Tensor:
@@ -800,26 +819,35 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         return mix_logits(standard_logits, robust_logits, alpha, self.config.mixing)
 
     def _run(
-        self, name: str, pixel_values: Tensor, expert_index: Tensor | None, output_router_logits: bool | None
+        self,
+        name: str,
+        pixel_values: Tensor,
+        labels: Tensor | None,
+        expert_index: Tensor | None,
+        output_router_logits: bool | None,
     ) -> ModelOutput:
         model = getattr(self, name)
-        if has_experts(model):
-            return model(pixel_values, expert_index=expert_index, output_router_logits=output_router_logits)
+        if has_experts(model):  # labels only tell it that its balance loss is wanted
+            return model(pixel_values, labels, expert_index, output_router_logits)
         if expert_index is not None:
             raise ValueError(f"expert_index was given, but the {name} model has no experts.")
         check_pixel_values(pixel_values, getattr(model.config, "num_channels", 3), None)
         return model(getattr(self, f"normalize_{name}")(pixel_values).to(model.dtype))
 
     def _weighted_aux_loss(self, name: str, output: ModelOutput) -> Tensor:
-        if not has_experts(getattr(self, name)):
+        if output.get("aux_loss") is None:
             return output.logits.new_zeros(())
         return getattr(self.config, name).router_aux_loss_coef * output.aux_loss
 
 
-def check_alpha(alpha: float) -> None:
-    """Raise a ValueError unless alpha is a number in [0, 1]."""
-    if not 0 <= float(alpha) <= 1:  # also false for NaN
-        raise ValueError(f"alpha={alpha!r} must be in [0, 1].")
+def check_alpha(alpha: float | Tensor) -> None:
+    """Raise a ValueError unless alpha is a number, or a tensor of numbers, in [0, 1]."""
+    if isinstance(alpha, Tensor) and torch.compiler.is_compiling():
+        return
+    low, high = (float(v) for v in torch.aminmax(torch.as_tensor(alpha).detach()))
+    if not (low >= 0 and high <= 1):  # also false for NaN
+        shown = f" has values in [{low:.4g}, {high:.4g}]; they" if isinstance(alpha, Tensor) else f"={alpha!r}"
+        raise ValueError(f"alpha{shown} must be in [0, 1].")
 
 
 def has_experts(model: nn.Module) -> bool:

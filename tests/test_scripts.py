@@ -66,10 +66,10 @@ def test_run_trains_reports_and_saves(run, tmp_path, capsys):
     assert all(torch.equal(v, again.state_dict()[name]) for name, v in model.state_dict().items())
 
     with pytest.raises(SystemExit):  # other settings must not continue it
-        run(*QUICK, "--output_dir", tmp_path, "--beta", "1")
+        run(*QUICK, "--output_dir", tmp_path, "--beta", "2")
     assert "holds a run with other settings" in capsys.readouterr().err
-    run(*QUICK, "--output_dir", tmp_path, "--beta", "1", "--fresh")
-    assert RobustnessReport.load(folder / "results.json").training["beta"] == 1
+    run(*QUICK, "--output_dir", tmp_path, "--beta", "2", "--fresh")
+    assert RobustnessReport.load(folder / "results.json").training["beta"] == 2
 
 
 @pytest.mark.parametrize("method", ["standard", "at", "trades", "rt_er"])
