@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_dualmoe import data
+from hf_dualmoe import decoding
 from hf_dualmoe.data import (
     DataSplits,
     ImageTensorDataset,
     augment,
     collate,
-    decode_images,
     load_digits_splits,
     load_splits,
     to_unit_range,
 )
+from hf_dualmoe.decoding import decode_images
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}  # class -> colour, in label order
 
@@ -706,8 +706,8 @@ def test_large_splits_go_to_a_temporary_file_with_the_same_result(tmp_path, monk
     in_ram = load_splits(name, on_bad_image="skip")
     calls = []
     memmap = np.memmap
-    monkeypatch.setattr(data.np, "memmap", lambda *args, **kwargs: calls.append(kwargs) or memmap(*args, **kwargs))
-    monkeypatch.setattr(data, "MAX_RAM_BYTES", 6 * 6 * 3 * 10)
+    monkeypatch.setattr(decoding.np, "memmap", lambda *args, **kwargs: calls.append(kwargs) or memmap(*args, **kwargs))
+    monkeypatch.setattr(decoding, "MAX_RAM_BYTES", 6 * 6 * 3 * 10)
     on_disk = load_splits(name, on_bad_image="skip")
     assert len(calls) == 1  # train only: the 4 images of each held-out set are below the limit
     assert torch.equal(in_ram.train.images, on_disk.train.images) and in_ram.skipped == on_disk.skipped
