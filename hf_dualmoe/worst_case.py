@@ -1,0 +1,492 @@
+"""Attacks on the parts of mixtures and dual models, and the adaptive union of them all.
+
+    result = worst_case(model, images, labels, eps=8 / 255)
+    result.accuracy, result.members, result.to_dict()
+
+Hard routing and mixing both hide gradients: that of a routed model is blind to the router, that of a mixture to a
+saturated component. `worst_case` climbs surrogates that are each blind to other things; the real model judges.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .apgd import APGD, APGD_OBJECTIVES, MIN_CLASSES, MOMENTUM, RUN_SEED, PassCounter, _Ascent, checkpoints
+from .attack_primitives import (
+    Classifier,
+    check_batch,
+    check_eps,
+    check_logits,
+    frozen,
+    logits_of,
+    margin_objective,
+    project,
+    random_start,
+    value_and_gradient,
+)
+from .attacks import PGD, Best
+
+TEMPERATURES = (0.2, 1.0, 5.0)  # close to the hard route, as the scores are, close to an equal mixture
+ALPHAS = (0.5, 0.9, 0.99)
+ROUTE_SLACK = 0.05  # share of the range of the router's scores by which a flipped route should win
+SHARPNESS = 10  # of `soft_margin`: the scores' range in nats
+
+# --- parts of a model ------------------------------------------------------------------------------------------------
+
+
+def is_dual(model: Classifier) -> bool:
+    """Whether `model` mixes F_S and F_R; by attributes, since remote code has a class of its own."""
+    return hasattr(model, "standard") and hasattr(model, "robust")
+
+
+def has_experts(model: Classifier, minimum: int = 1) -> bool:
+    """Whether `model` is a mixture of at least `minimum` experts."""
+    return hasattr(model, "expert_logits") and model.config.num_experts >= minimum
+
+
+def mixture_of(model: Classifier) -> nn.Module:
+    """The mixture whose routes are attacked: `model`, or F_R of a dual model; ValueError where that has no experts."""
+    moe = model.robust if is_dual(model) else model
+    if not has_experts(moe):
+        part = "robust component is" if is_dual(model) else "model is"
+        raise ValueError(f"model={type(model).__name__} has no experts to attack: its {part} no mixture of experts.")
+    return moe
+
+
+def fixed_expert(model: nn.Module, images: Tensor, *, expert: int, standard_expert: int | None = None) -> Tensor:
+    """Logits (B, C) for images (B, ...) with `expert` in the place of the router of a MoE, or of a dual model's F_R.
+
+    `standard_expert` does the same for F_S; None leaves F_S as it is.
+    """
+    index = torch.full((len(images),), expert, device=images.device)
+    if standard_expert is None:
+        return model(images, expert_index=index).logits
+    standard = model.standard(images, expert_index=torch.full_like(index, standard_expert)).logits
+    return model.mix(standard, model.robust(images, expert_index=index).logits)
+
+
+def soft_mixture(moe: nn.Module, images: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (B, C) of all E > 1 experts mixed: log sum_i softmax(g / T)_i softmax(f_i).
+
+    T counts in standard deviations of each image's router scores g (B, E): larger scores alone hide nothing.
+    """
+    logits, scores = moe.expert_logits(images)
+    unit = scores.detach().std(dim=1, correction=0, keepdim=True).clamp_min(1e-12)
+    log_gate = (scores / unit / temperature).log_softmax(dim=1)
+    return (log_gate[:, :, None] + logits.float().log_softmax(dim=2)).logsumexp(dim=1)
+
+
+def soft_logits(model: nn.Module, images: Tensor, temperature: float) -> Tensor:
+    """Logits (B, C) with `soft_mixture` in the place of every hard route: of a MoE, or in F_S and F_R alike."""
+    if not is_dual(model):
+        return soft_mixture(model, images, temperature)
+    output = model(images)
+    parts = ((model.standard, output.standard_logits), (model.robust, output.robust_logits))
+    return model.mix(*(soft_mixture(part, images, temperature) if has_experts(part, 2) else z for part, z in parts))
+
+
+def unit_range(scores: Tensor) -> Tensor:
+    """Scores (B, K) in units of their range, so that terms of different scale add up; the unit has no gradient."""
+    low, high = torch.aminmax(scores.detach(), dim=1, keepdim=True)
+    return scores.float() / (high - low).clamp_min(1e-12)
+
+
+def soft_margin(scores: Tensor, labels: Tensor) -> Tensor:
+    """Soft maximum of the wrong scores (B, K) minus the right one (B,), in units of their range.
+
+    For logits of range 10 that is the gradient direction of cross-entropy, all wrong classes included. But it neither
+    saturates nor depends on scale: logits times 1e3 hide nothing.
+    """
+    unit = SHARPNESS * unit_range(scores)
+    wrong = unit.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1)
+    return (wrong - unit.gather(1, labels[:, None]).squeeze(1)) / SHARPNESS
+
+
+# --- component attacks -----------------------------------------------------------------------------------------------
+
+
+def attack_experts(
+    model: nn.Module, images: Tensor, labels: Tensor, *, attack: Callable[..., Tensor], ids: Tensor | None = None
+) -> Tensor:
+    """RA-E: attack each image through the expert that its clean version is sent to, with the route held there.
+
+    Show the result to the WHOLE model, which routes anew: the share that it still gets right is RA-E.
+
+    Args:
+        model: MoE (k > 1: its first choice alone), or dual model whose F_R is one: the attacked function is then the
+            mixture, with the route of F_R fixed, and that of F_S too where it has experts. Else a ValueError.
+        images, labels, ids: As in `PGD.__call__`; the result is like `images`, detached.
+        attack: Any attack of this package, such as `PGD(eps=8 / 255, steps=50, seed=0)`.
+    """
+    routed = [mixture_of(model)]
+    routed += [model.standard] if is_dual(model) and has_experts(model.standard) else []
+    check_batch(images, labels)
+    ids = torch.arange(len(images)) if ids is None else ids.cpu()
+    with torch.inference_mode(False), torch.no_grad(), frozen(model):
+        images, labels = images.detach().clone(), labels.clone()  # clones leave inference mode, if it was on
+        routes = torch.stack([moe.route(images).argmax(dim=1) for moe in routed], dim=1)
+        attacked = images.clone()
+        for route in routes.unique(dim=0):  # in groups: attacks drop rows, and would lose a route per image
+            rows = (routes == route).all(dim=1).nonzero().squeeze(1)
+            fixed = partial(
+                fixed_expert, model, **dict(zip(("expert", "standard_expert"), route.tolist(), strict=False))
+            )
+            attacked[rows] = attack(fixed, images[rows], labels[rows], ids=ids[rows.cpu()])
+    return attacked
+
+
+def attack_router(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 20,
+    restarts: int = 1,
+    seed: int | None = 0,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """RA-R: move each image as far as possible from its clean route i, whatever becomes of its class.
+
+    Raises g_k - g_i for every other expert k in turn (margins do not saturate) and keeps the largest max_k g_k - g_i;
+    exact for an affine router under L-inf. Show the result to the WHOLE model: the share still right is RA-R.
+
+    Args:
+        model: MoE, or dual model whose F_R is one; else a ValueError. A single expert leaves the images as they are.
+        images, labels, ids: As in `PGD.__call__`; the result is like `images`, detached. Labels are only checked.
+        eps, norm, steps, restarts, seed: As in `PGD`, for each k. A step costs the router (and the shared trunk).
+    """
+    moe = mixture_of(model)
+    check_batch(images, labels)
+    attack = PGD(eps=eps, norm=norm, steps=steps, restarts=restarts, seed=seed, objective="margin")
+    with torch.inference_mode(False), torch.no_grad(), frozen(model):
+        images = images.detach().clone()  # clones leave inference mode, if it was on
+        scores = moe.route(images)
+        route = scores.argmax(dim=1)
+        best = Best(images, scores, margin_objective(scores, route), route)  # the value is -inf where E = 1
+        for shift in range(1, scores.shape[1]):
+            pair = torch.stack([route, (route + shift) % scores.shape[1]], dim=1)
+
+            def pair_scores(points: Tensor, pair: Tensor = pair) -> Tensor:
+                return moe.route(points).gather(1, pair)
+
+            attacked = attack(pair_scores, images, torch.zeros_like(route), ids=ids)
+            scores = moe.route(attacked)
+            best.update(attacked, scores, margin_objective(scores, route))
+    return best.images
+
+
+# --- members of the union --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Member:
+    """A function to climb, and how to prepare for it.
+
+    Args:
+        name: Name in the report; the random start depends on it, not on the other members.
+        value: (images (B, ...), labels (B,), reference (B, ...)) -> what to raise, (B,), differentiable.
+        prepare: (clean images, labels) -> the reference, a tensor with a row per image, such as a target.
+        prepare_passes: Forward passes per image that `prepare` takes.
+    """
+
+    name: str
+    value: Callable[[Tensor, Tensor, Tensor], Tensor]
+    prepare: Callable[[Tensor, Tensor], Tensor] = lambda images, labels: labels
+    prepare_passes: int = 0
+
+
+def margin_member(name: str, classify: Classifier) -> Member:
+    """Raise the soft margin of a classifier."""
+    return Member(name, lambda images, labels, reference: soft_margin(logits_of(classify, images), labels))
+
+
+def whole_members(model: Classifier, num_classes: int) -> list[Member]:
+    """APGD on the model itself, with the cross-entropy and the difference of logits ratio."""
+
+    def value(objective, images, labels, reference):
+        return objective(logits_of(model, images), labels, None)
+
+    names = [name for name in ("ce", "dlr") if num_classes >= MIN_CLASSES[name]]
+    return [Member(f"whole {name}", partial(value, APGD_OBJECTIVES[name])) for name in names]
+
+
+def component_members(dual: nn.Module, alphas: Sequence[float]) -> list[Member]:
+    """For dual models, whose mixture hides a component that is saturated or weighs little.
+
+    F_R and F_S alone: logits are steep where probabilities are flat. Both, in equal units: the mixture breaks where
+    they lean to one wrong class. Other positions of the dial: more weight on the hidden one.
+    """
+
+    def both(images: Tensor) -> Tensor:
+        output = dual(images)
+        return unit_range(output.standard_logits) + unit_range(output.robust_logits)
+
+    classifiers = {
+        "robust": lambda images: dual(images).robust_logits,
+        "standard": lambda images: dual(images).standard_logits,
+        "standard + robust": both,
+        **{f"alpha={alpha:g}": partial(dual, alpha=alpha) for alpha in alphas},
+    }
+    return [margin_member(name, classify) for name, classify in classifiers.items()]
+
+
+def route_members(model: nn.Module) -> list[Member]:
+    """For models that route (themselves or in F_R), whose gradient is blind to the router.
+
+    The route alone (RA-R). A flip to the expert that is weakest on this image, or nearest in score, with an attack on
+    it: a broken expert counts only where it is chosen. Each expert in turn: any may come to be chosen.
+    """
+    moe = mixture_of(model)
+    num_experts = moe.config.num_experts
+    slack = ROUTE_SLACK if moe.config.router_top_k == 1 else math.inf  # k > 1: the target should get all the weight
+
+    def ranked(images, labels):
+        return moe.route(images).topk(2, dim=1).indices
+
+    def weakest(images, labels):
+        fixed = (unit_range(fixed_expert(model, images, expert=i)) for i in range(num_experts))
+        margins = torch.stack([margin_objective(logits, labels) for logits in fixed], dim=1)
+        return margins.scatter(1, ranked(images, labels)[:, :1], -torch.inf).argmax(dim=1)
+
+    def leave(images, labels, route):
+        return margin_objective(moe.route(images), route)
+
+    def flip(images, labels, target):
+        lead = -margin_objective(unit_range(moe.route(images)), target)
+        logits = model(images, expert_index=target).logits
+        return soft_margin(logits, labels) + lead.clamp_max(slack)
+
+    return [
+        Member("route", leave, lambda *batch: ranked(*batch)[:, 0]),
+        Member("flip to weakest", flip, weakest, prepare_passes=num_experts),
+        Member("flip to nearest", flip, lambda *batch: ranked(*batch)[:, 1]),
+        *(margin_member(f"expert {i}", partial(fixed_expert, model, expert=i)) for i in range(num_experts)),
+    ]
+
+
+def members_of(
+    model: Classifier, num_classes: int, temperatures: Sequence[float], alphas: Sequence[float]
+) -> list[Member]:
+    """The members that apply to `model`, cheapest first; those for soft routing run all experts."""
+    parts = [model.standard, model.robust] if is_dual(model) else [model]
+    members = whole_members(model, num_classes)
+    members += component_members(model, alphas) if is_dual(model) else []
+    members += route_members(model) if has_experts(parts[-1], 2) else []
+    if any(has_experts(part, 2) for part in parts):
+        soft = {f"soft T={t:g}": partial(soft_logits, model, temperature=t) for t in temperatures}
+        members += [margin_member(name, classify) for name, classify in soft.items()]
+    return members
+
+
+# --- the union -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class WorstCaseResult:
+    """Result of `worst_case` on N images; accuracies in % of all N, tensors on the CPU.
+
+    Args:
+        robust, clean_correct: (N,) bool: right when clean and under every member; right when clean.
+        adversarial: (N, ...) what the first member that broke the image found, else the clean image.
+        members: Accuracy under each member alone; empty with own_accuracy=False.
+        union: Accuracy when clean and after each member, in the order in which they ran.
+        skipped: Members that the budget left out: `accuracy` is then no more than an upper bound of the full union's.
+        passes: Mean "forward" and "gradient" (forward and input gradient) passes per image.
+        settings: The arguments.
+    """
+
+    robust: Tensor
+    clean_correct: Tensor
+    adversarial: Tensor
+    members: dict[str, float]
+    union: dict[str, float]
+    skipped: list[str]
+    passes: dict[str, float]
+    settings: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images that no member breaks, in %."""
+        return _percent(self.robust)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tensors, fit for JSON."""
+        kept = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+        return {"num_images": len(self.robust), "accuracy": self.accuracy, **kept}
+
+
+def _percent(mask: Tensor) -> float:
+    return 100 * mask.double().mean().item()
+
+
+class _Search:
+    """What all members share: the images and which of them stand, the judge, the settings, the count of passes."""
+
+    def __init__(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor, settings: dict[str, Any]):
+        self.images, self.labels, self.ids, self.settings = images.cpu(), labels.cpu(), ids.cpu(), settings
+        self.ball = {"eps": settings["eps"], "norm": settings["norm"]}
+        self.judge, self.surrogate = PassCounter(model), PassCounter(lambda images: images)  # takes members in turn
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self.device = images.device if parameter is None else parameter.device
+        self.adversarial, self.num_classes = self.images.clone(), 0
+        self.robust = torch.ones(len(images), dtype=torch.bool)
+        for rows, clean, right in self._batches(self.robust.clone()):
+            logits = logits_of(self.judge, clean)
+            check_logits(logits, right)
+            self.robust[rows], self.num_classes = (logits.argmax(dim=1) == right).cpu(), logits.shape[1]
+        self.clean_correct = self.robust.clone()
+
+    def _batches(self, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Row numbers on the CPU, images and labels where the model is, of the rows in `mask` (N,)."""
+        for rows in mask.nonzero().squeeze(1).split(self.settings["batch_size"]):
+            if len(rows) > 0:
+                yield rows, self.images[rows].to(self.device), self.labels[rows].to(self.device)
+
+    def passes(self) -> dict[str, float]:
+        """Mean passes per image so far."""
+        rows = {"forward": self.judge.forward_rows, "gradient": self.surrogate.gradient_rows}
+        return {name: count / len(self.images) for name, count in rows.items()}
+
+    def affords(self, budget: float | None) -> bool:
+        """Whether one more member fits into the budget, even if it breaks nothing."""
+        pool = self.clean_correct if self.settings["own_accuracy"] else self.robust
+        most = int(pool.sum()) * self.settings["steps"] * self.settings["restarts"]
+        return budget is None or self.surrogate.gradient_rows + most <= budget * len(self.images)
+
+    def run(self, member: Member) -> Tensor:
+        """Run one member; (N,) bool: which images stand under it. A fresh look at projected images decides."""
+        stands = self.clean_correct.clone()
+        for restart in range(self.settings["restarts"]):
+            seed = self.settings["seed"] + RUN_SEED * restart + zlib.crc32(member.name.encode())
+            for rows, images, labels in self._batches(stands if self.settings["own_accuracy"] else self.robust):
+                found = random_start(images, **self.ball, seed=seed, ids=self.ids[rows])
+                found = project(self._climb(member, images, labels, found), images, **self.ball)
+                logits = logits_of(self.judge, found)
+                if not torch.isfinite(logits).all():
+                    raise ValueError(f"model returned logits that are NaN or infinite on images of {member.name!r}.")
+                broken = (logits.argmax(dim=1) != labels).cpu()
+                first = broken & self.robust[rows]
+                self.adversarial[rows[first]] = found.cpu()[first]
+                stands[rows[broken]] = self.robust[rows[broken]] = False
+        return stands
+
+    def _climb(self, member: Member, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:
+        """APGD on a member's value, where the real model looks at every step and what is broken leaves the work."""
+        steps, reviews, last_review = self.settings["steps"], checkpoints(self.settings["steps"]), 0
+        found, reference = start.clone(), member.prepare(images, labels)
+        self.judge.forward_rows += member.prepare_passes * len(images)
+        gradient, value = self._rise(member, start, labels, reference)
+        rows = torch.arange(len(images), device=images.device)
+        step_size = 2 * self.ball["eps"]
+        ascent = _Ascent.begin(rows, images, labels, reference, start, gradient, value, step_size)
+        for step in range(1, steps + 1):
+            point = ascent.proposal(**self.ball, momentum=MOMENTUM if step > 1 else 1.0)
+            wrong = logits_of(self.judge, point).argmax(dim=1) != ascent.labels
+            found[ascent.rows[wrong]] = point[wrong]
+            ascent.keep(~wrong)
+            if step == steps or len(ascent.rows) == 0:  # the last point needs no gradient
+                break
+            point = point[~wrong]
+            ascent.accept(point, *self._rise(member, point, ascent.labels, ascent.reference))
+            if step in reviews:
+                ascent.review(step - last_review, APGD.rho)
+                last_review = step
+        found[ascent.rows] = ascent.peak
+        return found
+
+    def _rise(self, member: Member, points: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient (B, ...) and value (B,) of a member at `points`, counted."""
+        self.surrogate.model = lambda images: member.value(images, labels, reference)
+        gradient, _, value = value_and_gradient(self.surrogate, points, labels, lambda value, *_: value)
+        return gradient, value
+
+
+def worst_case(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 50,
+    restarts: int = 1,
+    seed: int = 0,
+    ids: Tensor | None = None,
+    temperatures: Sequence[float] = TEMPERATURES,
+    alphas: Sequence[float] = ALPHAS,
+    own_accuracy: bool = True,
+    batch_size: int = 128,
+    budget: float | None = None,
+    description: str | None = None,
+) -> WorstCaseResult:
+    """The adaptive union: an image is robust where it is right when clean and no member that applies breaks it.
+
+    Args:
+        model: MoE, dual model, or any callable from images to logits (B, C) or to an output with `logits`; a module
+            is judged in eval mode and comes back as it was.
+        images: (N, ...) floats in [0, 1].
+        labels: (N,) int64, the right classes.
+        eps, norm: Radius in [0, 1] pixel units of the "linf" or "l2" ball.
+        steps: Gradient passes per image, member and restart, each followed by a forward pass of the real model.
+        restarts: Random starts per member.
+        seed: Of the starts, which depend on it, `ids` and the member alone: the batch size does not matter.
+        ids: (N,) int64 numbers of the images in their dataset; None = 0 .. N-1.
+        temperatures: Of the soft-routing surrogates, see `soft_mixture`.
+        alphas: Positions of the dial to attack beside the model's own (dual models).
+        own_accuracy: Run each member on all images that are right when clean, for its own accuracy. False runs it on
+            those that still stand: the same union for fewer passes, since images do not depend on each other.
+        batch_size: Images per batch.
+        budget: Most gradient passes per image, on average over N; members that might exceed it are skipped and named.
+        description: Label of the progress bar; None = no bar.
+
+    Raises:
+        ValueError: A setting, image or label is out of range, or the model returns NaN.
+    """
+    settings = {"eps": eps, "norm": norm, "steps": steps, "restarts": restarts, "seed": seed}
+    settings |= {"temperatures": list(temperatures), "alphas": list(alphas), "own_accuracy": own_accuracy}
+    settings |= {"batch_size": batch_size, "budget": budget}
+    _check_settings(settings)
+    check_batch(images, labels)
+    ids = torch.arange(len(images)) if ids is None else ids
+    if ids.shape != labels.shape:
+        raise ValueError(f"ids has shape {tuple(ids.shape)}; expected one number per image, ({len(images)},).")
+    members, skipped = {}, []
+    with torch.inference_mode(False), torch.no_grad(), frozen(model):
+        search = _Search(model, images.detach().clone(), labels.clone(), ids, settings)  # clones leave inference mode
+        union = {"clean": _percent(search.robust)}
+        todo = members_of(model, search.num_classes, temperatures, alphas)
+        for member in tqdm(todo, description, disable=description is None):
+            if not search.affords(budget):
+                skipped.append(member.name)
+                continue
+            stands = search.run(member)
+            members |= {member.name: _percent(stands)} if own_accuracy else {}
+            union[member.name] = _percent(search.robust)
+    tensors = search.robust, search.clean_correct, search.adversarial
+    return WorstCaseResult(*tensors, members, union, skipped, search.passes(), settings)
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Raise a ValueError that names the first setting out of range."""
+    check_eps(settings["eps"], settings["norm"])
+    for name in ("steps", "restarts", "batch_size"):
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            raise ValueError(f"{name}={settings[name]!r} must be an integer of at least 1.")
+    if not settings["temperatures"] or not all(0 < t < math.inf for t in settings["temperatures"]):
+        raise ValueError(f"temperatures={settings['temperatures']!r} must hold one or more finite numbers > 0.")
+    if not settings["alphas"] or not all(0 <= alpha <= 1 for alpha in settings["alphas"]):
+        raise ValueError(f"alphas={settings['alphas']!r} must hold one or more numbers in [0, 1].")
+    if settings["budget"] is not None and not settings["budget"] > 0:
+        raise ValueError(f"budget={settings['budget']!r} must be None or > 0 gradient passes per image.")
+
+
+__all__ = ["Member", "WorstCaseResult", "attack_experts", "attack_router", "worst_case"]
