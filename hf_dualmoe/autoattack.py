@@ -8,14 +8,12 @@ the difference of logits ratio, targeted FAB, and Square. An image is robust if 
 classified correctly.
 """
 
-import hashlib
 import json
 import os
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -24,18 +22,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .apgd import APGD, PassCounter, check_classes
+from .apgd import PassCounter, check_classes
 from .attack_primitives import (
     Classifier,
-    ce_objective,
     check_batch,
     check_eps,
     check_logits,
     frozen,
     project,
 )
-from .fab import FAB
-from .square import Square
+from .backends import BACKENDS, backend_name, make_attack
+from .sanity_flags import Flag, digest, probe_model, rounding, square_flag, weights_digest
 
 _FULL = {
     "apgd-ce": {"steps": 100},
@@ -48,20 +45,8 @@ VERSIONS = {
     "few_classes": {name: budget for name, budget in _FULL.items() if name != "apgd-t"},  # works from 2 classes on
     "fast": {"apgd-ce": {"steps": 20}, "apgd-t": {"steps": 20, "target_classes": 3}, "square": {"queries": 200}},
 }
-BACKENDS = ("hf_dualmoe", "torchattacks")
 
 PROBE_IMAGES = 64  # of the first batch, for the sanity checks
-RANDOM_TOLERANCE = 1e-4  # in units of the range of the logits; above what hardware does to equal inputs
-ZERO_GRADIENT_SHARE = 0.1  # of the correctly classified probe images
-SQUARE_SHARE = 0.01  # of all images, and at least two of them
-
-
-@dataclass(frozen=True)
-class Flag:
-    """One sanity check: whether it was raised, and the numbers behind it in words."""
-
-    raised: bool
-    message: str
 
 
 @dataclass
@@ -183,7 +168,7 @@ def autoattack(
         warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=2)
     common = {"backend": backend, "eps": eps, "norm": norm, "seed": seed}
     stages = {name: make_attack(name, budget, **common) for name, budget in VERSIONS[version].items()}
-    settings = {**common, "version": version, "budgets": VERSIONS[version], "backend": _backend_name(backend)}
+    settings = {**common, "version": version, "budgets": VERSIONS[version], "backend": backend_name(backend)}
     ids = torch.arange(len(images)) if ids is None else ids.cpu()
     if ids.shape != labels.shape:
         raise ValueError(f"ids has shape {tuple(ids.shape)}; expected one number per image, ({len(images)},).")
@@ -222,7 +207,7 @@ class _Run:
         self.counter = PassCounter(model)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = images.device if parameter is None else parameter.device
-        data = "" if self.file is None else _digest({"images": images, "labels": labels, "ids": ids})
+        data = "" if self.file is None else digest({"images": images, "labels": labels, "ids": ids})
         self.state = _State(key={**settings, "data": data})
         self.adversarial = images.detach().clone()
         self.robust = torch.ones(len(images), dtype=torch.bool)
@@ -235,13 +220,13 @@ class _Run:
         if self.file is not None and self.file.exists():
             self._load()
             # weights alone would not tell two settings of one model apart, such as the alpha of a dual model
-            if self.state.weights != _weights_digest(self.model) or not self._same_outputs():
+            if self.state.weights != weights_digest(self.model) or not self._same_outputs():
                 raise ValueError(f"state_file={str(self.file)!r} belongs to another model, or the output is random.")
             return
         probe = min(PROBE_IMAGES, batch_size, len(self.images))
         # clones leave inference mode, if it was on
         images, labels = (x[:probe].clone().to(self.device) for x in (self.images, self.labels))
-        self.state.weights = _weights_digest(self.model)
+        self.state.weights = weights_digest(self.model)
         self.probe_logits, flags = probe_model(self.counter, images, labels)
         self.state.flags = {name: asdict(flag) for name, flag in flags.items()}
 
@@ -250,7 +235,7 @@ class _Run:
         with torch.no_grad():
             logits = self.counter(self.images[: len(self.probe_logits)].to(self.device)).cpu()
         same_shape = logits.shape == self.probe_logits.shape
-        return same_shape and bool((logits - self.probe_logits).abs().max() <= _rounding(self.probe_logits))
+        return same_shape and bool((logits - self.probe_logits).abs().max() <= rounding(self.probe_logits))
 
     def attack(self, stages: dict[str, Callable], batch_size: int, progress: bool) -> None:
         """Run the stages that are left, batch by batch."""
@@ -294,8 +279,8 @@ class _Run:
     def result(self, settings: dict) -> AutoAttackResult:
         """The result, with the checks that look back on the whole run."""
         flags = {name: Flag(**flag) for name, flag in self.state.flags.items()}
-        flags["square_stronger"] = _square_flag(self.state.accuracy, len(self.robust))
-        if _weights_digest(self.model) != self.state.weights:
+        flags["square_stronger"] = square_flag(self.state.accuracy, len(self.robust))
+        if weights_digest(self.model) != self.state.weights:
             flags["changing_model"] = Flag(True, "parameters or buffers changed during the evaluation")
         elif not flags["random_output"].raised and not self._same_outputs():
             flags["changing_model"] = Flag(True, "predictions of the same images changed during the evaluation")
@@ -348,146 +333,4 @@ class _Run:
         self.adversarial[broken] = tensors["broken_images"].to(self.adversarial)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
-    found = hashlib.sha256()
-    for name, tensor in tensors.items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def _weights_digest(model: Classifier) -> str:
-    """Digest of all parameters and buffers; empty for a callable that is no module."""
-    if not isinstance(model, nn.Module):
-        return ""
-    return _digest({**dict(model.named_parameters()), **dict(model.named_buffers())})
-
-
-# --- sanity checks ---------------------------------------------------------------------------------------------------
-
-
-def probe_model(model: PassCounter, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Flag]]:
-    """Look at a model on a few images before they are attacked.
-
-    Args:
-        model: Classifier in eval mode without parameter gradients (`frozen`).
-        images: (B, C, H, W) floats in [0, 1].
-        labels: (B,) int64.
-
-    Returns:
-        Logits (B, C) on the CPU, and the flags that need no attack.
-
-    Raises:
-        ValueError: Labels and logits do not go together, or no gradient flows from the logits to the images.
-    """
-    graph = []  # stays empty under no_grad, unless the model turns gradients on by itself
-
-    def note(tensor: Tensor) -> Tensor:
-        graph.append(tensor.shape)
-        return tensor
-
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits, *others = [model(images) for _ in range(4)]
-    check_logits(logits, labels)
-    difference = max((other - logits).abs().max().item() for other in others)
-    probable = bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < 1e-3).all())
-    found = ["it computes gradients while it predicts"] if graph else []
-    found += ["a module puts itself in train mode"] if any(m.training for m in model.modules()) else []
-    flags = {
-        "random_output": Flag(
-            difference > _rounding(logits), f"predictions of the same images differ by up to {difference:.3g}"
-        ),
-        "probability_output": Flag(
-            probable,
-            f"outputs {'are' if probable else 'are not'} probabilities (expected: logits or log-probabilities)",
-        ),
-        "zero_gradients": _gradient_flag(model, images, labels, logits),
-        "changing_model": Flag(bool(found), " and ".join(found) or "parameters and buffers stayed the same"),
-    }
-    return logits.cpu(), flags
-
-
-def _gradient_flag(model: PassCounter, images: Tensor, labels: Tensor, logits: Tensor) -> Flag:
-    images = images.detach().requires_grad_(True)
-    with torch.enable_grad():
-        loss = ce_objective(model(images), labels).sum()
-    gradient = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
-    if gradient is None:
-        raise ValueError(
-            "no gradient flows from the model's output to its images; only Square can attack such a model."
-        )
-    gradient = gradient[logits.argmax(dim=1) == labels].flatten(1)
-    useless = int(((gradient == 0) | ~torch.isfinite(gradient)).all(dim=1).sum())
-    raised = useless > ZERO_GRADIENT_SHARE * len(gradient)
-    return Flag(raised, f"{useless} of {len(gradient)} cross-entropy gradients are zero or not finite")
-
-
-def _square_flag(accuracy: dict[str, float], count: int) -> Flag:
-    """Square may find what gradients missed in no more than 1 % of the images, or in one image."""
-    before, after = list(accuracy.values())[-2:]
-    found = round((before - after) * count)
-    raised = found >= 2 and found > SQUARE_SHARE * count
-    return Flag(raised, f"Square broke {found} of {count} images that the gradient attacks had left standing")
-
-
-def _rounding(logits: Tensor) -> float:
-    """The largest difference between two predictions (B, C) of the same images that rounding explains."""
-    return RANDOM_TOLERANCE * max((logits.max() - logits.min()).item(), 1e-12)
-
-
-# --- backends --------------------------------------------------------------------------------------------------------
-
-
-def make_attack(
-    name: str, budget: dict[str, int], *, backend: str = "hf_dualmoe", eps: float, norm: str = "linf", seed: int = 0
-) -> Callable:
-    """One attack of the union: a callable with the contract of `PGD.__call__`.
-
-    Args:
-        name: "apgd-ce", "apgd-t", "fab-t" or "square".
-        budget: Its entry in a version of `VERSIONS`.
-        backend, eps, norm, seed: As in `autoattack`.
-    """
-    if backend == "torchattacks":
-        return _torchattacks_attack(name, budget, eps=eps, norm=norm, seed=seed)
-    if name == "fab-t":
-        return FAB(**budget, eps=eps, norm=norm)
-    if name == "square":
-        return Square(**budget, eps=eps, norm=norm, seed=seed)
-    objective = {"apgd-ce": "ce", "apgd-t": "dlr_targeted"}[name]
-    return APGD(objective=objective, **budget, eps=eps, norm=norm, seed=seed)
-
-
-def _torchattacks_attack(name: str, budget: dict[str, int], *, eps: float, norm: str, seed: int) -> Callable:
-    """An attack of torchattacks behind our call contract."""
-    try:
-        import torchattacks
-    except ImportError as error:
-        raise ImportError("backend='torchattacks' needs it installed: pip install torchattacks") from error
-    common = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed}
-
-    def attack(model: nn.Module, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            classes = model(images[:1]).shape[1]
-        targets = {"n_classes": min(classes, budget.get("target_classes", 9) + 1)}
-        made = {
-            "apgd-ce": lambda: torchattacks.APGD(model, steps=budget["steps"], loss="ce", **common),
-            "apgd-t": lambda: torchattacks.APGDT(model, steps=budget["steps"], **targets, **common),
-            "fab-t": lambda: torchattacks.FAB(model, steps=budget["steps"], multi_targeted=True, **targets, **common),
-            "square": lambda: torchattacks.Square(model, n_queries=budget["queries"], **common),
-        }[name]()
-        made.set_device(images.device)
-        with torch.enable_grad(), torch.random.fork_rng():
-            return made(images, labels).detach()
-
-    return attack
-
-
-def _backend_name(backend: str) -> str:
-    from . import __version__  # here, since the package may import this module first
-
-    return f"{backend} {__version__ if backend == 'hf_dualmoe' else metadata.version(backend)}"
-
-
-__all__ = ["VERSIONS", "AutoAttackResult", "Flag", "autoattack", "make_attack"]
+__all__ = ["BACKENDS", "VERSIONS", "AutoAttackResult", "Flag", "autoattack", "make_attack"]

@@ -211,7 +211,7 @@ def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs) 
     except (TypeError, AssertionError) as error:
         raise ValueError(f"backbone={name!r} does not accept the arguments {kwargs}: {error}") from error
     if is_resnet:
-        adapt_resnet_stem(backbone, config.stem == "cifar", None if config.width is None else kwargs["channels"][0])
+        adapt_resnet_stem(backbone, config, stem_channels=kwargs.get("channels", [None])[0])
     return backbone
 
 
@@ -224,18 +224,18 @@ def stage_channels(width: float | list[int]) -> tuple[int, ...]:
     return tuple(width)
 
 
-def adapt_resnet_stem(resnet: nn.Module, cifar: bool, stem_channels: int | None) -> None:
-    """Replace, in place, the stem by a 3x3 stride-1 convolution (`cifar`) and narrow it to `stem_channels`."""
+def adapt_resnet_stem(resnet: nn.Module, config: MoEConfig, stem_channels: int | None) -> None:
+    """Give the network, in place, the stem of the config, narrowed to `stem_channels` unless that is None."""
     old_channels = resnet.feature_info[0]["num_chs"]
     channels = stem_channels or old_channels
     narrowed = channels != old_channels
-    if cifar:
-        resnet.conv1 = new_conv(resnet.in_chans, channels, kernel_size=3, padding=1)
+    if config.stem == "cifar":
+        resnet.conv1 = new_conv(config.num_channels, channels, kernel_size=3, padding=1)
         resnet.maxpool = nn.Identity()
     elif narrowed:
         if not isinstance(resnet.conv1, nn.Conv2d):
             raise ValueError("width cannot narrow a deep stem (resnet*d, *c, *s, *t); use stem='cifar'.")
-        resnet.conv1 = new_conv(resnet.in_chans, channels, kernel_size=7, stride=2, padding=3)
+        resnet.conv1 = new_conv(config.num_channels, channels, kernel_size=7, stride=2, padding=3)
     if narrowed:
         resnet.bn1 = type(resnet.bn1)(channels)
         block = resnet.layer1[0]

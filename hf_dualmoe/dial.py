@@ -1,0 +1,130 @@
+"""Choosing the dial of a dual model on held-out images: a sweep and a choice; see also `calibration`.
+
+    sweep = sweep_alpha(model, held_out, attack=PGD(eps=8 / 255, steps=20, seed=0))
+    model.set_alpha(choose_alpha(sweep, min_sa=80).alpha)
+
+The images must be those of neither training nor test: a choice made on test images flatters its own numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .attacks import PGD
+from .calibration import ROUNDING, calibrate_robust_logits, check_alphas
+from .data import ImageTensorDataset
+from .evaluation import DialedModel, correct_mask, percent
+
+ALPHAS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class AlphaChoice:
+    """A position of the dial.
+
+    Args:
+        alpha: Weight of F_R in [0, 1].
+        sa, ra: Standard and robust accuracy there, in %, on the images of the sweep.
+        rule: Why this one, in words.
+    """
+
+    alpha: float
+    sa: float
+    ra: float
+    rule: str
+
+
+def sweep_alpha(
+    model: nn.Module,
+    dataset: ImageTensorDataset,
+    *,
+    attack: PGD,
+    alphas: Sequence[float] = ALPHAS,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Measure SA and RA along the dial of a dual model; each alpha is attacked at that alpha.
+
+    Args:
+        model: Dual model; comes back as it was, its dial included.
+        dataset: Held-out images.
+        attack: Attack with the contract of `PGD.__call__`; give it a seed, so that alphas differ in nothing else.
+        alphas: Positions to measure, each in [0, 1].
+        batch_size: Images per forward.
+        device: Where the model is; None = where its parameters are.
+        progress: Whether to show progress bars.
+
+    Returns:
+        One {"alpha", "sa", "ra"} per position, in the order of `alphas`; accuracies in %, an image counting as robust
+        where it is right both clean and attacked.
+
+    Raises:
+        ValueError: `alphas` is empty or leaves [0, 1].
+    """
+    check_alphas(alphas)
+    device = next(model.parameters()).device if device is None else device
+    settings = {"batch_size": batch_size, "device": device}
+    sweep = []
+    for alpha in alphas:
+        dialed, title = DialedModel(model, alpha), f"alpha = {alpha:g}" if progress else None
+        clean = correct_mask(dialed, dataset, **settings)
+        attacked = correct_mask(dialed, dataset, attack=attack, description=title, **settings)
+        sweep.append({"alpha": float(alpha), "sa": percent(clean), "ra": percent(clean & attacked)})
+    return sweep
+
+
+def choose_alpha(
+    sweep: Sequence[dict[str, float]],
+    *,
+    min_sa: float | None = None,
+    min_ra: float | None = None,
+    ra_tolerance: float = 1.5,
+) -> AlphaChoice:
+    """Choose a position of the dial; of equally good ones the largest alpha.
+
+    Args:
+        sweep: Points {"alpha", "sa", "ra"} of `sweep_alpha`; accuracies in %.
+        min_sa: "At least this SA", in %: the point of highest RA among those that reach it.
+        min_ra: "At least this RA", in %: the point of highest SA among those that reach it.
+        ra_tolerance: Without a floor: the point of highest SA among those whose RA is at most this many points below
+            the best RA of the sweep.
+
+    Raises:
+        ValueError: The sweep is empty, both floors are given, one cannot be reached (the message names the best that
+            can be), or `ra_tolerance` is negative.
+    """
+    if not sweep:
+        raise ValueError("sweep is empty; expected the points of sweep_alpha.")
+    if min_sa is not None and min_ra is not None:
+        raise ValueError(f"min_sa={min_sa!r} and min_ra={min_ra!r} were both given; give one floor.")
+    if not ra_tolerance >= 0:  # also true for NaN
+        raise ValueError(f"ra_tolerance={ra_tolerance!r} must be >= 0 points.")
+    if min_sa is not None:
+        points, goal = _reaching(sweep, "sa", min_sa), "ra"
+        rule = f"highest RA with SA of at least {min_sa:g} %"
+    elif min_ra is not None:
+        points, goal = _reaching(sweep, "ra", min_ra), "sa"
+        rule = f"highest SA with RA of at least {min_ra:g} %"
+    else:
+        points, goal = _reaching(sweep, "ra", max(point["ra"] for point in sweep) - ra_tolerance), "sa"
+        rule = f"highest SA with RA within {ra_tolerance:g} points of the best"
+    best = max(points, key=lambda point: (point[goal], point["alpha"]))
+    return AlphaChoice(best["alpha"], best["sa"], best["ra"], rule)
+
+
+def _reaching(sweep: Sequence[dict[str, float]], name: str, floor: float) -> list[dict[str, float]]:
+    """The points with at least `floor` % of "sa" or "ra"."""
+    points = [point for point in sweep if point[name] >= floor - ROUNDING]
+    if not points:
+        best = max(sweep, key=lambda point: point[name])
+        raise ValueError(
+            f"min_{name}={floor!r} cannot be reached: the best {name.upper()} of the sweep is {best[name]:.2f} %, "
+            f"at alpha = {best['alpha']:g}."
+        )
+    return points
+
+
+__all__ = ["AlphaChoice", "calibrate_robust_logits", "choose_alpha", "sweep_alpha"]
