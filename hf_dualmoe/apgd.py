@@ -115,7 +115,7 @@ def checkpoints(steps: int) -> list[int]:
 
 
 @dataclass
-class _Ascent:
+class Ascent:
     """One run on a working batch of n images; every field has n rows, so that a finished image can leave.
 
     Args:
@@ -147,7 +147,7 @@ class _Ascent:
     peak_before: Tensor
 
     @classmethod
-    def begin(cls, rows, images, labels, reference, start, gradient, value, step: float) -> "_Ascent":
+    def begin(cls, rows, images, labels, reference, start, gradient, value, step: float) -> "Ascent":
         zeros = torch.zeros_like(rows)
         return cls(
             *(rows, images, labels, reference, start, start, gradient, value, start, gradient, value),
@@ -292,7 +292,7 @@ class APGD:
         objective = APGD_OBJECTIVES[self.objective]
         start = random_start(images, self.eps, self.norm, seed=self.seed + RUN_SEED * run, ids=ids)
         gradient, logits, value = value_and_gradient(model, start, labels, objective, reference)
-        ascent = _Ascent.begin(rows, images, labels, reference, start, gradient, value, 2 * self.eps)
+        ascent = Ascent.begin(rows, images, labels, reference, start, gradient, value, 2 * self.eps)
         reviews, last_review = checkpoints(self.steps), 0
         for step in range(1, self.steps + 1):
             wrong = logits.argmax(dim=1) != ascent.labels

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_dualmoe.apgd import APGD, PassCounter, _Ascent, checkpoints, dlr_objective, targeted_dlr_objective
+from hf_dualmoe.apgd import APGD, Ascent, PassCounter, checkpoints, dlr_objective, targeted_dlr_objective
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.autoattack import VERSIONS, AutoAttackResult, autoattack
 from hf_dualmoe.data import load_splits, to_unit_range
@@ -291,7 +291,7 @@ def test_apgd_halves_its_step_towards_a_known_optimum():
 def test_a_checkpoint_sends_stuck_images_back_to_their_best_point_with_half_the_step():
     start, value = torch.zeros(4, 2), torch.zeros(4)
     index = torch.arange(4)
-    ascent = _Ascent.begin(index, start, index, index, start, start, value, step=0.2)
+    ascent = Ascent.begin(index, start, index, index, start, start, value, step=0.2)
     ascent.accept(torch.full((4, 2), 0.1), torch.full((4, 2), 1.0), torch.tensor([1.0, 1.0, 1.0, 1.0]))
     ascent.accept(torch.full((4, 2), 0.2), torch.full((4, 2), 2.0), torch.tensor([2.0, 0.5, 0.5, 0.5]))
     ascent.rises = torch.tensor([8, 7, 8, 8])  # image 1: too few rises out of 10

@@ -15,7 +15,8 @@ from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClas
 from hf_dualmoe.apgd import APGD
 from hf_dualmoe.attack_primitives import frozen, logits_of
 from hf_dualmoe.attacks import PGD
-from hf_dualmoe.worst_case import attack_experts, attack_router, fixed_expert, soft_logits, worst_case
+from hf_dualmoe.component_attacks import attack_experts, attack_router, fixed_expert, soft_logits
+from hf_dualmoe.worst_case import worst_case
 
 EPS, SIDE, CLASSES = 0.05, 12, 4
 TRICK, LEVER = slice(3, 23), slice(44, 144)  # pixels; 0-2 show the class
