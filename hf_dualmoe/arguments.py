@@ -196,6 +196,13 @@ class RecipeParser(HfArgumentParser):
             "--recipe", help=f"Recipe to start from: a .yaml file, or one of {', '.join(self.named)}.", default=None
         )
         self.add_argument("--fresh", action="store_true", help="Start over in an output_dir that holds a run.")
+        self.add_argument(
+            "--choose_alpha",
+            action="store_true",
+            help="Set the saved dial to the best alpha on the validation images.",
+        )
+        self.add_argument("--min_sa", type=float, help="With --choose_alpha: at least this SA, in percent.")
+        self.add_argument("--min_ra", type=float, help="With --choose_alpha: at least this RA, in percent.")
         self.add_argument("--help_all", action="help", help="Show all arguments, those of transformers' Trainer too.")
 
     def parse(
@@ -244,7 +251,7 @@ class RecipeParser(HfArgumentParser):
         groups = {
             "recipe": ["recipe", "fresh", "help", "help_all"],
             "data": list(DataArguments.__dataclass_fields__),
-            "model": list(ModelArguments.__dataclass_fields__),
+            "model": [*ModelArguments.__dataclass_fields__, "choose_alpha", "min_sa", "min_ra"],
             "objective": OBJECTIVE.split(),
             "attack, in training and in the evaluations during training": ATTACK.split(),
             "augmentation": IMAGES.split(),

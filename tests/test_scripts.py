@@ -94,9 +94,26 @@ def test_run_upcycles_a_single_network(run, tmp_path):
         assert torch.equal(expert.fc.weight, one.experts[0].fc.weight)
 
 
+@pytest.mark.parametrize(("floor", "chosen"), [([], True), (["--min_ra", "99.9"], False)], ids=["best", "unreachable"])
+def test_run_turns_the_dial_on_request(run, tmp_path, capsys, floor, chosen):
+    run(*QUICK, "--output_dir", tmp_path, "--num_train_epochs", 1, "--choose_alpha", *floor)
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    report = RobustnessReport.load(tmp_path / "model" / "results.json")
+    assert ("The dial stays at alpha = 0.9: min_ra=99.9 cannot be reached" in capsys.readouterr().out) == (not chosen)
+    assert report.model["alpha"] == saved["alpha"]
+    if chosen:
+        assert saved["alpha"] == report.alpha_choice["alpha"]
+        assert report.alpha_choice["chosen_on"] == "20 images held out of train"
+    else:
+        assert saved["alpha"] == 0.9
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--choose_alpha", "--method", "at"], "choose_alpha needs the dual model"),
+        (["--min_sa", "80"], "give one floor, together with --choose_alpha"),
+        (["--choose_alpha", "--min_sa", "800"], "min_sa=800.0"),
         (["--eps", "8"], "did you mean 8/255"),
         (["--router_top_k", "9"], "router_top_k=9 must not exceed num_experts=4"),
         (["--backbone", "resnet81"], "backbone='resnet81' is not a timm model"),

@@ -6,17 +6,21 @@ accelerate launch training/run.py --dataset_name path/to/images             # yo
 python training/run.py --help
 """
 
+import argparse
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.arguments import DataArguments, ModelArguments, RecipeParser
+from hf_dualmoe.attacks import PGD
 from hf_dualmoe.data import DataSplits, load_splits
+from hf_dualmoe.dial import choose_alpha, sweep_alpha
 from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
 from hf_dualmoe.plots import plot_tradeoff
 from hf_dualmoe.trainer import RobustTrainer
@@ -33,6 +37,7 @@ def main() -> None:
         checkpoint = find_checkpoint(output_dir, settings_of(data_args, model_args, args), run.fresh)
         set_seed(args.seed)
         data = load_data(data_args, model_args, args.seed)
+        check_dial_request(args.method, run)
         model = create_model(model_args, args, data)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
@@ -46,11 +51,29 @@ def main() -> None:
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     if trainer.is_world_process_zero():
         model.eval().save_pretrained(output_dir / "model")  # before the report: nothing trained is lost
-        report = write_report(model, data, args, output_dir, trainer)
+        choice = turn_dial(model, data, args, run) if run.choose_alpha else {}
+        model.save_pretrained(output_dir / "model")
+        report = write_report(model, data, args, output_dir, trainer, choice)
         print(f"\n{report.table()}\n\nSaved to {output_dir / 'model'}: the model, results.json", end="")
         print(" and tradeoff.png" if report.alpha_sweep else "")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def check_dial_request(method: str, run: argparse.Namespace) -> None:
+    """Refuse a choice of the dial that cannot be made, before anything is trained.
+
+    Raises:
+        ValueError: There is no dial, a floor is no percentage, or both floors or a floor alone are given.
+    """
+    floors = {name: getattr(run, name) for name in ("min_sa", "min_ra") if getattr(run, name) is not None}
+    if run.choose_alpha and method != "jtdmoe":
+        raise ValueError(f"choose_alpha needs the dual model of method='jtdmoe', not method={method!r}.")
+    if floors and (not run.choose_alpha or len(floors) > 1):
+        raise ValueError(f"{' and '.join(floors)} given: give one floor, together with --choose_alpha.")
+    for name, floor in floors.items():
+        if not 0 <= floor <= 100:
+            raise ValueError(f"{name}={floor!r} must be an accuracy in %, in [0, 100].")
 
 
 def settings_of(data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments) -> str:
@@ -107,12 +130,27 @@ def create_model(
     return DualMoEForImageClassification.from_models(create_moe(), create_moe(), config.alpha, mixing=config.mixing)
 
 
+def turn_dial(
+    model: DualMoEForImageClassification, data: DataSplits, args: RobustTrainingArguments, run: argparse.Namespace
+) -> dict[str, Any]:
+    """Set the dial to the best alpha on the validation images; leave it where none reaches the floor, and say so."""
+    attack = PGD(eps=args.eps, norm=args.norm, steps=20, seed=args.seed)
+    try:
+        choice = choose_alpha(sweep_alpha(model, data.validation, attack=attack), min_sa=run.min_sa, min_ra=run.min_ra)
+    except ValueError as error:
+        print(f"The dial stays at alpha = {model.config.alpha:g}: {error}")
+        return {}
+    model.set_alpha(choice.alpha)
+    return {**asdict(choice), "chosen_on": f"{len(data.validation)} images held out of train"}
+
+
 def write_report(
     model: DualMoEForImageClassification | MoEForImageClassification,
     data: DataSplits,
     args: RobustTrainingArguments,
     output_dir: Path,
     trainer: RobustTrainer,
+    alpha_choice: dict[str, Any],
 ) -> RobustnessReport:
     """Measure on the test images, write results.json as the numbers come, then the plot."""
     path = output_dir / "model" / "results.json"
@@ -120,6 +158,7 @@ def write_report(
         model, data.test, eps=args.eps, norm=args.norm, seed=args.seed, dataset_name=data.name, path=path
     )
     report.seeds["training"] = args.seed
+    report.alpha_choice = alpha_choice or report.alpha_choice
     report.training = {
         "method": args.method,
         "num_images": len(data.train),

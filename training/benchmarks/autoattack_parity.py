@@ -25,13 +25,16 @@ from hf_dualmoe.apgd import PassCounter
 from hf_dualmoe.attack_primitives import frozen
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.autoattack import BACKENDS, VERSIONS, autoattack, make_attack
-from hf_dualmoe.data import DataSplits, load_splits, to_unit_range
+from hf_dualmoe.data import DataSplits, ImageTensorDataset, load_splits, to_unit_range
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="*", default=[], help="saved model folders; none = train a small CNN")
-    parser.add_argument("--dataset", default="digits", help="as `load_splits` takes it; its test split is attacked")
+    parser.add_argument("--dataset", default="digits", help="as `load_splits` takes it")
+    parser.add_argument(
+        "--with_validation", action="store_true", help="attack images of the validation split too, not of test only"
+    )
     parser.add_argument("--num_images", type=int, default=200)
     parser.add_argument("--eps", type=float, default=8 / 255, help="radius in [0, 1] pixel units")
     parser.add_argument("--norm", choices=["linf", "l2"], default="linf")
@@ -160,12 +163,20 @@ def environment(device: str) -> dict:
     }
 
 
+def attacked_images(splits: DataSplits, num_images: int, with_validation: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) in [0, 1] and labels (N,), none of them trained on; N = num_images."""
+    sets = [splits.validation, splits.test] if with_validation else [splits.test]
+    images, labels = torch.cat([s.images for s in sets]), torch.cat([s.labels for s in sets])
+    chosen = ImageTensorDataset(images, labels, splits.class_names).take(num_images, seed)
+    return to_unit_range(chosen.images), chosen.labels
+
+
 def main(arguments: list[str] | None = None) -> dict:
     args = parse_args(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    splits = load_splits(args.dataset, max_train_samples=args.train_samples, max_test_samples=args.num_images)
-    images, labels = to_unit_range(splits.test.images), splits.test.labels
+    splits = load_splits(args.dataset, max_train_samples=args.train_samples)
+    images, labels = attacked_images(splits, args.num_images, args.with_validation, args.seed)
     settings = {
         name: value if isinstance(value, int | float | str | list) else str(value)
         for name, value in vars(args).items()

@@ -1,0 +1,117 @@
+"""Measure how robust a saved image classifier is, and report it: a table, results.json and plots.
+
+python training/evaluate.py --model outputs/digits-jtdmoe/model --eps 0.15 --level quick  # SA and PGD in a minute
+accelerate launch training/evaluate.py --model user/model --dataset_name cifar10 --level full --eps 8/255
+python training/evaluate.py --model path/to/model --min_sa 90 --write_alpha               # choose the dial and keep it
+"""
+
+import json
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from hf_dualmoe.attacks import PGD
+from hf_dualmoe.data import DataSplits, load_splits
+from hf_dualmoe.environment import pixel_radius, write_text
+from hf_dualmoe.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, evaluate_robustness
+from hf_dualmoe.plots import attack_examples, save_plots
+
+
+def create_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="Saved folder or Hub id of an image classifier of [0, 1] images.")
+    add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
+    add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
+    add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
+    for name in ("dataset_config_name", "image_column", "label_column", "test_split"):
+        add(f"--{name}", help="As in training/run.py.")
+    add("--split_seed", type=int, default=42, help="--seed of the training: keeps held-out images the same.")
+    add("--num_images", type=int, help="Test images to use, with the class shares of the whole; default: all.")
+    add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
+    add("--ignore_class_names", action="store_true", help="Compare the number of classes only, not their names.")
+    add("--eps", type=pixel_radius, default=8 / 255, help="Radius in [0, 1] pixel units, such as 8/255.")
+    add("--norm", choices=("linf", "l2"), default="linf", help="Norm of the ball.")
+    add("--steps", type=int, default=20, help="PGD steps.")
+    add("--level", default="standard", help=f"{', '.join(LEVELS)}, or parts of {','.join(PARTS)} joined by commas.")
+    add("--worst_case_steps", type=int, help="Steps per member of the adaptive union; default: --steps.")
+    add("--autoattack_version", help="standard, few_classes or fast; default: what the number of classes allows.")
+    add("--sanity_images", type=int, default=200, help="Images for the sanity checks.")
+    add("--alphas", type=float, nargs="+", default=list(ALPHAS), help="Positions of the dial, in [0, 1].")
+    add("--min_sa", type=float, help="Recommend the alpha of highest RA with at least this SA, in %%.")
+    add("--min_ra", type=float, help="Recommend the alpha of highest SA with at least this RA, in %%.")
+    add("--write_alpha", action="store_true", help="Write the recommended alpha into the folder's config.json.")
+    add("--batch_size", type=int, default=256, help="Images per forward.")
+    add("--seed", type=int, default=0, help="Seed of attacks and choices of images.")
+    add("--output_dir", help="Where to write; default: outputs/evaluate-<name of the model>.")
+    add("--fresh", action="store_true", help="Start over in an output_dir that holds an evaluation.")
+    add("--disable_tqdm", action="store_true", help="Show no progress bars.")
+    return parser
+
+
+def main() -> None:
+    parser = create_parser()
+    args = parser.parse_args()
+    # launched on CPUs alone, accelerate would start unconnected processes unless told
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    args.output_dir = Path(args.output_dir or f"outputs/evaluate-{Path(args.model).resolve().name}")
+    try:
+        if args.write_alpha and not Path(args.model, "config.json").is_file():
+            raise ValueError(f"write_alpha needs a local folder; model={args.model!r} has no config.json.")
+        options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+        model = AutoModelForImageClassification.from_pretrained(args.model, **options).to(accelerator.device)
+        if args.write_alpha and not hasattr(model, "set_alpha"):
+            raise ValueError(f"write_alpha needs a dual model; {args.model!r} is a {type(model).__name__}.")
+        data = load_data(args, model)
+        report = evaluate(args, model, data, accelerator)
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
+    if accelerator.is_main_process:
+        print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
+        attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
+        plots = save_plots(report, args.output_dir, attack_examples(model, data.test, attack=attack))
+        print(f"\nSaved to {args.output_dir}: results.json, {', '.join(plots)}")
+        if args.write_alpha and report.alpha_choice:
+            config, alpha = Path(args.model, "config.json"), report.alpha_choice["alpha"]
+            write_text(config, json.dumps(json.loads(config.read_text()) | {"alpha": alpha}, indent=2) + "\n")
+            print(f"Wrote alpha = {alpha:g} to {config}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    sys.exit(1 if report.failures else 0)
+
+
+def load_data(args: Namespace, model: nn.Module) -> DataSplits:
+    """The images, at the size and with the channels that the model takes; of train none are needed."""
+    names = ("image_column", "label_column", "test_split", "on_bad_image")
+    options = {name: getattr(args, name) for name in names}
+    if args.dataset_name != "digits":
+        options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
+    config_name, seed = args.dataset_config_name, args.split_seed
+    return load_splits(args.dataset_name, config_name=config_name, max_train_samples=1, seed=seed, **options)
+
+
+def evaluate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> RobustnessReport:
+    """The report, written to results.json as the numbers come."""
+    names = "eps norm steps alphas batch_size seed num_images min_sa min_ra worst_case_steps autoattack_version"
+    return evaluate_robustness(
+        model,
+        data.test,
+        **{name: getattr(args, name) for name in (*names.split(), "sanity_images", "fresh")},
+        level=args.level if args.level in LEVELS else args.level.split(","),
+        held_out=data.validation,
+        dataset_name=data.name,
+        check_names=not args.ignore_class_names,
+        path=args.output_dir / "results.json",
+        resume_dir=args.output_dir / "measurements",
+        progress=not args.disable_tqdm,
+        accelerator=accelerator,
+    )
+
+
+if __name__ == "__main__":
+    main()
