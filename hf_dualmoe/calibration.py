@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .attack_primitives import frozen, logits_of
 from .attacks import PGD
 from .data import ImageTensorDataset, to_unit_range
-from .evaluation import percent
+from .measuring import percent
 from .modeling_dualmoe import apply_logit_map, mix_logits
 
 # F_R can only hold its own against any F_S where alpha > 1/2; confident maps need alphas close to that

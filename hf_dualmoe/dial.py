@@ -10,14 +10,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attacks import PGD
 from .calibration import ROUNDING, calibrate_robust_logits, check_alphas
 from .data import ImageTensorDataset
-from .evaluation import DialedModel, correct_mask, percent
+from .measuring import correct_mask, percent
 
 ALPHAS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+class DialedModel(nn.Module):
+    """A dual model with its dial held at `alpha`, as a plain classifier images -> logits (B, C)."""
+
+    def __init__(self, model: nn.Module, alpha: float):
+        super().__init__()
+        self.model, self.alpha = model, alpha
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images, alpha=self.alpha).logits
 
 
 @dataclass(frozen=True)
@@ -127,4 +138,4 @@ def _reaching(sweep: Sequence[dict[str, float]], name: str, floor: float) -> lis
     return points
 
 
-__all__ = ["AlphaChoice", "calibrate_robust_logits", "choose_alpha", "sweep_alpha"]
+__all__ = ["AlphaChoice", "DialedModel", "calibrate_robust_logits", "choose_alpha", "sweep_alpha"]

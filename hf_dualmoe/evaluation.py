@@ -1,134 +1,42 @@
 """Robustness reports: accuracy on clean and attacked images, of the whole model, its components and along the dial.
 
-Numbers are measured in float32 and eval mode and are written to `results.json` as they come.
+Numbers are measured in float32 and eval mode and are written to `results.json` as they come. Images are independent of
+each other and all noise is seeded by their numbers, so that several processes find what one does.
 """
 
-import json
 import os
-import platform
-import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from .attack_primitives import Classifier, frozen, logits_of
+from .attack_primitives import check_eps, frozen
 from .attacks import PGD
-from .data import ImageTensorDataset, to_unit_range
+from .autoattack import VERSIONS
+from .component_attacks import is_dual
+from .data import ImageTensorDataset
+from .dial import DialedModel
+from .environment import (
+    check_class_names,
+    check_counts,
+    check_outputs,
+    data_digest,
+    describe_environment,
+    describe_model,
+    model_digest,
+)
+from .evaluation_parts import Evaluation
+from .measuring import Processes, Store, correct_mask, percent
+from .report import RobustnessReport
 
-PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface_hub", "hf_dualmoe")
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 ALPHAS = (0.0, 0.5, 0.75, 0.9, 1.0)
-
-
-@dataclass
-class RobustnessReport:
-    """Everything measured about one model on one dataset; the content of `results.json`.
-
-    Args:
-        model: Kind, architecture, number of parameters.
-        dataset: Name, split, number of images.
-        threat: `norm`, `eps` (in [0, 1] pixel units) and the attacks with their settings.
-        metrics: `sa` and `ra_<attack>` in %, of the whole model; `components` has the same for F_S and F_R;
-            `expert_load` in % per expert on clean and attacked images, and `route_flip_rate` in %.
-        alpha_sweep: One {"alpha", "sa", "ra_<attack>"} per position of the dial, each attacked at that position.
-        controls: Results of other models for comparison, by name.
-        sanity: Checks by name.
-        seeds: Seeds of the evaluation (and of the training, where known).
-        environment: Library versions, hardware, wall time in seconds.
-    """
-
-    model: dict[str, Any]
-    dataset: dict[str, Any]
-    threat: dict[str, Any]
-    metrics: dict[str, Any] = field(default_factory=dict)
-    alpha_sweep: list[dict[str, float]] = field(default_factory=list)
-    controls: dict[str, Any] = field(default_factory=dict)
-    sanity: dict[str, Any] = field(default_factory=dict)
-    seeds: dict[str, int] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write JSON, replacing the file in one step: a reader or a crash never meets half a report."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "RobustnessReport":
-        """Read what `save` wrote."""
-        return cls(**json.loads(Path(path).read_text()))
-
-    def table(self) -> str:
-        """A table for the terminal: whole model, components and dial."""
-        attacks = [name for name in self.metrics if name.startswith("ra_")]
-        rows = [["", "SA %", *(f"RA {name.removeprefix('ra_').upper()} %" for name in attacks)]]
-
-        def add(title: str, values: dict[str, float]) -> None:
-            rows.append([title, *(f"{values[name]:.2f}" for name in ("sa", *attacks))])
-
-        alpha = f" (alpha = {self.model['alpha']:g})" if "alpha" in self.model else ""
-        add(f"{self.model['kind']}{alpha}", self.metrics)
-        for name, values in self.metrics.get("components", {}).items():
-            add(f"  {name} alone", values)
-        for values in self.alpha_sweep:
-            add(f"  dial at alpha = {values['alpha']:g}", values)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join(lines)
-
-
-@torch.no_grad()
-def correct_mask(
-    classifier: Classifier,
-    dataset: ImageTensorDataset,
-    *,
-    attack: PGD | None = None,
-    batch_size: int = 256,
-    device: str | torch.device = "cpu",
-    description: str | None = None,
-) -> Tensor:
-    """Which images are classified rightly, clean or under an attack.
-
-    Args:
-        classifier: Callable from images (B, C, H, W) in [0, 1] to logits; a module is held in eval mode.
-        dataset: Images and labels.
-        attack: Attack to apply first; a seeded one gives the same images for any batch size.
-        batch_size: Images per forward.
-        device: Where the classifier is.
-        description: Label of the progress bar, which shows the running accuracy; None = no bar.
-
-    Returns:
-        (N,) bool on the CPU, in dataset order.
-    """
-    correct = torch.zeros(len(dataset), dtype=torch.bool)
-    bar = tqdm(range(0, len(dataset), batch_size), desc=description, disable=description is None, leave=False)
-    with frozen(classifier):
-        for start in bar:
-            ids = torch.arange(start, min(start + batch_size, len(dataset)))
-            batch = dataset.__getitems__(ids)
-            images, labels = to_unit_range(batch["pixel_values"].to(device)), batch["labels"].to(device)
-            if attack is not None:
-                images = attack(classifier, images, labels, ids=ids)
-            correct[ids] = (logits_of(classifier, images).argmax(dim=1) == labels).cpu()
-            bar.set_postfix_str(f"{percent(correct[: ids[-1] + 1]):.2f} %")
-    return correct
-
-
-def percent(mask: Tensor) -> float:
-    """Share of true entries, in %."""
-    return 100 * float(mask.float().mean())
+PARTS = ("components", "dial", "component_attacks", "eps_curve", "worst_case", "autoattack", "sanity")
+LEVELS = {"quick": PARTS[:2], "standard": tuple(part for part in PARTS if part != "autoattack"), "full": PARTS}
 
 
 def evaluate_robustness(
@@ -144,10 +52,23 @@ def evaluate_robustness(
     dataset_name: str = "",
     path: str | os.PathLike | None = None,
     progress: bool = True,
+    level: str | Sequence[str] = "quick",
+    num_images: int | None = None,
+    held_out: ImageTensorDataset | None = None,
+    min_sa: float | None = None,
+    min_ra: float | None = None,
+    worst_case_steps: int | None = None,
+    autoattack_version: str | None = None,
+    sanity_images: int = 200,
+    check_names: bool = True,
+    accelerator: "Accelerator | None" = None,
+    resume_dir: str | os.PathLike | None = None,
+    fresh: bool = False,
 ) -> RobustnessReport:
-    """Measure SA and RA under PGD of a model, of its components and along the dial.
+    """Measure how accurate a model is, clean and attacked, with its components and along the dial.
 
-    RA counts an image as robust where it is classified rightly both clean and attacked.
+    An image counts as robust where it is classified rightly both clean and attacked. A measurement that fails is left
+    out and named in `failures`; an image that fails in one counts as wrong there.
 
     Args:
         model: Dual model, mixture of experts, or any image classifier that takes [0, 1] images.
@@ -155,133 +76,113 @@ def evaluate_robustness(
         eps: Radius in [0, 1] pixel units.
         norm: "linf" or "l2".
         steps: PGD steps (step size 2.5 * eps / steps, random start, best iterate kept).
-        alphas: Positions of the dial to measure (dual models only).
+        alphas: Positions of the dial to measure, each in [0, 1] (dual models only).
         batch_size: Images per forward.
-        seed: Seed of the attack.
+        seed: Seed of the attacks and of the choice of `num_images`.
         dataset_name: Name to report.
         path: Where to write the report after every measurement; None = nowhere.
         progress: Whether to show progress bars.
+        level: "quick" (SA and PGD of the model, its components, the dial), "standard" (adds RA-E, RA-R, the adaptive
+            worst case, accuracy against eps and the sanity checks), "full" (adds AutoAttack), or names of `PARTS`.
+        num_images: Use so many images, chosen with the class shares of the whole; None = all.
+        held_out: Images on which to choose the dial, of neither training nor test; None = the sweep on `dataset`.
+        min_sa, min_ra: Floor in % for the recommended alpha; at most one. See `choose_alpha` for the rule without.
+        worst_case_steps: Gradient passes per member of the worst case; None = `steps`.
+        autoattack_version: "standard", "few_classes" or "fast"; None = the first that the number of classes allows.
+        sanity_images: Images for the sanity checks.
+        check_names: Whether the dataset's class names must be those of the model's `id2label`.
+        accelerator: Share the images among its processes, all of which call this function and get the same report;
+            None = this process measures alone.
+        resume_dir: Folder of finished measurements, which a later call with the same model, images and attack
+            settings does not repeat; other settings are refused. None = keep nothing.
+        fresh: Start over in a `resume_dir` that holds measurements.
 
     Returns:
         The report; `seeds["training"]`, `training` and `controls` are left to the caller.
+
+    Raises:
+        ValueError: An argument is out of range, dataset and model differ in their classes, the logits are NaN, or
+            `resume_dir` belongs to another evaluation.
+        RuntimeError: Not even the clean images can be classified.
     """
-    start_time = time.perf_counter()
-    attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)
-    key = f"ra_pgd{steps}"
-    device = next(model.parameters()).device
+    parts = parts_of(level)
+    floors = {"min_sa": min_sa, "min_ra": min_ra}
+    check_settings(model, eps, norm, alphas, parts, floors, autoattack_version)
+    counts = {"batch_size": batch_size, "sanity_images": sanity_images, "worst_case_steps": worst_case_steps}
+    check_counts({**counts, "num_images": num_images}, len(dataset))
+    for images in (dataset,) if held_out is None else (dataset, held_out):
+        check_class_names(model, images.class_names, check_names)
+    if any(module.training for module in model.modules()):
+        warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=2)
+    dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
+    attack, processes = PGD(eps=eps, norm=norm, steps=steps, seed=seed), Processes(accelerator)
+    device = next(model.parameters(), torch.zeros(0)).device
     report = RobustnessReport(
         model=describe_model(model),
         dataset={"name": dataset_name, "num_images": len(dataset), "class_names": dataset.class_names},
-        threat={"norm": norm, "eps": float(eps), "attacks": {key: repr(attack)}},
+        threat={"norm": norm, "eps": float(eps), "attacks": {f"ra_pgd{steps}": repr(attack)}},
         seeds={"evaluation": seed},
-        environment=describe_environment(device),
+        environment={**describe_environment(device), "processes": processes.count},
     )
-
-    def measure(classifier: Classifier, title: str) -> dict[str, float]:
-        settings = {"batch_size": batch_size, "device": device}
-        clean = correct_mask(classifier, dataset, description=f"{title} clean" if progress else None, **settings)
-        attacked = correct_mask(
-            classifier, dataset, attack=attack, description=f"{title} PGD-{steps}" if progress else None, **settings
-        )
-        return {"sa": percent(clean), key: percent(clean & attacked)}
-
-    def write() -> None:
-        report.environment["wall_time_s"] = round(time.perf_counter() - start_time, 2)
-        if path is not None:
-            report.save(path)
-
-    report.metrics = measure(model, "whole model")
-    write()
-    if hasattr(model, "standard"):
-        components = {name: measure(getattr(model, name), name) for name in ("standard", "robust")}
-        report.metrics["components"] = components
-        write()
-        known = {0.0: components["standard"], 1.0: components["robust"], model.config.alpha: report.metrics}
-        for alpha in alphas:
-            values = known.get(alpha) or measure(DialedModel(model, alpha), f"alpha = {alpha:g}")
-            report.alpha_sweep.append({"alpha": alpha, "sa": values["sa"], key: values[key]})
-            write()
-    moe = getattr(model, "robust", model)
-    if hasattr(moe, "route"):
-        report.metrics |= routing_metrics(moe, dataset, attack, batch_size=batch_size, device=device)
-        write()
+    with frozen(model):
+        check_outputs(model, dataset, batch_size, device)
+        settings = {"model": model_digest(model), "images": data_digest(dataset), "attack": repr(attack)}
+        store = processes.from_main(lambda: Store(resume_dir, settings, fresh))
+        measurer = {"dataset": dataset, "processes": processes, "store": store, "device": device}
+        run = Evaluation(model, report, attack, path, **measurer, batch_size=batch_size, progress=progress)
+        steps_of = {
+            "components": run.components,
+            "routing": run.routing,
+            "dial": lambda: run.dial(alphas, held_out, floors),
+            "component_attacks": run.component_attacks,
+            "eps_curve": run.eps_curve,
+            "worst_case": lambda: run.worst_case(worst_case_steps or steps),
+            "autoattack": lambda: run.autoattack(autoattack_version),
+            "sanity": lambda: run.sanity(sanity_images),
+        }
+        run.whole()
+        for name, step in steps_of.items():
+            if name in (*parts, "routing"):
+                step()
+        run.finish()
     return report
 
 
-class DialedModel(nn.Module):
-    """A dual model with its dial held at `alpha`, as a plain classifier images -> logits (B, C)."""
-
-    def __init__(self, model: nn.Module, alpha: float):
-        super().__init__()
-        self.model, self.alpha = model, alpha
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images, alpha=self.alpha).logits
-
-
-@torch.no_grad()
-def routing_metrics(
-    moe: nn.Module, dataset: ImageTensorDataset, attack: PGD, *, batch_size: int, device: str | torch.device
-) -> dict[str, Any]:
-    """Share of images per expert (first choice) clean and attacked, and share whose first choice changes, all in %."""
-    routes = {"clean": [], "attacked": []}
-    with frozen(moe):
-        for start in range(0, len(dataset), batch_size):
-            ids = torch.arange(start, min(start + batch_size, len(dataset)))
-            batch = dataset.__getitems__(ids)
-            images, labels = to_unit_range(batch["pixel_values"].to(device)), batch["labels"].to(device)
-            routes["clean"].append(moe.route(images).argmax(dim=1).cpu())
-            routes["attacked"].append(moe.route(attack(moe, images, labels, ids=ids)).argmax(dim=1).cpu())
-    clean, attacked = torch.cat(routes["clean"]), torch.cat(routes["attacked"])
-    load = {
-        name: [
-            round(100 * share, 2) for share in (torch.bincount(r, minlength=moe.config.num_experts) / len(r)).tolist()
-        ]
-        for name, r in (("clean", clean), ("attacked", attacked))
-    }
-    return {"expert_load": load, "route_flip_rate": percent(clean != attacked)}
+def parts_of(level: str | Sequence[str]) -> Sequence[str]:
+    """The parts of a level, or the given names of parts; ValueError where there is no such level or part."""
+    if isinstance(level, str):
+        if level not in LEVELS:
+            raise ValueError(f"level={level!r} is not one of {', '.join(map(repr, LEVELS))}, nor a list of parts.")
+        return LEVELS[level]
+    if unknown := [part for part in level if part not in PARTS]:
+        raise ValueError(f"level has unknown parts {', '.join(map(repr, unknown))}; parts are {', '.join(PARTS)}.")
+    return level
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Kind, architecture, dial and number of parameters of a model, for a report."""
-    config = getattr(model, "config", None)
-    description = {
-        "kind": {"dual_moe": "dual model", "robust_moe": "mixture of experts"}.get(
-            getattr(config, "model_type", None), type(model).__name__
-        ),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    if hasattr(config, "alpha"):
-        description |= {"alpha": config.alpha, "mixing": config.mixing}
-    robust = getattr(config, "robust", config)
-    fields = ("backbone", "backbone_kwargs", "stem", "width", "image_size", "num_channels", "num_experts")
-    fields += ("router_top_k", "router", "shared_stages")
-    return description | {name: getattr(robust, name) for name in fields if hasattr(robust, name)}
+def check_settings(model, eps, norm, alphas, parts, floors, autoattack_version) -> None:
+    """Raise a ValueError that names the first argument that is out of range or does not fit the model."""
+    check_eps(eps, norm)
+    if eps == 0 and {"eps_curve", "sanity"} & set(parts):
+        raise ValueError("eps=0 leaves nothing to check; give eps > 0, or level='quick'.")
+    if is_dual(model) and "dial" in parts:
+        check_alphas(alphas)
+    given = {name: floor for name, floor in floors.items() if floor is not None}
+    for name, floor in given.items():
+        if not 0 <= floor <= 100:
+            raise ValueError(f"{name}={floor!r} must be an accuracy in %, in [0, 100].")
+        if not (is_dual(model) and "dial" in parts):
+            raise ValueError(f"{name}={floor!r} chooses the dial of a dual model; there is none to measure here.")
+    if len(given) > 1:
+        raise ValueError(f"min_sa={floors['min_sa']!r} and min_ra={floors['min_ra']!r} were both given; give one.")
+    if autoattack_version not in (None, *VERSIONS):
+        allowed = ", ".join(map(repr, VERSIONS))
+        raise ValueError(f"autoattack_version={autoattack_version!r} is not one of {allowed}.")
 
 
-def _cpu_name() -> str:
-    """Model name of the processor where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), platform.machine())
+def check_alphas(alphas: Sequence[float]) -> None:
+    """Raise a ValueError unless there are alphas and all lie in [0, 1]."""
+    if len(alphas) == 0 or not all(0 <= alpha <= 1 for alpha in alphas):
+        raise ValueError(f"alphas={alphas!r} must hold at least one value, each in [0, 1].")
 
 
-def describe_environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Python and library versions, and the hardware that `device` is on."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    device = torch.device(device)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "python": platform.python_version(),
-        "packages": versions,
-        "device": device.type,
-        "hardware": f"{hardware}, {os.cpu_count()} CPU cores",
-    }
-
-
-__all__ = ["DialedModel", "RobustnessReport", "correct_mask", "evaluate_robustness", "routing_metrics"]
+__all__ = ["LEVELS", "PARTS", "DialedModel", "RobustnessReport", "correct_mask", "evaluate_robustness", "percent"]

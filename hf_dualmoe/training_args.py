@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from .attack_primitives import check_eps
 from .attacks import PGD
+from .environment import pixel_radius
 
 METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe")
 
@@ -16,10 +17,7 @@ class PixelValue(float):
     """A length in [0, 1] pixel units that may be written as a fraction: `PixelValue("8/255")`."""
 
     def __new__(cls, value: Any) -> "PixelValue":
-        if isinstance(value, str) and "/" in value:
-            numerator, denominator = value.split("/", 1)
-            value = float(numerator) / float(denominator)
-        return super().__new__(cls, value)
+        return super().__new__(cls, pixel_radius(value) if isinstance(value, str) else value)
 
 
 @dataclass

@@ -1,18 +1,29 @@
-"""Reports: numbers recomputed by hand, JSON round trip, table and plot."""
+"""Reports: numbers recomputed by hand, every level, restart, refusals, bad images, JSON and table."""
 
 import copy
 import json
+import warnings
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe import evaluation_parts as parts
 from hf_dualmoe.attacks import PGD
+from hf_dualmoe.component_attacks import attack_experts, attack_router
 from hf_dualmoe.data import ImageTensorDataset
-from hf_dualmoe.evaluation import DialedModel, RobustnessReport, correct_mask, evaluate_robustness
+from hf_dualmoe.environment import check_class_names
+from hf_dualmoe.evaluation import LEVELS, DialedModel, RobustnessReport, correct_mask, evaluate_robustness
+from hf_dualmoe.measuring import Found, Processes, run_batches
+from hf_dualmoe.metrics import wilson_interval
 from hf_dualmoe.plots import plot_tradeoff
+from hf_dualmoe.worst_case import worst_case
 
-TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1, "num_experts": 2}
+TINY = {"width": [8, 8, 8, 16], "num_labels": 4, "image_size": 10, "num_channels": 1, "num_experts": 2}
+QUIET = {"eps": 0.1, "steps": 2, "progress": False}
+SMALL = {**QUIET, "sanity_images": 8, "autoattack_version": "fast", "alphas": (0.0, 0.6, 1.0)}
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +33,17 @@ def model():
     return DualMoEForImageClassification(config).eval()
 
 
+@pytest.fixture(autouse=True)
+def few_queries(monkeypatch):
+    monkeypatch.setattr(parts, "run_sanity_checks", partial(parts.run_sanity_checks, square_queries=5))
+
+
+@pytest.fixture(scope="module")
+def moe():
+    torch.manual_seed(2)
+    return MoEForImageClassification(MoEConfig(**TINY)).eval()
+
+
 @pytest.fixture(scope="module")
 def dataset(model):
     """Random images with the labels that the standard model gives, so that accuracies are neither 0 nor 100 %."""
@@ -29,17 +51,17 @@ def dataset(model):
     images = torch.randint(0, 256, (23, 1, 10, 10), generator=generator, dtype=torch.uint8)
     with torch.no_grad():
         labels = model(images / 255).standard_logits.argmax(dim=1)
-    labels[:5] = (labels[:5] + 1) % 3
-    return ImageTensorDataset(images, labels, ["a", "b", "c"])
+    labels[:5] = (labels[:5] + 1) % 4
+    return ImageTensorDataset(images, labels, [*"abcd"])
 
 
 @pytest.fixture(scope="module")
 def report(model, dataset):
-    return evaluate_robustness(model, dataset, eps=0.01, steps=3, dataset_name="toy", progress=False)
+    return evaluate_robustness(model, dataset, eps=0.1, steps=3, dataset_name="toy", progress=False)
 
 
 def test_correct_mask_matches_a_loop_over_images(model, dataset):
-    attack = PGD(eps=0.01, steps=3, seed=0)
+    attack = PGD(eps=0.1, steps=3, seed=0)
     mask = correct_mask(model, dataset, attack=attack, batch_size=7)
     for i in range(len(dataset)):
         image, label = dataset.images[i : i + 1] / 255, dataset.labels[i : i + 1]
@@ -47,12 +69,16 @@ def test_correct_mask_matches_a_loop_over_images(model, dataset):
         assert bool(model(attacked).logits.argmax() == label) == bool(mask[i]), i
 
 
-def test_evaluation_leaves_a_training_model_as_it_was(model, dataset):
+def test_a_training_model_is_warned_about_and_left_as_it_was(model, dataset):
     trained = copy.deepcopy(model).train()
     before = copy.deepcopy(trained.state_dict())
-    evaluate_robustness(trained, dataset, eps=0.01, steps=2, progress=False)
+    with pytest.warns(UserWarning, match="train mode; it is evaluated in eval mode"):
+        report = evaluate_robustness(trained, dataset, **QUIET)
     assert trained.training
     assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert report.metrics == evaluate_robustness(model, dataset, **QUIET).metrics
 
 
 def test_report_holds_components_dial_and_routing(model, dataset, report):
@@ -61,7 +87,7 @@ def test_report_holds_components_dial_and_routing(model, dataset, report):
     sweep = {point["alpha"]: point for point in report.alpha_sweep}
     assert list(sweep) == [0.0, 0.5, 0.75, 0.9, 1.0]
     for alpha, name in ((0.0, "standard"), (1.0, "robust")):
-        attack = PGD(eps=0.01, steps=3, seed=0)
+        attack = PGD(eps=0.1, steps=3, seed=0)
         clean = correct_mask(DialedModel(model, alpha), dataset)
         attacked = correct_mask(DialedModel(model, alpha), dataset, attack=attack)
         expected = {"sa": 100 * clean.float().mean(), key: 100 * (clean & attacked).float().mean()}
@@ -71,12 +97,67 @@ def test_report_holds_components_dial_and_routing(model, dataset, report):
     assert all(point[key] <= point["sa"] for point in report.alpha_sweep)
     for load in report.metrics["expert_load"].values():
         assert sum(load) == pytest.approx(100, abs=0.02)
-    routes = model.robust.route(dataset.images / 255).argmax(dim=1)
-    assert report.metrics["expert_load"]["clean"][0] == pytest.approx(
-        100 * float((routes == 0).float().mean()), abs=0.01
-    )
-    assert report.threat["eps"] == 0.01
+    clean = dataset.images / 255
+    attacked = PGD(eps=0.1, steps=3, seed=0)(model.robust, clean, dataset.labels)
+    routes = [model.robust.route(images).argmax(dim=1) for images in (clean, attacked)]
+    shares = {
+        name: 100 * float((r == 0).float().mean()) for name, r in zip(("clean", "attacked"), routes, strict=True)
+    }
+    for name, share in shares.items():
+        assert report.metrics["expert_load"][name][0] == pytest.approx(share, abs=0.01)
+    flips = 100 * float((routes[0] != routes[1]).float().mean())
+    assert report.metrics["route_flip_rate"] == pytest.approx(flips, abs=1e-4)
+    assert report.threat["eps"] == 0.1
     assert report.dataset["num_images"] == 23
+    assert report.failures == {} and report.sanity == {}
+
+
+def test_intervals_and_cost_are_those_of_the_counts(report):
+    robust = round(report.metrics["ra_pgd3"] * 23 / 100)
+    assert report.metrics["intervals"]["sa"] != report.metrics["intervals"]["ra_pgd3"]
+    assert report.metrics["intervals"]["ra_pgd3"] == pytest.approx(wilson_interval(robust, 23), abs=1e-3)
+    cost = report.cost["standard PGD-3"]
+    assert cost["gradient"] == 3 and cost["forward"] == 6  # 3 steps, clean, the last iterate, the judgement
+    assert report.cost["standard clean"]["forward"] == 1
+    assert report.cost["total"]["gradient"] == sum(c["gradient"] for n, c in report.cost.items() if n != "total")
+
+
+def test_full_level_recomputed(model, dataset, tmp_path, monkeypatch):
+    report = evaluate_robustness(model, dataset, **SMALL, level="full", resume_dir=tmp_path)
+    assert report.failures == {}
+    metrics, images = report.metrics, dataset.images / 255
+    attack, ball = PGD(eps=0.1, steps=2, seed=0), {"eps": 0.1, "steps": 2, "seed": 0}
+    clean = correct_mask(model, dataset)
+    union = worst_case(model, images, dataset.labels, **ball)
+    attacked = {
+        "ra_expert_pgd2": attack_experts(model, images, dataset.labels, attack=attack),
+        "ra_router_pgd2": attack_router(model, images, dataset.labels, **ball),
+        "ra_adaptive_union": union.adversarial,
+    }
+    for name, points in attacked.items():
+        right = model(points).logits.argmax(dim=1) == dataset.labels
+        assert metrics[name] == pytest.approx(100 * float((right & clean).float().mean()), abs=1e-4), name
+    members = metrics["worst_case"]["members"]
+    for name, value in union.members.items():
+        assert members[name] == pytest.approx(value)
+    assert members["pgd2"] == metrics["ra_pgd2"] and members["autoattack"] == metrics["ra_autoattack"]
+    assert metrics["ra_worst_case"] <= min(members.values())
+    assert metrics["autoattack"]["square"] == pytest.approx(metrics["ra_autoattack"], abs=1e-4)
+    curve = metrics["eps_curve"]
+    assert [p["eps"] for p in curve] == pytest.approx([0, 0.025, 0.05, 0.1, 0.15, 0.2])
+    assert curve[0]["ra_pgd2"] == metrics["sa"] and curve[3]["ra_pgd2"] == metrics["ra_pgd2"]
+    assert {"worst_case", "eps_monotone", "autoattack random_output"} <= set(report.sanity)
+    assert report.cost["worst case 2 steps at alpha=0.6"]["gradient"] == pytest.approx(union.passes["gradient"])
+    assert report.cost["expert attack PGD-2 at alpha=0.6"]["gradient"] == 2
+    assert "fast" in report.threat["attacks"]["autoattack"]
+    assert json.loads(json.dumps(report.__dict__)) == report.__dict__
+    assert not [path for path in tmp_path.iterdir() if "part-0-of-1" in path.name]  # AutoAttack's own state
+
+    for name in ("run_sanity_checks", "autoattack", "worst_case", "attack_experts", "attack_router", "classify"):
+        monkeypatch.setattr(parts, name, lambda *args, **kwargs: lambda *batch: {}["measured again"])
+    again = evaluate_robustness(model, dataset, **SMALL, level="full", resume_dir=tmp_path)
+    for name in ("metrics", "alpha_sweep", "sanity", "suspicious", "failures", "cost", "threat"):
+        assert getattr(again, name) == getattr(report, name), name
 
 
 def test_report_survives_json_and_is_written_as_numbers_come(model, dataset, report, tmp_path, monkeypatch):
@@ -85,41 +166,229 @@ def test_report_survives_json_and_is_written_as_numbers_come(model, dataset, rep
     assert RobustnessReport.load(path) == report
     assert not list(path.parent.glob("*.partial"))
 
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parts, "DialedModel", killed)
+    early = tmp_path / "early.json"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_robustness(model, dataset, eps=0.1, steps=3, path=early, progress=False)
+    saved = json.loads(early.read_text())
+    assert saved["metrics"]["components"]["robust"] == report.metrics["components"]["robust"]
+
+
+def test_a_failure_loses_no_other_measurement_and_a_restart_repeats_none(model, dataset, tmp_path, monkeypatch):
+    small = {**SMALL, "level": ["components", "dial", "component_attacks", "worst_case"]}
+    options = {**small, "path": tmp_path / "results.json", "resume_dir": tmp_path / "parts"}
+    expected = evaluate_robustness(model, dataset, **small)
+
     def break_down(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("hf_dualmoe.evaluation.DialedModel", break_down)
-    early = tmp_path / "early.json"
-    with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate_robustness(model, dataset, eps=0.01, steps=3, path=early, progress=False)
-    saved = json.loads(early.read_text())
-    assert saved["metrics"]["components"]["robust"] == report.metrics["components"]["robust"]
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "worst_case", break_down)
+        patch.setattr(parts, "attack_router", break_down)
+        broken = evaluate_robustness(model, dataset, **options)
+    assert set(broken.failures) == {"worst case 2 steps at alpha=0.6", "router attack PGD-2 at alpha=0.6"}
+    assert all(message == "RuntimeError: out of memory" for message in broken.failures.values())
+    assert "ra_router_pgd2" not in broken.metrics and "ra_adaptive_union" not in broken.metrics
+    assert broken.metrics["ra_expert_pgd2"] == expected.metrics["ra_expert_pgd2"]
+    assert broken.sanity.keys() == expected.sanity.keys()
+    assert "FAILED" in "\n".join(broken.notes())
+
+    repeated = []
+
+    def spy(work, *args, **kwargs):
+        repeated.append(work)
+        return run_batches(work, *args, **kwargs)
+
+    monkeypatch.setattr("hf_dualmoe.measuring.run_batches", spy)
+    again = evaluate_robustness(model, dataset, **options)
+    assert len(repeated) == 2  # what had failed
+    assert again.failures == {}
+    for name in ("metrics", "alpha_sweep", "sanity", "alpha_choice", "suspicious"):
+        assert getattr(again, name) == getattr(expected, name), name
+    assert RobustnessReport.load(tmp_path / "results.json") == again
+
+    repeated.clear()  # another position of the dial leaves components and sweep finished
+    turned = copy.deepcopy(model)
+    turned.set_alpha(1.0)
+    evaluate_robustness(turned, dataset, **{**options, "level": "quick"})
+    assert len(repeated) == 4  # the whole model, and the dial at 0.6, each clean and attacked
+
+
+def test_finished_work_of_other_settings_is_refused(model, moe, dataset, tmp_path):
+    options = {**QUIET, "resume_dir": tmp_path}
+    evaluate_robustness(moe, dataset, **options)
+    other = dataset.subset(range(20))
+    for changed, what in (
+        ((moe, dataset, {**options, "steps": 3}), "attack: .*steps=2.* there, .*steps=3.* here"),
+        ((moe, other, options), "images: "),
+        ((model, dataset, options), "model: "),
+    ):
+        with pytest.raises(ValueError, match=f"resume_dir=.*other settings \\({what}.*--fresh"):
+            evaluate_robustness(*changed[:2], **changed[2])
+    evaluate_robustness(moe, dataset, **{**options, "steps": 3}, fresh=True)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("settings.json", "whole-model-clean.safetensors", "whole-model-pgd-3.safetensors")
+    }
+    (tmp_path / "whole-model-pgd-3.safetensors").write_bytes(b"half a file")
+    report = evaluate_robustness(moe, dataset, **{**options, "steps": 3})
+    assert report.failures == {} and "ra_pgd3" in report.metrics
+
+
+def test_a_bad_image_counts_as_wrong_and_loses_no_other(moe, dataset, monkeypatch):
+    expected = correct_mask(moe, dataset)
+
+    class Picky(nn.Module):
+        """Gives NaN for two images."""
+
+        def __init__(self):
+            super().__init__()
+            self.moe, self.bad = moe, (dataset.images[[3, 11]] / 255).mean(dim=(1, 2, 3))
+
+        def forward(self, images):
+            bad = (images.mean(dim=(1, 2, 3))[:, None] - self.bad).abs().amin(dim=1) < 1e-6
+            return torch.where(bad[:, None], torch.nan, self.moe(images).logits)
+
+    report = evaluate_robustness(Picky().eval(), dataset, **QUIET, batch_size=6)
+    expected[[3, 11]] = False
+    assert report.metrics["sa"] == pytest.approx(100 * float(expected.float().mean()), abs=1e-4)
+    assert report.failures["whole model clean"].startswith("2 images failed and count as wrong (image 3: ValueError: ")
+    assert "NaN" in report.failures["whole model clean"]
+
+
+class Constant(nn.Module):
+    """The same logits for every image."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1) + 0 * images.sum()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eps": 8}, "eps=8 is larger than .* did you mean 8/255"),
+        ({"norm": "l1"}, "norm='l1' is not one of 'linf', 'l2'"),
+        ({"steps": 0}, "steps=0 must be an integer of at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be an integer of at least 1"),
+        ({"num_images": 24}, "num_images=24, but the dataset has 23 images; allowed is 1 to 23"),
+        ({"num_images": 0}, "num_images=0 must be"),
+        ({"alphas": (0.5, 1.2)}, r"alphas=\(0.5, 1.2\) must hold"),
+        ({"level": "thorough"}, "level='thorough' is not one of 'quick', 'standard', 'full'"),
+        ({"level": ["dial", "magic"]}, "level has unknown parts 'magic'; parts are components, dial"),
+        ({"min_sa": 0.9, "min_ra": 50}, "min_sa=0.9 and min_ra=50 were both given"),
+        ({"min_sa": 101}, r"min_sa=101 must be an accuracy in %, in \[0, 100\]"),
+        ({"min_ra": 50, "level": ["components"]}, "min_ra=50 chooses the dial of a dual model"),
+        ({"autoattack_version": "slow"}, "autoattack_version='slow' is not one of 'standard'"),
+        ({"eps": 0, "level": "standard"}, "eps=0 leaves nothing to check"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(model, dataset, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(model, dataset, **{**QUIET, **arguments})
+
+
+def test_models_that_do_not_fit_are_refused(model, moe, dataset):
+    with pytest.raises(ValueError, match="min_sa=50 chooses the dial of a dual model"):
+        evaluate_robustness(moe, dataset, **QUIET, min_sa=50)
+    with pytest.raises(ValueError, match="logits that are NaN or infinite for 23 of 23 clean images"):
+        evaluate_robustness(Constant(0.0, torch.nan, 1.0, 0.5).eval(), dataset, **QUIET)
+    with pytest.raises(ValueError, match=r"logits of shape \(23, 2\); expected \(images, 4\)"):
+        evaluate_robustness(Constant(0.0, 1.0).eval(), dataset, **QUIET)
+    named = copy.deepcopy(moe)
+    named.config.id2label = dict(enumerate("acbd"))
+    with pytest.raises(ValueError, match="another order than the model's id2label: label 1 is 'b' in the dataset and"):
+        evaluate_robustness(named, dataset, **QUIET)
+    named.config.id2label = dict(enumerate("abxd"))
+    with pytest.raises(ValueError, match="other than the model's id2label: label 2 is 'c' .* 'x' in the model"):
+        evaluate_robustness(named, dataset, **QUIET)
+    check_class_names(named, dataset.class_names, names_too=False)
+    named.config.id2label = dict(enumerate("abcd"))
+    check_class_names(named, dataset.class_names)
+    with pytest.raises(ValueError, match=r"dataset has 5 classes \(a, b, c, d, ...\) but the model has 4"):
+        check_class_names(named, [*"abcde"], names_too=False)
+
+
+def test_num_images_takes_a_stratified_choice(moe, dataset):
+    report = evaluate_robustness(moe, dataset, **QUIET, num_images=9, seed=4)
+    assert report.dataset["num_images"] == 9
+    expected = correct_mask(moe, dataset.take(9, seed=4))
+    assert report.metrics["sa"] == pytest.approx(100 * float(expected.float().mean()), abs=1e-4)
+
+
+def test_alpha_is_chosen_on_held_out_images_for_a_floor(model, dataset):
+    held_out = dataset.subset(range(4, 23))
+    options = {**QUIET, "alphas": (0.0, 0.6, 1.0), "level": ("components", "dial")}
+    free = evaluate_robustness(model, dataset, **options)
+    assert "the 23 test images themselves (optimistic)" == free.alpha_choice["chosen_on"]
+    chosen = evaluate_robustness(model, dataset, **options, held_out=held_out, min_sa=90)
+    assert chosen.alpha_choice["alpha"] == 0.0  # the labels are those of F_S
+    clean = correct_mask(model.standard, held_out)
+    assert chosen.alpha_choice["sa"] == pytest.approx(100 * float(clean.float().mean()), abs=1e-4)
+    assert chosen.alpha_choice["chosen_on"] == "19 held-out images"
+    assert "SA of at least 90 %" in chosen.alpha_choice["rule"]
+    assert "Recommended alpha = 0" in "\n".join(chosen.notes())
+    beyond = evaluate_robustness(model, dataset, **options, min_sa=100)
+    assert beyond.alpha_choice == {}
+    assert "min_sa=100 cannot be reached" in beyond.failures["recommended alpha"]
+
+
+def test_doubts_end_in_the_report(dataset, model):
+    class Masked(nn.Module):
+        """Hides its gradients: quantised images."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, images):
+            return self.inner((images * 255).round() / 255).logits
+
+    report = evaluate_robustness(Masked().eval(), dataset, **{**SMALL, "level": ["sanity"]})
+    assert any(reason.startswith("zero_gradients: ") for reason in report.suspicious)
+    assert not report.sanity["zero_gradients"]["passed"]
+    assert report.sanity["zero_gradients"]["message"]
+    assert "SUSPICIOUS: zero_gradients" in "\n".join(report.notes())
+
+
+def test_found_joins_uneven_parts():
+    left = Found(
+        torch.tensor([0, 2, 4]), {"right": torch.tensor([True, False, True])}, {"n": 2}, {}, torch.zeros(3) > 0
+    )
+    right = Found(torch.tensor([1, 3]), {}, {"n": 3}, {"error": ["bad"]}, torch.ones(2) > 0)
+    whole = Found.joined([left, right])
+    assert whole.rows.tolist() == [0, 1, 2, 3, 4]
+    assert whole.tensors["right"].tolist() == [True, False, False, False, True]
+    assert whole.failed.tolist() == [False, True, False, True, False]
+    assert whole.sums == {"n": 5} and whole.texts == {"error": ["bad"]}
+    alone = Processes()
+    assert alone.share(3).tolist() == [0, 1, 2] and alone.gather("x") == ["x"]
 
 
 def test_table_shows_every_row(report):
     table = report.table()
     assert "SA %" in table and "RA PGD3 %" in table
     assert "dual model (alpha = 0.6)" in table
-    for row in ("standard alone", "robust alone", "dial at alpha = 0.9"):
+    for row in ("standard alone", "robust alone", "dial at alpha = 0.9", "95 % interval"):
         assert row in table
     assert f"{report.metrics['sa']:.2f}" in table
     assert len({len(line) for line in table.splitlines()}) == 1  # aligned
+    partial = copy.deepcopy(report)
+    del partial.metrics["components"]["robust"]["ra_pgd3"]
+    assert partial.table().splitlines()[5].endswith(" -")
 
 
-def test_a_single_mixture_has_no_dial(dataset, tmp_path):
-    moe = MoEForImageClassification(MoEConfig(**TINY)).eval()
-    report = evaluate_robustness(moe, dataset, eps=0.01, steps=2, progress=False)
-    assert report.alpha_sweep == [] and "components" not in report.metrics
-    assert "expert_load" in report.metrics
+def test_a_single_mixture_has_no_dial(moe, dataset, tmp_path):
+    report = evaluate_robustness(moe, dataset, **SMALL, level=[p for p in LEVELS["standard"] if p != "sanity"])
+    assert report.failures == {}
+    assert report.alpha_sweep == [] and "components" not in report.metrics and report.alpha_choice == {}
+    assert "expert_load" in report.metrics and "ra_router_pgd2" in report.metrics
+    assert "whole model PGD-2" in report.cost
     with pytest.raises(ValueError, match="alpha_sweep"):
         plot_tradeoff(report, tmp_path / "plot.png")
-
-
-def test_plot_is_a_png_that_depends_on_the_numbers(report, tmp_path):
-    plot_tradeoff(report, tmp_path / "a.png")
-    other = copy.deepcopy(report)
-    other.alpha_sweep[2]["sa"] += 7
-    plot_tradeoff(other, tmp_path / "b.png")
-    content = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
-    assert all(c.startswith(b"\x89PNG") for c in content)
-    assert content[0] != content[1]

@@ -69,11 +69,13 @@ def main() -> None:
             raise ValueError(f"write_alpha needs a dual model; {args.model!r} is a {type(model).__name__}.")
         data = load_data(args, model)
         report = evaluate(args, model, data, accelerator)
+        carry_training(report, Path(args.model, "results.json"))
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
     if accelerator.is_main_process:
         print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
         attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
+        report.save(args.output_dir / "results.json")
         plots = save_plots(report, args.output_dir, attack_examples(model, data.test, attack=attack))
         print(f"\nSaved to {args.output_dir}: results.json, {', '.join(plots)}")
         if args.write_alpha and report.alpha_choice:
@@ -111,6 +113,13 @@ def evaluate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: A
         progress=not args.disable_tqdm,
         accelerator=accelerator,
     )
+
+
+def carry_training(report: RobustnessReport, earlier: Path) -> None:
+    """Take over how the model was trained from the report that `run.py` left beside it, if it is there."""
+    if earlier.is_file():
+        known = RobustnessReport.load(earlier)
+        report.training, report.seeds = known.training, {**known.seeds, **report.seeds}
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def main() -> None:
         choice = turn_dial(model, data, args, run) if run.choose_alpha else {}
         model.save_pretrained(output_dir / "model")
         report = write_report(model, data, args, output_dir, trainer, choice)
-        print(f"\n{report.table()}\n\nSaved to {output_dir / 'model'}: the model, results.json", end="")
+        print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
+        print(f"\nSaved to {output_dir / 'model'}: the model, results.json", end="")
         print(" and tradeoff.png" if report.alpha_sweep else "")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -1,0 +1,290 @@
+"""The measurements that a robustness report is made of, one method each."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attacks import PGD
+from .autoattack import autoattack
+from .component_attacks import attack_experts, attack_router, has_experts, is_dual
+from .data import ImageTensorDataset
+from .dial import DialedModel, choose_alpha
+from .environment import data_digest
+from .measuring import Found, Measurer, classify, is_right, percent
+from .metrics import wilson_interval
+from .report import RobustnessReport
+from .sanity import Check, run_sanity_checks, suspicious, worst_case_check
+from .sanity_flags import square_flag
+from .worst_case import worst_case
+
+EPS_FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of eps, for accuracy against eps
+ENDS = {0.0: "standard", 1.0: "robust"}  # of the dial
+
+
+class Evaluation(Measurer):
+    """One model on one dataset: measures, and writes each number into the report."""
+
+    def __init__(
+        self, model: nn.Module, report: RobustnessReport, attack: PGD, path: str | os.PathLike | None, **measurer: Any
+    ):
+        super().__init__(**measurer)
+        self.model, self.report, self.attack, self.path = model, report, attack, path
+        report.failures, report.cost = self.failures, self.cost
+        self.key, self.started = f"ra_pgd{attack.steps}", time.perf_counter()
+        self.ball = {"eps": attack.eps, "norm": attack.norm}
+        self.dual = is_dual(model)
+        part = model.robust if self.dual else model
+        self.moe = part if has_experts(part) else None
+        self.counted = part  # runs once whenever the whole model does
+        self.at = f" at alpha={model.config.alpha!r}" if self.dual else ""
+        self.standing: Tensor | None = None  # (N,) bool: right when clean and under all attacks on the whole model
+        self.own: dict[str, float] = {}  # RA in % under each of them alone
+        self.routes: list[Tensor] = []  # of the mixture: (N,) first choices, clean and attacked
+
+    def write(self) -> None:
+        """Bring `results.json` up to date."""
+        costs = [cost for name, cost in self.cost.items() if name != "total"]
+        if costs:
+            self.cost["total"] = {name: round(sum(cost[name] for cost in costs), 3) for name in costs[0]}
+        self.report.environment["wall_time_s"] = round(time.perf_counter() - self.started, 2)
+        if self.path is not None and self.processes.is_main:
+            self.report.save(self.path)
+
+    def score(self, classifier: nn.Module, title: str, counted: nn.Module, **options) -> dict[str, Any]:
+        """SA and RA of a classifier in %, without what could not be measured, and the masks (N,) behind them."""
+        clean = self.measure(f"{title} clean", classify(classifier), counted, **options)
+        attacked = self.measure(
+            f"{title} PGD-{self.attack.steps}", classify(classifier, self.attack), counted, **options
+        )
+        masks = {} if clean is None else {"sa": clean.tensors["right"]}
+        if clean is not None and attacked is not None:
+            masks[self.key] = clean.tensors["right"] & attacked.tensors["right"]
+            if classifier is self.moe:
+                self.routes = [clean.tensors["route"], attacked.tensors["route"]]
+        return masks
+
+    def add_whole(self, name: str, robust: Tensor) -> None:
+        """Report the RA under an attack on the whole model; `robust` (N,) bool counts only where clean is right."""
+        robust = robust & self.clean
+        self.standing = robust if self.standing is None else self.standing & robust
+        self.report.metrics[name] = self.own[name.removeprefix("ra_")] = percent(robust)
+        self.add_interval(name, robust)
+
+    def add_interval(self, name: str, mask: Tensor) -> None:
+        """Report the 95 % interval of the share of true entries of mask (N,)."""
+        interval = wilson_interval(int(mask.sum()), len(mask))
+        self.report.metrics.setdefault("intervals", {})[name] = [round(end, 4) for end in interval]
+
+    def whole(self) -> None:
+        """SA and RA of the whole model."""
+        masks = self.score(self.model, "whole model" + self.at, self.counted)
+        if "sa" not in masks:
+            raise RuntimeError(f"the model cannot classify the clean images: {next(iter(self.failures.values()))}")
+        self.clean = masks["sa"]
+        self.report.metrics["sa"] = percent(self.clean)
+        self.add_interval("sa", self.clean)
+        if self.key in masks:
+            self.add_whole(self.key, masks[self.key])
+        self.write()
+
+    def components(self) -> None:
+        """SA and RA of F_S and F_R alone."""
+        for name in ("standard", "robust") if self.dual else ():
+            part = getattr(self.model, name)
+            values = {key: percent(mask) for key, mask in self.score(part, name, part).items()}
+            self.report.metrics.setdefault("components", {})[name] = values
+            self.write()
+
+    def dial(self, alphas: Sequence[float], held_out: ImageTensorDataset | None, floors: dict[str, Any]) -> None:
+        """SA and RA along the dial, each attacked there, and the recommended alpha; nothing is measured twice."""
+        if not self.dual:
+            return
+        metrics = self.report.metrics
+        known = {alpha: metrics.get("components", {}).get(name) for alpha, name in ENDS.items()}
+        known[self.model.config.alpha] = {name: metrics[name] for name in ("sa", self.key) if name in metrics}
+        for alpha in alphas:
+            values = known.get(alpha) or self.dialed(alpha, f"alpha={alpha!r}")
+            if self.key in values:
+                self.report.alpha_sweep.append({"alpha": alpha, "sa": values["sa"], self.key: values[self.key]})
+            self.write()
+        self.choose(held_out, alphas, floors)
+
+    def dialed(self, alpha: float, title: str, **options) -> dict[str, float]:
+        """SA and RA in % at one position of the dial."""
+        masks = self.score(DialedModel(self.model, alpha), title, self.counted, **options)
+        return {key: percent(mask) for key, mask in masks.items()}
+
+    def choose(self, held_out: ImageTensorDataset | None, alphas: Sequence[float], floors: dict) -> None:
+        """Recommend a position of the dial."""
+        sweep, images = self.report.alpha_sweep, f"the {len(self.dataset)} test images themselves (optimistic)"
+        if held_out is not None:
+            images, title = f"{len(held_out)} held-out images", f"held out {data_digest(held_out)}"
+            values = [{"alpha": a, **self.dialed(a, f"{title} alpha={a!r}", dataset=held_out)} for a in alphas]
+            sweep = [point for point in values if self.key in point]
+        try:
+            choice = choose_alpha([{**p, "ra": p[self.key]} for p in sweep], **floors)
+        except ValueError as error:
+            self.failures["recommended alpha"] = str(error)
+        else:
+            self.report.alpha_choice = {**asdict(choice), "chosen_on": images}
+        self.write()
+
+    def routing(self) -> None:
+        """Share of images per expert clean and attacked, and share whose first choice changes, all in %."""
+        if not self.routes:
+            return
+        seen = (self.routes[0] >= 0) & (self.routes[1] >= 0)  # -1: the image failed
+        clean, attacked = (route[seen] for route in self.routes)
+        load = {
+            name: [round(100 * n / len(r), 2) for n in r.bincount(minlength=self.moe.config.num_experts).tolist()]
+            for name, r in (("clean", clean), ("attacked", attacked))
+        }
+        self.report.metrics |= {"expert_load": load, "route_flip_rate": percent(clean != attacked)}
+        self.write()
+
+    def component_attacks(self) -> None:
+        """RA-E and RA-R: attacks on the experts alone and on the router alone, judged by the whole model."""
+        if self.moe is None:
+            return
+        attack = self.attack
+        attacks: dict[str, tuple[Callable, nn.Module]] = {
+            "expert": (lambda *batch, ids: attack_experts(self.model, *batch, attack=attack, ids=ids), self.counted),
+            "router": (
+                lambda *batch, ids: attack_router(
+                    self.model, *batch, **self.ball, steps=attack.steps, seed=attack.seed, ids=ids
+                ),
+                self.moe.router,  # passes of the router alone
+            ),
+        }
+        for part, (strike, counted) in attacks.items():
+            work = judged(self.model, strike)
+            found = self.measure(f"{part} attack PGD-{attack.steps}{self.at}", work, counted)
+            if found is not None:
+                self.add_whole(f"ra_{part}_{self.key.removeprefix('ra_')}", found.tensors["right"])
+            self.write()
+
+    def eps_curve(self) -> None:
+        """RA of the whole model at several radii."""
+        largest = 1.0 if self.attack.norm == "linf" else float("inf")
+        points = [{"eps": 0.0, self.key: self.report.metrics["sa"]}]
+        for eps in dict.fromkeys(min(factor * self.attack.eps, largest) for factor in EPS_FACTORS):
+            if eps == self.attack.eps and self.key in self.report.metrics:
+                points.append({"eps": eps, self.key: self.report.metrics[self.key]})
+                continue
+            work, name = classify(self.model, replace(self.attack, eps=eps)), f"PGD-{self.attack.steps} eps={eps:.6g}"
+            found = self.measure(name + self.at, work, self.counted)
+            if found is not None:
+                points.append({"eps": eps, self.key: percent(found.tensors["right"] & self.clean)})
+        self.report.metrics["eps_curve"] = points
+        self.write()
+
+    def worst_case(self, steps: int) -> None:
+        """The adaptive union of `worst_case`, every member with its own accuracy."""
+
+        def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Any]:
+            settings = {**self.ball, "steps": steps, "seed": self.attack.seed, "batch_size": self.batch_size}
+            result = worst_case(self.model, images, labels, ids=ids, **settings)
+            members = {f"member {name}": round(share * len(ids) / 100) for name, share in result.members.items()}
+            passes = {name: count * len(ids) for name, count in result.passes.items()}
+            return {"right": result.robust, **members, **passes}
+
+        found = self.measure(f"worst case {steps} steps{self.at}", work, self.counted)
+        if found is not None:
+            self.add_whole("ra_adaptive_union", found.tensors["right"])
+            members = {n.removeprefix("member "): v for n, v in found.sums.items() if n.startswith("member ")}
+            self.own |= {name: 100 * value / len(self.dataset) for name, value in members.items()}
+            self.report.threat["attacks"]["worst_case"] = f"adaptive union, {steps} APGD steps per member"
+        self.write()
+
+    def autoattack(self, version: str | None) -> None:
+        """The AutoAttack union, with its flags among the sanity checks."""
+        count = len(self.dataset.class_names)
+        version = version or ("standard" if count >= 4 else "few_classes")
+        name, shard = f"AutoAttack {version}{self.at}", f"part {self.processes.rank} of {self.processes.count}"
+        state = None if self.store.folder is None else self.store.path(f"{name} {shard}")
+
+        def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Any]:
+            settings = {**self.ball, "version": version, "seed": self.attack.seed, "batch_size": self.batch_size}
+            result = autoattack(
+                self.model, images, labels, ids=ids, state_file=state, progress=self.progress, **settings
+            )
+            stages = {f"stage {stage}": round(share * len(ids)) for stage, share in result.accuracy.items()}
+            passes = {kind: rows * len(ids) for kind, rows in result.passes.items()}
+            flags = {flag: [found.raised, found.message] for flag, found in result.flags.items()}
+            return {"right": result.robust, **stages, **passes, "flags": json.dumps(flags), "name": result.name}
+
+        found = self.measure(name, work, self.counted, at_once=True)
+        if found is not None:
+            if state is not None:
+                state.unlink(missing_ok=True)
+            self.add_whole("ra_autoattack", found.tensors["right"])
+            self.report.threat["attacks"]["autoattack"] = found.texts["name"][0]
+            self.add_flags(found)
+        self.write()
+
+    def add_flags(self, found: Found) -> None:
+        """Join the flags that AutoAttack raised on the processes' images."""
+        stages = {n.removeprefix("stage "): v for n, v in found.sums.items() if n.startswith("stage ")}
+        shares = {name: value / len(self.dataset) for name, value in stages.items()}
+        self.report.metrics["autoattack"] = {name: 100 * share for name, share in shares.items()}
+        by_process = [json.loads(text) for text in found.texts["flags"]]
+        square = square_flag(shares, len(self.dataset))
+        for name in by_process[0]:
+            raised, message = max((flags[name] for flags in by_process), key=lambda flag: flag[0])
+            if name == "square_stronger":
+                raised, message = square.raised, square.message
+            self.add_checks({f"autoattack {name}": Check(not raised, message)})
+
+    def add_checks(self, checks: dict[str, Check]) -> None:
+        """Report sanity checks, and what failed as a reason to doubt."""
+        self.report.sanity |= {n: {"passed": check.passed, "message": check.message} for n, check in checks.items()}
+        self.report.suspicious += suspicious(checks)
+
+    def finish(self) -> None:
+        """Report the pointwise worst case over all attacks on the whole model where there are several."""
+        if self.standing is None or len(self.own) < 2:
+            self.write()
+            return
+        robust = percent(self.standing)
+        self.report.metrics["ra_worst_case"] = robust
+        self.report.metrics["worst_case"] = {"accuracy": robust, "members": self.own}
+        self.add_interval("ra_worst_case", self.standing)
+        self.add_checks({"worst_case": worst_case_check({**self.own, "union": robust})})
+        self.write()
+
+    def sanity(self, num_images: int) -> None:
+        """The sanity checks, on a sample and by the main process alone."""
+        name = f"sanity checks {num_images} images{self.at}"
+
+        def checked() -> Found:
+            if (found := self.store.load(name)) is not None:
+                return found
+            settings = {**self.ball, "steps": self.attack.steps, "seed": self.attack.seed, "num_images": num_images}
+            settings |= {"batch_size": self.batch_size, "device": self.device, "progress": self.progress}
+            checks = run_sanity_checks(self.model, self.dataset, **settings)
+            texts = {n: [json.dumps([check.passed, check.message])] for n, check in checks.items()}
+            found = Found(torch.zeros(0, dtype=torch.int64), texts=texts)
+            self.store.save(name, found)
+            return found
+
+        try:
+            found = self.processes.from_main(checked)
+        except Exception as error:
+            self.failures[name] = f"{type(error).__name__}: {error}"
+        else:
+            self.add_checks({n: Check(*json.loads(texts[0])) for n, texts in found.texts.items()})
+        self.write()
+
+
+def judged(model: nn.Module, strike: Callable[..., Tensor]) -> Callable[..., dict[str, Tensor]]:
+    """Work that attacks with `strike` (images, labels, ids=) and shows the result to the whole model."""
+    return lambda images, labels, ids: {"right": is_right(model, strike(images, labels, ids=ids), labels)}
+
+
+__all__ = ["DialedModel", "Evaluation"]

@@ -1,0 +1,105 @@
+"""The report of a robustness evaluation: a dataclass, its JSON and its table."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .environment import write_text
+
+
+@dataclass
+class RobustnessReport:
+    """Everything measured about one model on one dataset; the content of `results.json`.
+
+    Args:
+        model: Kind, architecture, number of parameters.
+        dataset: Name, split, number of images.
+        threat: `norm`, `eps` (in [0, 1] pixel units) and the attacks with their settings.
+        metrics: `sa` and `ra_<attack>` in %, of the whole model, with 95 % Wilson `intervals`; `ra_worst_case` is
+            pointwise over all attacks on the whole model, and `worst_case` has its members' own accuracies;
+            `components` has `sa` and `ra_pgd<steps>` for F_S and F_R; `expert_load` in % per expert on clean and
+            attacked images, and `route_flip_rate` in %; `eps_curve` one {"eps", "ra_pgd<steps>"} per radius.
+        alpha_sweep: One {"alpha", "sa", "ra_<attack>"} per position of the dial, each attacked at that position.
+        controls: Results of other models for comparison, by name.
+        sanity: Name of a check -> {"passed", "message"}.
+        seeds: Seeds of the evaluation (and of the training, where known).
+        environment: Library versions, hardware, processes, wall time in seconds.
+        training: Settings of the training, where known.
+        suspicious: Reasons to doubt the numbers; empty where all checks that ran have passed.
+        alpha_choice: Recommended `alpha`, its `sa` and `ra` in %, the `rule`, and the images it was `chosen_on`.
+        failures: Name of a measurement -> why it is missing, or which images failed and count as wrong.
+        cost: Measurement -> mean `forward` and `gradient` passes per image, and `seconds`; their sum is `total`.
+    """
+
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    threat: dict[str, Any]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    alpha_sweep: list[dict[str, float]] = field(default_factory=list)
+    controls: dict[str, Any] = field(default_factory=dict)
+    sanity: dict[str, Any] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    suspicious: list[str] = field(default_factory=list)
+    alpha_choice: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write JSON, replacing the file in one step: a reader or a crash never meets half a report."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "RobustnessReport":
+        """Read what `save` wrote."""
+        return cls(**json.loads(Path(path).read_text()))
+
+    def table(self) -> str:
+        """A table for the terminal: whole model with its intervals, components and dial; "-" = not measured."""
+        attacks = [name for name in self.metrics if name.startswith("ra_")]
+        titles = [name.removeprefix("ra_").replace("_", " ").upper() for name in attacks]
+        rows = [["", "SA %", *(f"RA {title} %" for title in titles)]]
+
+        def add(title: str, values: dict[str, float], text: Callable[[Any], str] = "{:.2f}".format) -> None:
+            rows.append([title, *(text(values[name]) if name in values else "-" for name in ("sa", *attacks))])
+
+        alpha = f" (alpha = {self.model['alpha']:g})" if "alpha" in self.model else ""
+        add(f"{self.model['kind']}{alpha}", self.metrics)
+        add("  95 % interval", self.metrics.get("intervals", {}), lambda pair: f"{pair[0]:.1f} to {pair[1]:.1f}")
+        for name, values in self.metrics.get("components", {}).items():
+            add(f"  {name} alone", values)
+        for values in self.alpha_sweep:
+            add(f"  dial at alpha = {values['alpha']:g}", values)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """Lines to read with the table: the recommended alpha, the checks, what failed, the cost."""
+        lines = []
+        if choice := self.alpha_choice:
+            lines.append(
+                f"Recommended alpha = {choice['alpha']:g}: {choice['rule']} on {choice['chosen_on']} "
+                f"(SA {choice['sa']:.2f} %, RA {choice['ra']:.2f} %)."
+            )
+        passed = sum(check["passed"] for check in self.sanity.values())
+        lines.append(f"Sanity checks: {passed} of {len(self.sanity)} passed." if self.sanity else "No sanity checks.")
+        lines += [f"SUSPICIOUS: {reason}" for reason in self.suspicious]
+        lines += [f"FAILED: {name}: {reason}" for name, reason in self.failures.items()]
+        if total := self.cost.get("total"):
+            passes = f"{total['forward']:.0f} forward and {total['gradient']:.0f} gradient passes per image"
+            lines.append(f"Cost: {passes}, {total['seconds']:.1f} s.")
+        return lines
+
+
+__all__ = ["RobustnessReport"]

@@ -1,0 +1,152 @@
+"""`training/evaluate.py` end to end on tiny saved models: outputs, restart, the dial, refusals, two processes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.evaluation import RobustnessReport
+
+TRAINING = Path(__file__).parents[1] / "training"
+DIGITS = {"num_labels": 10, "image_size": 8, "num_channels": 1, "num_experts": 2, "width": [8, 8, 8, 16]}
+NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
+QUICK = "--num_images 21 --eps 0.05 --steps 2 --disable_tqdm --level quick --alphas 0 0.5 1".split()
+ROUNDING = 1e-4  # in points: shares of 21 images are 4.8 points apart
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of a dual model and of a single mixture."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = DualMoEConfig(standard=MoEConfig(**DIGITS), robust=MoEConfig(**DIGITS), alpha=0.6, **NAMES)
+    DualMoEForImageClassification(config).save_pretrained(folder / "dual")
+    MoEForImageClassification(MoEConfig(**DIGITS, **NAMES)).save_pretrained(folder / "moe")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_script", TRAINING / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def evaluate(script, monkeypatch):
+    """Runs the script; its exit status."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        return stop.value.code
+
+    return call
+
+
+def test_dual_model_end_to_end_and_its_dial_is_written(evaluate, saved, tmp_path, capsys):
+    config = saved / "dual" / "config.json"
+    before = json.loads(config.read_text())
+    command = [*QUICK, "--model", saved / "dual", "--output_dir", tmp_path]
+    assert evaluate(*command) == 0
+    report = RobustnessReport.load(tmp_path / "results.json")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("results.json", "measurements", "tradeoff.png", "expert_load.png", "examples.png")
+    }
+    out = capsys.readouterr().out
+    assert report.table() in out and report.notes()[0] in out
+    assert report.threat["eps"] == 0.05 and report.dataset["name"] == "digits"
+    assert [point["alpha"] for point in report.alpha_sweep] == [0, 0.5, 1]
+    assert report.alpha_choice["chosen_on"] == "270 held-out images"  # not the test images
+    assert json.loads(config.read_text()) == before
+
+    choices = {point["alpha"]: point["sa"] for point in report.alpha_sweep}
+    assert len(set(choices.values())) > 1
+    assert evaluate(*command, "--write_alpha", "--min_sa", 0) == 0
+    chosen = RobustnessReport.load(tmp_path / "results.json").alpha_choice["alpha"]
+    after = json.loads(config.read_text())
+    assert chosen != 0.6 and after.pop("alpha") == chosen and before.pop("alpha") == 0.6
+    assert after == before
+    assert AutoModelForImageClassification.from_pretrained(saved / "dual").config.alpha == chosen
+    assert evaluate(*command) == 0  # the turned dial leaves the other measurements finished
+
+
+def test_single_mixture_with_other_parts(evaluate, saved, tmp_path, capsys):
+    command = [*QUICK, "--model", saved / "moe", "--output_dir", tmp_path, "--level", "component_attacks,eps_curve"]
+    assert evaluate(*command) == 0
+    report = RobustnessReport.load(tmp_path / "results.json")
+    assert "ra_router_pgd2" in report.metrics and report.alpha_sweep == []
+    assert {p.name for p in tmp_path.glob("*.png")} == {"eps_curve.png", "expert_load.png", "examples.png"}
+    capsys.readouterr()
+
+    assert evaluate(*command, "--steps", 3) == 2
+    assert "holds measurements made with other settings" in capsys.readouterr().err
+    assert evaluate(*command, "--steps", 3, "--fresh") == 0
+    assert "ra_pgd3" in RobustnessReport.load(tmp_path / "results.json").metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eps", "8"], "did you mean 8/255"),
+        (["--eps", "8/0"], "invalid pixel_radius value: '8/0'"),
+        (["--num_images", "9999"], "num_images=9999, but the dataset has"),
+        (["--level", "thorough"], "level has unknown parts 'thorough'"),
+        (["--dataset_name", "./nowhere"], "nowhere"),
+        (["--model", "./no-model", "--write_alpha"], "write_alpha needs a local folder"),
+        (["--model", "./no-model"], "no-model"),
+        (["--min_sa", "50"], "min_sa=50.0 chooses the dial of a dual model"),
+        (["--write_alpha"], "write_alpha needs a dual model"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_without_traceback(evaluate, saved, arguments, message, tmp_path, capsys):
+    assert evaluate(*QUICK, "--model", saved / "moe", "--output_dir", tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_two_processes_find_what_one_does(evaluate, saved, tmp_path):
+    """21 images: 11 and 10."""
+    level = "components,dial,component_attacks,eps_curve,worst_case,autoattack,sanity"
+    options = [*QUICK, "--model", saved / "dual", "--level", level, "--autoattack_version", "fast"]
+    options += ["--sanity_images", 4]
+    config = TRAINING / "accelerate_configs" / "two_cpu_processes.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, TRAINING / "evaluate.py"]
+    command = [str(part) for part in (*launcher, *options, "--output_dir", tmp_path / "two")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Saved to") == 1
+    assert evaluate(*options, "--output_dir", tmp_path / "one") == 0
+    one, two = (RobustnessReport.load(tmp_path / name / "results.json") for name in ("one", "two"))
+    assert (one.environment["processes"], two.environment["processes"]) == (1, 2)
+    assert flat(one.metrics).keys() >= {"ra_autoattack", "worst_case.members.route", "route_flip_rate"}
+    for name in ("metrics", "alpha_sweep", "alpha_choice", "threat", "dataset", "failures"):
+        assert flat(getattr(two, name)) == pytest.approx(flat(getattr(one, name)), abs=ROUNDING), name
+    assert {n: check["passed"] for n, check in two.sanity.items()} == {
+        n: check["passed"] for n, check in one.sanity.items()
+    }
+    same = [name for name in one.cost if not name.startswith(("AutoAttack", "total"))]  # its probes run on each
+    for name in same:
+        for kind in ("forward", "gradient"):
+            assert two.cost[name][kind] == pytest.approx(one.cost[name][kind]), name
+    assert one.cost.keys() == two.cost.keys()
+
+
+def flat(value, prefix=""):
+    """Nested dictionaries and lists as one dictionary: {"a": [1]} -> {"a.0": 1}."""
+    if not isinstance(value, (dict, list)):
+        return {prefix.rstrip("."): value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for name, inner in items for k, v in flat(inner, f"{prefix}{name}.").items()}
