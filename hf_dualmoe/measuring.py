@@ -187,7 +187,7 @@ class Store:
 
 def percent(mask: Tensor) -> float:
     """Share of true entries, in %."""
-    return 100 * float(mask.float().mean())
+    return 100 * float(mask.double().mean())
 
 
 # --- images in batches -----------------------------------------------------------------------------------------------

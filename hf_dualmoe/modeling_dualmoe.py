@@ -211,7 +211,7 @@ def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs) 
     except (TypeError, AssertionError) as error:
         raise ValueError(f"backbone={name!r} does not accept the arguments {kwargs}: {error}") from error
     if is_resnet:
-        adapt_resnet_stem(backbone, config, stem_channels=kwargs.get("channels", [None])[0])
+        adapt_resnet_stem(backbone, config, stem_channels=None if config.width is None else kwargs["channels"][0])
     return backbone
 
 
