@@ -446,6 +446,28 @@ class MoEForImageClassification(RobustPreTrainedModel):
         self._keep_initialisation()
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module._non_persistent_buffers_set and not hasattr(module, "init_non_persistent_buffers"):
+            self._refill_from_fresh_backbone(module)
+
+    def _refill_from_fresh_backbone(self, module: nn.Module) -> None:
+        """Give a part of a backbone the non-persistent buffers of a fresh one.
+
+        timm 1.0.20 has no `init_non_persistent_buffers`; drop this once the oldest supported timm has it.
+        """
+        whole_names = {id(m): name for part in self._backbone_parts() for name, m in part.named_modules()}
+        if id(module) not in whole_names:
+            return
+        with torch.device("cpu"):
+            fresh = create_backbone(self.config).get_submodule(whole_names[id(module)])
+        for name in module._non_persistent_buffers_set:
+            if getattr(fresh, name) is not None:
+                getattr(module, name).copy_(getattr(fresh, name))
+
+    def _backbone_parts(self) -> list[nn.Module]:
+        return [*self.experts] if self.trunk.stages is None else [self.trunk.stages, *self.experts]
+
     def _create_expert(self) -> nn.Module:
         backbone = create_backbone(self.config)
         return backbone if self.trunk.stages is None else cut_backbone(backbone, self.config.shared_stages, "expert")
@@ -502,7 +524,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
         Raises:
             ValueError: Names or shapes differ from those of the backbone.
         """
-        parts = [*self.experts] if self.trunk.stages is None else [self.trunk.stages, *self.experts]
+        parts = self._backbone_parts()
         own = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
         names = set(own) ^ set(state_dict)
         wrong = sorted(names | {n for n in set(own) & set(state_dict) if own[n].shape != state_dict[n].shape})
