@@ -55,8 +55,8 @@ def test_sweep_attacks_each_alpha_at_that_alpha(model, dataset):
     for point in sweep:
         dialed = DialedModel(model, point["alpha"])
         clean, attacked = correct_mask(dialed, dataset), correct_mask(dialed, dataset, attack=ATTACK)
-        assert point["sa"] == pytest.approx(100 * float(clean.float().mean()))
-        assert point["ra"] == pytest.approx(100 * float((clean & attacked).float().mean()))
+        assert point["sa"] == pytest.approx(100 * float(clean.double().mean()))
+        assert point["ra"] == pytest.approx(100 * float((clean & attacked).double().mean()))
     assert sweep[1]["sa"] == pytest.approx(100 * 18 / 23) and sweep[1]["ra"] < sweep[1]["sa"]
     assert model.config.alpha == 0.6 and not model.training
 
@@ -219,8 +219,8 @@ def test_calibration_measures_the_model_that_it_proposes(model, dataset):
         other.config.robust_logit_map = part["robust_logit_map"]
         other.set_alpha(part["alpha"])
         clean, attacked = correct_mask(other, dataset), correct_mask(other, dataset, attack=ATTACK)
-        assert part["sa"] == pytest.approx(100 * float(clean.float().mean()))
-        assert part["ra"] <= 100 * float((clean & attacked).float().mean()) + 1e-6
+        assert part["sa"] == pytest.approx(100 * float(clean.double().mean()))
+        assert part["ra"] <= 100 * float((clean & attacked).double().mean()) + 1e-6
 
 
 @pytest.mark.parametrize("logit_map", [None, {"scale": 3.0, "clamp": 0.2, "power": 2.0}])
