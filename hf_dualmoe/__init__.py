@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
-from .modeling_dualmoe import DualMoEForImageClassification, MoEForImageClassification
+from .modeling_dualmoe import DualMoEForImageClassification, MoEForImageClassification, RobustPreTrainedModel
 
 for _config, _model in ((MoEConfig, MoEForImageClassification), (DualMoEConfig, DualMoEForImageClassification)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -12,5 +12,15 @@ for _config, _model in ((MoEConfig, MoEForImageClassification), (DualMoEConfig, 
     # What `save_pretrained` copies beside the weights, for those who have not installed this package.
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModelForImageClassification")
+
+
+def _push_to_hub(self, repo_id: str, **kwargs):
+    """Upload weights, config, code, image processor and card in one commit; see `hub.push_model`."""
+    from .hub import push_model  # not needed to load or run a model
+
+    return push_model(self, repo_id, **kwargs)
+
+
+RobustPreTrainedModel.push_to_hub = _push_to_hub  # here, not in the modeling file: that one travels without the package
 
 __version__ = "0.1.0"

@@ -162,7 +162,7 @@ def parse_width(text: "str | float | list | None") -> float | list[int] | None:
 
 # What `--help` shows, in reading order. Everything else that transformers' Trainer takes is in `--help_all`.
 OBJECTIVE = "method beta second_term second_attack trades_lambda train_alpha standard_learning_rate"
-ATTACK = "eps norm attack_steps attack_step_size eps_warmup_ratio eval_attack_steps"
+ATTACK = "eps norm training_attack attack_steps attack_step_size eps_warmup_ratio eval_attack_steps"
 IMAGES = "crop_padding horizontal_flip"
 TRAINING = (
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim optim_args "
@@ -173,7 +173,8 @@ OUTPUT = (
     "output_dir eval_strategy save_strategy save_total_limit logging_steps metric_for_best_model report_to "
     "disable_tqdm push_to_hub hub_model_id"
 )
-HARDWARE = "use_cpu bf16 torch_compile dataloader_num_workers ddp_find_unused_parameters"
+REPORTS = ("none", "quick", "standard", "full")
+HARDWARE = "use_cpu bf16 channels_last torch_compile dataloader_num_workers ddp_find_unused_parameters"
 
 
 class RecipeParser(HfArgumentParser):
@@ -203,6 +204,9 @@ class RecipeParser(HfArgumentParser):
         )
         self.add_argument("--min_sa", type=float, help="With --choose_alpha: at least this SA, in percent.")
         self.add_argument("--min_ra", type=float, help="With --choose_alpha: at least this RA, in percent.")
+        self.add_argument(
+            "--report", choices=REPORTS, default="quick", help="What the final report measures, or none (no report)."
+        )
         self.add_argument("--help_all", action="help", help="Show all arguments, those of transformers' Trainer too.")
 
     def parse(
@@ -256,7 +260,7 @@ class RecipeParser(HfArgumentParser):
             "attack, in training and in the evaluations during training": ATTACK.split(),
             "augmentation": IMAGES.split(),
             "optimisation": TRAINING.split(),
-            "output": OUTPUT.split(),
+            "output": ["report", *OUTPUT.split()],
             "hardware": HARDWARE.split(),
         }
         if "--help_all" in sys.argv:

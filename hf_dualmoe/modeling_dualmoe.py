@@ -30,6 +30,7 @@ from .configuration_dualmoe import DualMoEConfig, MoEConfig
 logger = logging.get_logger(__name__)
 
 RANGE_TOLERANCE = 1e-5  # x * (1 / 255) rounds to just above 1
+HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision")
 
 
 @dataclass
@@ -398,8 +399,9 @@ class RobustPreTrainedModel(PreTrainedModel):
 
         Takes the arguments of `PreTrainedModel.save_pretrained`.
         """
-        if kwargs.get("is_main_process", True) and self.config.image_size is not None:
-            # Written first, so that push_to_hub=True uploads it too.
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        push, main_process = kwargs.pop("push_to_hub", False), kwargs.get("is_main_process", True)
+        if main_process and self.config.image_size is not None:
             create_image_processor(self.config.image_size).save_pretrained(save_directory)
         module = "modeling_dualmoe"
         auto_classes = ("AutoModel", "AutoModelForImageClassification")
@@ -408,6 +410,9 @@ class RobustPreTrainedModel(PreTrainedModel):
             **{auto: f"{module}.{type(self).__name__}" for auto in auto_classes},
         }
         super().save_pretrained(save_directory, **kwargs)
+        if push and main_process:  # the parent's own upload would miss the image processor
+            repo_id = hub.pop("repo_id", None) or os.path.basename(os.path.normpath(save_directory))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
 
 def create_image_processor(image_size: int) -> CLIPImageProcessor:

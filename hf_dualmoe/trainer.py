@@ -6,12 +6,14 @@ so that accumulation, mixed precision, distributed training and resuming work as
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import CommitInfo, HfApi
 from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -53,6 +55,8 @@ class RobustTrainer(Trainer):
     def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
         check_model_fits_method(model, args.method)
         kwargs = {"data_collator": collate, "compute_metrics": robust_accuracy_metrics, **kwargs}
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = (
             False  # our losses are batch means: let the Trainer divide by the accumulation
@@ -60,6 +64,7 @@ class RobustTrainer(Trainer):
         self.objective = self._create_objective()
         self.evaluation_attack = args.evaluation_attack()
         self._sums: dict[str, list[Tensor]] = {}
+        self.card_metadata: dict[str, Any] = {}
         self.ema: ModelEmaV3 | None = None
         if args.ema_decay > 0:
             self.ema = ModelEmaV3(self.model, decay=args.ema_decay)
@@ -90,7 +95,9 @@ class RobustTrainer(Trainer):
         """Attack the raw model, then one forward of the wrapped model on everything the objective needs."""
         raw = self._raw_model()
         self._share_buffers(raw)
-        attack = {} if self.args.method == "standard" else {"attack": self.args.training_attack(self._eps_scale())}
+        attack = {}
+        if self.args.method != "standard":
+            attack = {"attack": self.args.create_training_attack(self._eps_scale())}
         images, labels = inputs["pixel_values"], inputs["labels"]
         with self.accelerator.autocast():  # parts of the model that the attack calls alone
             output = self.objective(raw, images, labels, forward=model, **attack)
@@ -247,6 +254,82 @@ class RobustTrainer(Trainer):
                 f"{path} is missing: this checkpoint was written without ema_decay (now {self.args.ema_decay})."
             )
         load_model(model, path)
+
+    # --- the Hub -----------------------------------------------------------------------------------------------------
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write our card into `output_dir`, from the results.json there if there is one.
+
+        Args:
+            language, license, tags, model_name: Metadata; tags are added to ours.
+            finetuned_from: Hub id of the model that this one started from.
+            tasks: Ignored: the task is image classification.
+            dataset_tags: Hub ids of the training data.
+            dataset, dataset_args: Ignored: the card names the data of the report.
+        """
+        from .model_card import write_model_card  # not needed to train
+
+        if self.is_world_process_zero():
+            metadata = {"language": language, "license": license, "tags": tags, "model_name": model_name}
+            self.card_metadata = {**metadata, "base_model": finetuned_from, "datasets": dataset_tags}
+            write_model_card(self.args.output_dir, **self.card_metadata)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> "CommitInfo | Future[CommitInfo] | None":
+        """Save the model into `output_dir` and send it to the Hub in one commit, with its code, processor and card.
+
+        Checkpoints and pickles (the arguments with their token among them) are never sent.
+
+        Args:
+            commit_message: First line of the commit.
+            blocking: Whether to wait for the upload.
+            token, revision, private: As in `transformers.Trainer.push_to_hub`.
+            kwargs: As in `create_model_card`.
+
+        Returns:
+            The commit, or its future; None in all processes but the main one.
+
+        Raises:
+            ValueError: The card would not be valid, or there is no access token.
+        """
+        from .hub import publish_folder  # not needed to train
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)  # on all processes: sharded models are gathered
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
+        options = {"token": token, "revision": revision or self.args.hub_revision, "commit_message": commit_message}
+        options |= self.card_metadata
+
+        def publish() -> CommitInfo:
+            return publish_folder(self.args.output_dir, self.hub_model_id, refuse_pickles=False, **options).commit
+
+        return publish() if blocking else HfApi().run_as_future(publish)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Send nothing while training: checkpoints hold pickles."""
 
 
 class EmaCallback(TrainerCallback):

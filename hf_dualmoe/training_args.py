@@ -9,8 +9,10 @@ from transformers import TrainingArguments
 from .attack_primitives import check_eps
 from .attacks import PGD
 from .environment import pixel_radius
+from .nfgsm import NFGSM
 
 METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe")
+TRAINING_ATTACKS = ("pgd", "nfgsm")
 
 
 class PixelValue(float):
@@ -66,6 +68,14 @@ class RobustTrainingArguments(TrainingArguments):
         metadata={"help": "Attack radius in [0, 1] pixel units; fractions like 8/255 work."},
     )
     norm: str = field(default="linf", metadata={"help": "Norm of the attack: linf or l2.", "choices": ("linf", "l2")})
+    training_attack: str = field(
+        default="pgd",
+        metadata={
+            "help": "Attack inside the objective: pgd, or nfgsm (one step from a noisy image, L-inf; several times "
+            "cheaper).",
+            "choices": TRAINING_ATTACKS,
+        },
+    )
     attack_steps: int = field(default=10, metadata={"help": "PGD steps of the training attack, >= 1."})
     attack_step_size: PixelValue | None = field(
         default=None, metadata={"help": "Step of the training attack, in the unit of eps; default: 2.5 * eps / steps."}
@@ -82,6 +92,10 @@ class RobustTrainingArguments(TrainingArguments):
         default=4, metadata={"help": "Random crops: pixels of zero padding on each side; 0 = none."}
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Random horizontal flips."})
+
+    channels_last: bool = field(
+        default=False, metadata={"help": "Train in the channels_last memory format: faster for convolutions."}
+    )
 
     # Weights
     ema_decay: float = field(
@@ -109,6 +123,11 @@ class RobustTrainingArguments(TrainingArguments):
         check_eps(self.eps, self.norm)
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not one of {', '.join(map(repr, METHODS))}.")
+        if self.training_attack not in TRAINING_ATTACKS:
+            allowed = ", ".join(map(repr, TRAINING_ATTACKS))
+            raise ValueError(f"training_attack={self.training_attack!r} is not one of {allowed}.")
+        takes_norm = self.training_attack == "pgd" or self.norm == "linf"
+        self._check("norm", takes_norm, "'linf' with training_attack='nfgsm'")
         for name in ("beta", "trades_lambda"):
             self._check(name, getattr(self, name) >= 0, ">= 0")
         self._check("train_alpha", 0 <= self.train_alpha <= 1, "in [0, 1]")
@@ -129,21 +148,24 @@ class RobustTrainingArguments(TrainingArguments):
         if not valid:
             raise ValueError(f"{name}={getattr(self, name)!r} must be {allowed}.")
 
-    def training_attack(self, eps_scale: float = 1.0) -> PGD:
+    def create_training_attack(self, eps_scale: float = 1.0) -> PGD | NFGSM:
         """The attack inside the objective: last iterate, random numbers of the global generator.
 
         Args:
             eps_scale: Factor on eps and step size, for the warm-up.
         """
+        objective, shard = "kl" if self.method == "trades" else "ce", (self.process_index, self.world_size)
+        if self.training_attack == "nfgsm":
+            return NFGSM(eps=self.eps * eps_scale, objective=objective, shard=shard)
         step_size = 2.5 * self.eps / self.attack_steps if self.attack_step_size is None else self.attack_step_size
         return PGD(
             eps=self.eps * eps_scale,
             steps=self.attack_steps,
             step_size=max(step_size * eps_scale, 1e-12),
             norm=self.norm,
-            objective="kl" if self.method == "trades" else "ce",
+            objective=objective,
             keep_best=False,
-            shard=(self.process_index, self.world_size),
+            shard=shard,
         )
 
     def evaluation_attack(self) -> PGD | None:

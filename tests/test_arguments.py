@@ -45,7 +45,7 @@ def test_every_recipe_parses_and_builds_a_config(parser, recipe):
     assert training.load_best_model_at_end and training.report_to in ([], ["none"], "none")
     config = model.moe_config(load_splits("digits"))
     assert config.num_experts == 4 and config.id2label[9] == "9"
-    assert training.training_attack().eps == training.eps
+    assert training.create_training_attack().eps == training.eps
 
 
 def test_a_recipe_of_ones_own(parser, tmp_path):

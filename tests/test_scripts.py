@@ -41,6 +41,7 @@ def test_run_trains_reports_and_saves(run, tmp_path, capsys):
     files = {path.name for path in folder.iterdir()}
     assert files >= {
         *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "tradeoff.png"),
+        *("README.md", "expert_load.png"),
         *("modeling_dualmoe.py", "configuration_dualmoe.py"),
     }
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]

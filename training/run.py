@@ -9,10 +9,12 @@ python training/run.py --help
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import timm
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -22,11 +24,21 @@ from hf_dualmoe.attacks import PGD
 from hf_dualmoe.data import DataSplits, load_splits
 from hf_dualmoe.dial import choose_alpha, sweep_alpha
 from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
-from hf_dualmoe.plots import plot_tradeoff
+from hf_dualmoe.hub import hide_tokens, publish_folder
+from hf_dualmoe.model_card import PLOTS, write_model_card
+from hf_dualmoe.plots import save_plots
 from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
 
 RECIPES = Path(__file__).parent / "recipes"
+ATTACK = ("eps", "norm", "attack_steps")
+SETTINGS = {  # what each method uses
+    "standard": (),
+    "at": ATTACK,
+    "trades": (*ATTACK, "trades_lambda"),
+    "rt_er": (*ATTACK, "beta", "second_term", "second_attack"),
+    "jtdmoe": (*ATTACK, "beta", "second_term", "second_attack", "train_alpha"),
+}
 
 
 def main() -> None:
@@ -50,13 +62,22 @@ def main() -> None:
 
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     if trainer.is_world_process_zero():
-        model.eval().save_pretrained(output_dir / "model")  # before the report: nothing trained is lost
+        folder = output_dir / "model"
+        for name in ("results.json", *PLOTS):  # of earlier weights
+            (folder / name).unlink(missing_ok=True)
+        model.eval().save_pretrained(folder)  # before the report: nothing trained is lost
         choice = turn_dial(model, data, args, run) if run.choose_alpha else {}
-        model.save_pretrained(output_dir / "model")
-        report = write_report(model, data, args, output_dir, trainer, choice)
-        print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
-        print(f"\nSaved to {output_dir / 'model'}: the model, results.json", end="")
-        print(" and tradeoff.png" if report.alpha_sweep else "")
+        model.save_pretrained(folder)
+        if run.report != "none":
+            report = write_report(
+                model, data, args, folder, trainer, choice, origins(data_args, model_args), level=run.report
+            )
+            print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
+            attempt("drawing the plots", lambda: save_plots(report, folder))
+        attempt("writing the model card", lambda: write_model_card(folder))
+        print(f"\nSaved to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+        if args.push_to_hub:
+            attempt("publishing", lambda: publish(folder, args, trainer.hub_model_id))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
@@ -149,14 +170,16 @@ def write_report(
     model: DualMoEForImageClassification | MoEForImageClassification,
     data: DataSplits,
     args: RobustTrainingArguments,
-    output_dir: Path,
+    folder: Path,
     trainer: RobustTrainer,
     alpha_choice: dict[str, Any],
+    sources: dict[str, str],
+    level: str,
 ) -> RobustnessReport:
-    """Measure on the test images, write results.json as the numbers come, then the plot."""
-    path = output_dir / "model" / "results.json"
+    """Measure on the test images and write results.json as the numbers come."""
+    path = folder / "results.json"
     report = evaluate_robustness(
-        model, data.test, eps=args.eps, norm=args.norm, seed=args.seed, dataset_name=data.name, path=path
+        model, data.test, eps=args.eps, norm=args.norm, seed=args.seed, dataset_name=data.name, path=path, level=level
     )
     report.seeds["training"] = args.seed
     report.alpha_choice = alpha_choice or report.alpha_choice
@@ -167,13 +190,36 @@ def write_report(
         "best_validation": trainer.state.best_metric,
         "steps": trainer.state.global_step,
         "skipped_images": data.skipped,
-        **{name: getattr(args, name) for name in ("eps", "norm", "attack_steps", "beta", "train_alpha", "ema_decay")},
+        **{name: getattr(args, name) for name in SETTINGS[args.method]},
+        **{name: getattr(args, name) for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay")},
+        **sources,
         "train_runtime_s": next((e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e), None),
     }
     report.save(path)
-    if report.alpha_sweep:
-        plot_tradeoff(report, output_dir / "model" / "tradeoff.png")
     return report
+
+
+def origins(data_args: DataArguments, model_args: ModelArguments) -> dict[str, str]:
+    """Hub ids of the training data and of the weights that training started from, where they are on the Hub."""
+    data, source = data_args.dataset_name, model_args.init_experts_from
+    if model_args.pretrained:
+        source = timm.get_pretrained_cfg(model_args.backbone).hf_hub_id
+    names = {"dataset_id": None if data == "digits" else data, "base_model": source}
+    return {name: source for name, source in names.items() if source and not Path(source).expanduser().exists()}
+
+
+def publish(folder: Path, args: RobustTrainingArguments, repo_id: str) -> None:
+    """Send the finished model to the Hub."""
+    options = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
+    print(f"Published: {publish_folder(folder, repo_id, **options).commit.commit_url}")
+
+
+def attempt(what: str, work: Callable[[], Any]) -> None:
+    """Do what comes after training; a failure is told and loses nothing."""
+    try:
+        work()
+    except Exception as error:
+        print(f"WARNING: {what} failed: {hide_tokens(f'{type(error).__name__}: {error}')}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,246 @@
+"""`training/publish.py` and the checks before an upload; nothing here may reach a network (HF_HUB_OFFLINE is set)."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_dualmoe import hub
+from hf_dualmoe.hub import check_no_token, hide_tokens, plan_upload, publish_folder
+from hf_dualmoe.model_card import MARKER
+from hf_dualmoe.report import RobustnessReport
+
+TRAINING = Path(__file__).parents[1] / "training"
+TOKEN = "hf_" + "n0tReal" * 5
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_script", TRAINING / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("publish")
+
+
+@pytest.fixture
+def folder(make_moe, tmp_path):
+    """A saved mixture with results and a plot."""
+    path = tmp_path / "run" / "model"
+    make_moe().save_pretrained(path)
+    RobustnessReport(
+        model={"kind": "mixture of experts"},
+        dataset={"name": "digits", "num_images": 20},
+        threat={"norm": "linf", "eps": 0.1},
+        metrics={"sa": 75.0, "ra_pgd20": 40.0},
+    ).save(path / "results.json")
+    (path / "tradeoff.png").write_bytes(b"plot")
+    return path
+
+
+@pytest.fixture
+def publish(script, folder, monkeypatch, capsys):
+    """Run the script on the folder; returns exit status and all that was printed."""
+
+    def call(*arguments, repo_id="user/name"):
+        command = ["publish.py", "--model", str(folder), "--repo_id", repo_id, *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        code = 0
+        try:
+            script.main()
+        except SystemExit as end:
+            code = end.code
+        return code, "".join(capsys.readouterr())
+
+    return call
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# --- what would be sent ----------------------------------------------------------------------------------------------
+
+
+def test_dry_run_lists_all_files_with_sizes_and_changes_nothing(publish, folder):
+    (folder / "notes.txt").write_text("not for others")
+    (folder / "checkpoint-3").mkdir()
+    before = contents(folder)
+    code, text = publish("--dry_run")
+    assert code == 0 and contents(folder) == before
+    sent = set(before) - {"notes.txt"} | {"README.md"}
+    lines = [line.split() for line in text.splitlines()]
+    listed = {line[1]: int(line[0].replace(",", "")) for line in lines if len(line) == 2 and line[1] in sent}
+    assert (
+        set(listed)
+        == sent
+        == {
+            *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "tradeoff.png"),
+            *("configuration_dualmoe.py", "modeling_dualmoe.py", "README.md"),
+        }
+    )
+    assert all(listed[name] == len(before[name]) for name in sent - {"README.md"})
+    assert "Left out: checkpoint-3, notes.txt" in text
+    assert MARKER in text and "| PGD-20 | 40.00 |" in text and "Warning" not in text
+
+
+def test_missing_results_are_a_warning_and_the_card_claims_nothing(publish, folder):
+    (folder / "results.json").unlink()
+    code, text = publish("--dry_run")
+    assert code == 0 and "Warning: no results.json" in text and "has not been measured yet" in text
+
+
+def test_doubts_are_shown_to_the_publisher(publish, folder):
+    report = RobustnessReport.load(folder / "results.json")
+    report.suspicious, report.failures = ["large_eps: 30 % at 0.5"], {"dial": "broke"}
+    report.save(folder / "results.json")
+    text = publish("--dry_run")[1]
+    assert "suspicious, and the card says so: large_eps: 30 % at 0.5" in text and "failed in part" in text
+
+
+def test_card_that_somebody_edited_is_sent_as_it_is(folder):
+    rendered = plan_upload(folder, "user/name").card
+    (folder / "README.md").write_text(rendered)
+    assert plan_upload(folder, "user/other").card == rendered.replace("user/name", "user/other").replace(
+        "# name", "# other"
+    ).replace("- name: name", "- name: other")
+    edited = rendered.replace(MARKER, "").replace("# name", "# My bird model")
+    (folder / "README.md").write_text(edited)
+    assert plan_upload(folder, "user/other").card == edited
+
+
+def test_sharded_weights(make_moe, folder):
+    make_moe().save_pretrained(folder, max_shard_size="100KB")
+    with pytest.raises(ValueError, match="not clear which weights would be loaded"):
+        plan_upload(folder, "u/n")
+    (folder / "model.safetensors").unlink()
+    shards = sorted(path.name for path in folder.glob("model-*"))
+    assert len(shards) > 1 and set(shards) | {"model.safetensors.index.json"} <= set(plan_upload(folder, "u/n").files)
+    (folder / shards[1]).unlink()
+    with pytest.raises(ValueError, match=f"lacks {shards[1]}"):
+        plan_upload(folder, "u/n")
+
+
+def test_model_of_transformers_own_needs_no_code(native_vit, tmp_path):
+    native_vit.save_pretrained(tmp_path)
+    upload = plan_upload(tmp_path, "user/vit")
+    assert set(upload.files) == {"config.json", "model.safetensors"} and len(upload.warnings) == 2
+    assert "trust_remote_code" not in upload.card and "preprocessor_config.json" in upload.warnings[1]
+
+
+# --- refusals, all before anything is sent ---------------------------------------------------------------------------
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+BREAK = {
+    "has no config.json": lambda folder: (folder / "config.json").unlink(),
+    "config.json is not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "names no model_type": lambda folder: (folder / "config.json").write_text("{}"),
+    "lacks model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
+    "model.safetensors is not a safetensors file": lambda folder: (folder / "model.safetensors").write_bytes(
+        b"\x80pkl"
+    ),
+    "lacks modeling_dualmoe.py": lambda folder: (folder / "modeling_dualmoe.py").unlink(),
+    "holds pytorch_model.bin": lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80"),
+    "holds optimizer.pt, training_args.bin": lambda folder: [
+        (folder / name).write_bytes(b"\x80") for name in ("optimizer.pt", "training_args.bin")
+    ],
+    "results.json is not JSON": lambda folder: (folder / "results.json").write_text("nothing"),
+    "results.json is not a report": lambda folder: (folder / "results.json").write_text('{"accuracy": 100}'),
+    "metadata cannot be read": lambda folder: (folder / "README.md").write_text("---\ntags: [\n---\nHello\n"),
+    "pipeline_tag=None": lambda folder: (folder / "README.md").write_text("---\nlicense: mit\n---\nHello\n"),
+    "config.json holds what looks like an access token": lambda folder: change_config(folder, note=TOKEN),
+    "README.md holds what looks like an access token": lambda folder: (folder / "README.md").write_text(
+        "---\nlicense: mit\npipeline_tag: image-classification\nlibrary_name: transformers\n---\nMine: " + TOKEN
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BREAK)
+def test_bad_folders_are_refused(publish, folder, message):
+    BREAK[message](folder)
+    code, text = publish("--dry_run")
+    assert code == 2 and message in text and TOKEN not in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("repo_id", ["name", "a/b/c", "user/na me", "user/", "user/-name", "user/a--b", ""])
+def test_bad_ids_are_refused(publish, repo_id):
+    code, text = publish("--dry_run", repo_id=repo_id)
+    assert code == 2 and f"repo_id={repo_id!r} is not valid" in text
+
+
+def test_missing_folder_is_refused(folder):
+    with pytest.raises(ValueError, match="is not a folder"):
+        plan_upload(folder / "nowhere", "user/name")
+    with pytest.raises(ValueError, match="is not a folder"):
+        plan_upload(folder / "config.json", "user/name")
+
+
+def test_pickles_can_be_left_out_instead(folder):
+    (folder / "training_args.bin").write_bytes(b"\x80")
+    upload = plan_upload(folder, "user/name", refuse_pickles=False)
+    assert "training_args.bin" not in upload.files and "training_args.bin" in upload.left_out
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_token_is_told_before_anything_is_sent(folder, monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="No access token"):
+        publish_folder(folder, "user/name")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--token", TOKEN), ("--token", f" {TOKEN}\n"), ("--tokn", TOKEN), (f"--dry_run={TOKEN}",)],
+    ids=["given", "with spaces", "mistyped", "misplaced"],
+)
+@pytest.mark.filterwarnings("ignore:The Hub could not check the card")
+def test_token_is_never_printed(publish, arguments):
+    code, text = publish(*arguments)
+    assert code == 2 and "error" in text and TOKEN not in text
+
+
+def test_tokens_in_messages_become_stars(monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: "stored-secret")
+    assert hide_tokens(f"Bearer {TOKEN}, mine, stored-secret", "mine") == "Bearer ***, ***, ***"
+    assert hide_tokens("hf_dualmoe and hf_hub_download stay") == "hf_dualmoe and hf_hub_download stay"
+    with pytest.raises(ValueError, match="a.json"):
+        check_no_token({"a.json": "x stored-secret y"})
+
+
+# --- what run.py does after training ---------------------------------------------------------------------------------
+
+
+def test_failures_after_training_are_told_and_lose_nothing(capsys):
+    def fail():
+        raise RuntimeError(f"no card today, {TOKEN}")
+
+    load_script("run").attempt("writing the model card", fail)
+    assert capsys.readouterr().err == "WARNING: writing the model card failed: RuntimeError: no card today, ***\n"
+
+
+def test_origins_are_hub_ids_only(tmp_path, monkeypatch):
+    run, (data, model) = load_script("run"), (Arguments(), Arguments())
+    monkeypatch.chdir(tmp_path)
+    Path("user/images").mkdir(parents=True)
+    data.dataset_name, model.init_experts_from, model.pretrained, model.backbone = "digits", None, False, "resnet18"
+    assert run.origins(data, model) == {}
+    data.dataset_name, model.pretrained = "uoft-cs/cifar10", True
+    assert run.origins(data, model) == {"dataset_id": "uoft-cs/cifar10", "base_model": "timm/resnet18.a1_in1k"}
+    data.dataset_name, model.pretrained, model.init_experts_from = "user/images", False, "user/images"
+    assert run.origins(data, model) == {}
+
+
+class Arguments:
+    """Fields as the test sets them."""
