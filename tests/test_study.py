@@ -1,0 +1,154 @@
+"""The study harness: plans, budgets, tables, and a whole tiny study in processes of its own."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+BENCHMARKS = Path(__file__).parents[1] / "training" / "benchmarks"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+study, study_run = load("study"), load("study_run")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The digits study, small enough for seconds; returns a function that writes it, changed."""
+
+    def write(**changes) -> Path:
+        content = yaml.safe_load((BENCHMARKS / "studies" / "digits.yaml").read_text())
+        content["passes"] = 1
+        content["settings"] |= {"width": "8,8,8,16", "max_train_samples": 128, "max_test_samples": 30}
+        content["evaluation"] = {"steps": 1, "worst_case_steps": 1, "batch_size": 64, "alphas": [0, 0.6, 1]}
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def budget(tiny, tmp_path):
+    """Steps and passes that an arm with these settings gets."""
+
+    def make(**settings) -> tuple[int, float]:
+        content = yaml.safe_load(tiny().read_text())
+        content["passes"] = 30
+        content["arms"]["mine"] = {"settings": settings}
+        return study_run.StudyRun(content, "mine", 0, tmp_path / "mine").steps()
+
+    return make
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_reads_and_plans(path):
+    content = study.read_study(path)
+    runs = study.plan(content, list(content["arms"]), content["seeds"])
+    assert len({run.name for run in runs}) == len(runs) == len(content["arms"]) * len(content["seeds"])
+    places = {run.name: i for i, run in enumerate(runs)}
+    assert all(places[part] < places[run.name] for run in runs for part in run.parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"budget": 3}, "budget"),
+        ({"arms": {"a": {"setings": {}}}}, "setings"),
+        ({"arms": {"a": {"same_steps_as": "b"}}}, "same_steps_as='b'"),
+        ({"arms": {"a": {"standard": "a"}}}, "standard and robust go together"),
+    ],
+)
+def test_a_wrong_study_is_refused_by_name(tiny, changes, named):
+    with pytest.raises(ValueError, match=named):
+        study.read_study(tiny(**changes))
+
+
+def test_plan_refuses_arms_that_cannot_be_run(tiny):
+    content = study.read_study(tiny())
+    with pytest.raises(ValueError, match="'nothing' is not one of"):
+        study.plan(content, ["nothing"], [0])
+    with pytest.raises(ValueError, match="rt_er: ask for them too"):
+        study.plan(content, ["standard", "separate_dual"], [0])
+
+
+def test_the_budget_is_spent_whatever_a_step_costs(budget):
+    """The stated passes per image, up to half a step, for cheap and dear methods; dearer ones take fewer steps."""
+    plain = {"num_experts": 1, "shared_stages": 0}
+    spent = {
+        "standard": budget(method="standard", **plain),
+        "nfgsm": budget(method="at", **plain),
+        "pgd": budget(method="at", training_attack="pgd", attack_steps=5, **plain),
+        "rt_er": budget(method="rt_er"),
+        "dense": budget(router_top_k=4),
+    }
+    for steps, passes in spent.values():
+        assert passes == pytest.approx(30, abs=0.6 * 30 / steps)
+    steps = {name: count for name, (count, _) in spent.items()}
+    assert steps["standard"] == 30  # one pass per image, one batch per epoch
+    # forward : input gradient : weight gradient = 1 : 1 : 1, so that an attack pass costs 2/3 of a training pass
+    assert steps["nfgsm"] == pytest.approx(30 / (1 + 2 / 3), rel=0.03)
+    assert steps["pgd"] == pytest.approx(30 / (1 + 5 * 2 / 3), rel=0.05)
+    assert steps["rt_er"] < steps["nfgsm"] and steps["dense"] < steps["nfgsm"]
+
+
+def test_a_wider_network_matches_the_parameters_of_the_mixture(tiny, tmp_path):
+    run = study_run.StudyRun(study.read_study(tiny()), "wide_single", 0, tmp_path / "wide")
+    wide, mixture, single = (
+        study_run.count_parameters(run.build(run.settings_of(arm))) for arm in ("wide_single", "moe_at", "single")
+    )
+    assert wide == pytest.approx(mixture, rel=0.15) and wide > 1.3 * single
+
+
+def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
+    def result(arm, seed, sa, ra, **more):
+        cost = {"parameters": 2000, "flops": 100 if arm == "single" else 250, "training": {"passes": 3.0}}
+        return {"arm": arm, "seed": seed, "sa": sa, "ra": ra, "ra_pgd": ra + 1, **cost, **more}
+
+    def dual(seed, sa, ra):
+        sweep = [{"alpha": 0.5, "sa": sa, "ra": ra}]
+        return result("jtdmoe", seed, sa, ra, robust={"sa": 40.0, "ra": 30.0}, alpha=0.5, sweep=sweep)
+
+    results = [result("single", 0, 50, 20), result("single", 1, 60, 30), dual(0, 44, 29), dual(1, 46, 28)]
+    summary = study.summarise(results, study.read_study(tiny()))
+    assert summary["single"]["sa"] == {"mean": 55, "min": 50, "max": 60}
+    assert summary["jtdmoe"]["relative_flops"] == 2.5
+    assert summary["jtdmoe"]["gain_sa"] == {"mean": 5, "min": 4, "max": 6}
+    assert summary["jtdmoe"]["loss_ra"] == {"mean": 1.5, "min": 1, "max": 2}
+    assert summary["jtdmoe"]["sweep"] == [{"alpha": 0.5, "sa": 45, "ra": 28.5}]
+    assert "55.0 (50.0 to 60.0)" in study.table(summary) and "F_R of jtdmoe" in study.table(summary)
+
+
+@pytest.mark.slow
+def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, capfd):
+    arms = yaml.safe_load(tiny().read_text())["arms"]
+    kept = {name: arms[name] for name in ("standard", "rt_er", "separate_dual")}
+    kept["broken"] = {"settings": {"backbone": "no_such_network"}}
+    path, folder = tiny(arms=kept), tmp_path / "out"
+    command = ["--study", str(path), "--seeds", "0", "--output_dir", str(folder), "--threads", "1", "--jobs", "2"]
+    assert study.main(command) == 1
+    assert "FAILED: broken-seed0" in capfd.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["arms"]) == set(kept) - {"broken"}
+    assert 0 < results["arms"]["rt_er"]["passes"] < results["arms"]["separate_dual"]["passes"]
+    run = next(run for run in results["runs"] if run["arm"] == "separate_dual")
+    assert run["alpha"] in (0, 0.6, 1) and run["ra"] <= run["ra_pgd"] and len(run["sweep"]) == 3
+    assert "F_R of separate_dual" in (folder / "table.txt").read_text()
+
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/run.json")}
+    assert study.main(command) == 1  # the broken one is tried again, the others are kept
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/run.json")} == stamps
+
+    tiny(arms=kept, passes=2)
+    assert study.main(command) == 2
+    assert "holds another study" in capfd.readouterr().err

@@ -1,0 +1,249 @@
+"""Compare training methods at equal compute, over seeds, judged by the adaptive union.
+
+python training/benchmarks/study.py --study digits
+python training/benchmarks/study.py --study cifar10 --dataset_name path/to/cifar10 --jobs 2
+python training/benchmarks/study.py --study cifar10 --arms single rt_er --seeds 0 1
+python training/benchmarks/study.py --study cifar10 --scale 10 --jobs 4     # ten times the images, on a GPU
+
+A study is a YAML file: settings of `training/run.py` that all arms share, the arms with what they change, the seeds,
+and a budget. The budget counts forward+backward passes of one plain backbone per training image, those of the attack
+included; an arm whose steps need more arithmetic gets fewer of them. Each run is a process of its own with a log. A
+run whose run.json is there is not repeated, and one that was stopped goes on from its checkpoint. `results.json` has
+all runs and their mean and range per arm; it is written after each run.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from threading import Lock
+from typing import Any
+
+import yaml
+
+from hf_dualmoe.environment import write_text
+
+HERE = Path(__file__).parent
+KEYS = {"dataset_name", "passes", "seeds", "settings", "evaluation", "arms"}
+ARM_KEYS = {"about", "settings", "same_steps_as", "match_parameters", "standard", "robust"}
+POLL = 0.5  # seconds between two looks at a running process
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed; `parts` are runs whose models it joins."""
+
+    arm: str
+    seed: int
+    parts: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """Read and check a study.
+
+    Raises:
+        ValueError: The file does not exist, a key is unknown or missing, or an arm refers to one that is not there.
+    """
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (HERE / "studies").glob("*.yaml")))
+        raise ValueError(f"study={str(path)!r} is neither a file nor one of {known}.")
+    study = yaml.safe_load(path.read_text())
+    if wrong := sorted(set(study) ^ KEYS):
+        raise ValueError(f"study {path.name}: unknown or missing keys {', '.join(wrong)}.")
+    for name, arm in study["arms"].items():
+        if unknown := sorted(set(arm) - ARM_KEYS):
+            raise ValueError(f"study {path.name}, arm {name}: unknown keys {', '.join(unknown)}.")
+        for key in ("same_steps_as", "match_parameters", "standard", "robust"):
+            if key in arm and arm[key] not in study["arms"]:
+                raise ValueError(f"study {path.name}, arm {name}: {key}={arm[key]!r} is not an arm.")
+        if ("standard" in arm) != ("robust" in arm):
+            raise ValueError(f"study {path.name}, arm {name}: standard and robust go together.")
+    return study
+
+
+def plan(study: dict[str, Any], arms: list[str], seeds: list[int]) -> list[Run]:
+    """The runs, seed by seed, so that a study that is stopped early has whole seeds.
+
+    Raises:
+        ValueError: An arm is unknown, or joins models of arms that are not asked for.
+    """
+    runs = []
+    for seed in seeds:
+        for name in arms:
+            if name not in study["arms"]:
+                raise ValueError(f"arms: {name!r} is not one of {', '.join(study['arms'])}.")
+            parts = [study["arms"][name][key] for key in ("standard", "robust") if key in study["arms"][name]]
+            if missing := sorted(set(parts) - set(arms)):
+                raise ValueError(f"arms: {name!r} joins models of {', '.join(missing)}: ask for them too.")
+            runs.append(Run(name, seed, tuple(f"{part}-seed{seed}" for part in parts)))
+    return sorted(runs, key=lambda run: (run.seed, bool(run.parts)))
+
+
+class Study:
+    """Runs what is missing, several processes at a time, and keeps the results up to date."""
+
+    def __init__(self, study: dict[str, Any], runs: list[Run], output_dir: Path, jobs: int, threads: int):
+        self.study, self.runs, self.output_dir, self.jobs, self.threads = study, runs, output_dir, jobs, threads
+        self.failed: dict[str, str] = {}
+        self.writing = Lock()
+
+    def folder(self, name: str) -> Path:
+        return self.output_dir / "runs" / name
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        path = self.folder(name) / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def work(self) -> None:
+        """Run everything; a run that fails costs no other."""
+        settled = self.output_dir / "study.json"
+        text = json.dumps(self.study, indent=2) + "\n"
+        if settled.is_file() and settled.read_text() != text:
+            raise ValueError(f"output_dir={str(self.output_dir)!r} holds another study; choose another --output_dir.")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(settled, text)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self.one, self.runs))
+
+    def one(self, run: Run) -> None:
+        """One run, unless its result is there; waits for the runs that it joins."""
+        while any(self.result(part) is None and part not in self.failed for part in run.parts):
+            time.sleep(POLL)
+        if any(part in self.failed for part in run.parts):
+            self.failed[run.name] = "a model that it joins is missing"
+        elif self.result(run.name) is None:
+            self.start(run)
+        self.write()
+
+    def start(self, run: Run) -> None:
+        folder, started = self.folder(run.name), time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(HERE / "study_run.py"), str(self.output_dir / "study.json")]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        with open(folder / "log.txt", "a") as log:
+            code = subprocess.run(
+                [*command, run.arm, str(run.seed), str(folder)], stdout=log, stderr=log, env=environment
+            ).returncode
+        if code:
+            self.failed[run.name] = f"exit status {code}; see {folder / 'log.txt'}"
+        print(f"{run.name}: {'FAILED' if code else 'done'} after {time.perf_counter() - started:.0f} s", flush=True)
+
+    def write(self) -> None:
+        """Bring results.json and table.txt up to date."""
+        with self.writing:
+            results = [json.loads(path.read_text()) for path in sorted(self.output_dir.glob("runs/*/run.json"))]
+            summary = summarise(results, self.study)
+            content = {"study": self.study, "arms": summary, "runs": results, "failed": self.failed}
+            write_text(self.output_dir / "results.json", json.dumps(content, indent=2) + "\n")
+            write_text(self.output_dir / "table.txt", table(summary) + "\n")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and range."""
+    return {"mean": mean(values), "min": min(values), "max": max(values)}
+
+
+def summarise(results: list[dict[str, Any]], study: dict[str, Any]) -> dict[str, Any]:
+    """Mean and range over the seeds, per arm, of accuracies in %, cost and load."""
+    summary: dict[str, Any] = {}
+    plain = next((r["flops"] for r in results if r["arm"] == "single"), None)
+    for arm in study["arms"]:
+        own = [result for result in results if result["arm"] == arm]
+        if not own:
+            continue
+        entry = {"about": study["arms"][arm].get("about", ""), "seeds": [result["seed"] for result in own]}
+        entry |= {name: spread([result[name] for result in own]) for name in ("sa", "ra", "ra_pgd")}
+        entry |= {name: own[0][name] for name in ("parameters", "flops")}
+        entry["passes"] = own[0]["training"]["passes"]
+        if plain:
+            entry["relative_flops"] = own[0]["flops"] / plain
+        if own[0].get("expert_load") and len(own[0]["expert_load"]) > 1:
+            entry["least_load"] = min(min(result["expert_load"]) for result in own)
+        if "robust" in own[0]:
+            entry["robust"] = {name: spread([result["robust"][name] for result in own]) for name in ("sa", "ra")}
+            entry["alpha"] = [result["alpha"] for result in own]
+            entry["gain_sa"] = spread([result["sa"] - result["robust"]["sa"] for result in own])
+            entry["loss_ra"] = spread([result["robust"]["ra"] - result["ra"] for result in own])
+            entry["sweep"] = [
+                {"alpha": points[0]["alpha"], **{name: mean(p[name] for p in points) for name in ("sa", "ra")}}
+                for points in zip(*(result["sweep"] for result in own), strict=True)
+            ]
+        summary[arm] = entry
+    return summary
+
+
+def table(summary: dict[str, Any]) -> str:
+    """One line per arm: mean over the seeds and, in brackets, the range."""
+    rows = [["arm", "seeds", "param.", "FLOPs", "passes", "SA %", "RA % (union)", "PGD %", "least load %"]]
+
+    def cell(values: dict[str, float], ranged: bool = True) -> str:
+        text = f"{values['mean']:.1f}"
+        return f"{text} ({values['min']:.1f} to {values['max']:.1f})" if ranged else text
+
+    for arm, entry in summary.items():
+        cost = [
+            f"{entry['parameters'] / 1e3:.0f}k",
+            f"{entry['relative_flops']:.2f}x" if "relative_flops" in entry else "-",
+        ]
+        accuracy = [cell(entry["sa"]), cell(entry["ra"]), cell(entry["ra_pgd"], False)]
+        load = f"{entry['least_load']:.0f}" if "least_load" in entry else "-"
+        rows.append([arm, str(len(entry["seeds"])), *cost, f"{entry['passes']:.0f}", *accuracy, load])
+        if "robust" in entry:
+            robust = entry["robust"]
+            rows.append([f"  F_R of {arm}", "", "", "", "", cell(robust["sa"]), cell(robust["ra"]), "", ""])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", default="digits", help="a study by name (studies/*.yaml) or a YAML file")
+    parser.add_argument("--dataset_name", help="instead of the study's, such as a local folder of the same dataset")
+    parser.add_argument("--arms", nargs="+", help="default: all of the study")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the study")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on training and test images")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, help="CPU threads per run; default: the cores shared out")
+    parser.add_argument("--output_dir", type=Path, help="default: outputs/study-<name>")
+    args = parser.parse_args(arguments)
+    for name in ("jobs", "scale"):
+        if not getattr(args, name) > 0:
+            parser.error(f"{name}={getattr(args, name)!r} must be > 0.")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    path = Path(args.study) if args.study.endswith(".yaml") else HERE / "studies" / f"{args.study}.yaml"
+    try:
+        study = read_study(path)
+        study["dataset_name"] = args.dataset_name or study["dataset_name"]
+        for name in ("max_train_samples", "max_test_samples"):
+            if study["settings"].get(name):
+                study["settings"][name] = round(study["settings"][name] * args.scale)
+        runs = plan(study, args.arms or list(study["arms"]), args.seeds or study["seeds"])
+        threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+        work = Study(study, runs, args.output_dir or Path("outputs") / f"study-{path.stem}", args.jobs, threads)
+        work.work()
+    except ValueError as error:
+        print(f"study.py: error: {error}", file=sys.stderr)
+        return 2
+    print((work.output_dir / "table.txt").read_text())
+    for name, reason in work.failed.items():
+        print(f"FAILED: {name}: {reason}")
+    return 1 if work.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

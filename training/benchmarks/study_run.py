@@ -1,0 +1,221 @@
+"""One run of a study: train an arm with a seed on its budget, then judge it by the adaptive union.
+
+`study.py` starts this in a process of its own for each run: python study_run.py STUDY.json ARM SEED FOLDER
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForImageClassification
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # the scripts of training/ are no package
+
+import run as training  # noqa: E402
+
+from hf_dualmoe import DualMoEForImageClassification  # noqa: E402
+from hf_dualmoe.attacks import PGD  # noqa: E402
+from hf_dualmoe.data import DataSplits, to_unit_range  # noqa: E402
+from hf_dualmoe.dial import choose_alpha, sweep_alpha  # noqa: E402
+from hf_dualmoe.environment import write_text  # noqa: E402
+from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness  # noqa: E402
+from hf_dualmoe.trainer import RobustTrainer  # noqa: E402
+
+UNION = ("worst_case",)  # beside SA and PGD of the whole model, which every evaluation measures
+COUNTED_IMAGES = 16  # batch on which the arithmetic of a training step is counted
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts floating-point operations as torch's own counter does, which however forbids gradients of inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function._overloadpacket in flop_registry:
+            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class StudyRun:
+    """One arm with one seed, in a folder of its own."""
+
+    def __init__(self, study: dict[str, Any], arm: str, seed: int, folder: Path):
+        self.study, self.arm, self.seed, self.folder = study, arm, seed, folder
+        self.entry = study["arms"][arm]
+        folder.mkdir(parents=True, exist_ok=True)
+        data_args, model_args, _, _ = self.parse(self.study["settings"])
+        self.data: DataSplits = training.load_data(data_args, model_args, seed)
+
+    # --- what an arm is ------------------------------------------------------------------------------------------
+
+    def parse(self, settings: dict[str, Any]) -> tuple:
+        """The argument objects of `training/run.py` for these settings."""
+        recipe = self.folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({**settings, "dataset_name": self.study["dataset_name"]}))
+        parser = training.RecipeParser(training.RECIPES, description="")
+        return parser.parse(["--recipe", str(recipe), "--seed", str(self.seed), "--output_dir", str(self.folder)])
+
+    def settings_of(self, arm: str) -> dict[str, Any]:
+        """Settings of an arm; the width is worked out where it must match the parameters of another arm."""
+        entry = self.study["arms"][arm]
+        settings = {**self.study["settings"], **entry.get("settings", {})}
+        if "match_parameters" in entry:
+            target = count_parameters(self.build(self.settings_of(entry["match_parameters"])))
+            channels = [int(part) for part in settings["width"].split(",")]
+            widths = [",".join(str(round(c * tenths / 10)) for c in channels) for tenths in range(10, 31)]
+            settings["width"] = min(
+                widths, key=lambda width: abs(count_parameters(self.build({**settings, "width": width})) - target)
+            )
+        return settings
+
+    def build(self, settings: dict[str, Any]) -> nn.Module:
+        """The untrained model for these settings."""
+        _, model_args, args, _ = self.parse(settings)
+        return training.create_model(model_args, args, self.data)
+
+    # --- budget --------------------------------------------------------------------------------------------------
+
+    def step_flops(self, settings: dict[str, Any]) -> float:
+        """Floating-point operations per image of one training step: attack, loss and backward."""
+        _, _, args, _ = self.parse({**settings, "bf16": False})
+        trainer = RobustTrainer(self.build(settings), args, train_dataset=self.data.train)
+        trainer.state.global_step = 1  # the first step of a training also logs, which costs a forward
+        rows = torch.arange(min(COUNTED_IMAGES, len(self.data.train)))
+        batch = {
+            "pixel_values": to_unit_range(self.data.train.images[rows]).to(args.device),
+            "labels": self.data.train.labels[rows].to(args.device),
+        }
+        trainer.model.to(args.device).train()
+        with FlopCounter() as counter:
+            trainer.compute_loss(trainer.model, batch).backward()
+        return counter.total / len(rows)
+
+    def pass_flops(self) -> float:
+        """The unit of the budget: operations per image of forward and backward through one plain backbone."""
+        return self.step_flops({**self.study["settings"], "method": "standard", "num_experts": 1, "shared_stages": 0})
+
+    def steps(self) -> tuple[int, float]:
+        """Training steps that the budget allows, and the passes per training image that they cost."""
+        unit = self.pass_flops()
+        timed = self.entry.get("same_steps_as", self.arm)
+        per_image = self.step_flops(self.settings_of(timed)) / unit
+        batch = self.study["settings"]["per_device_train_batch_size"]
+        count = max(1, round(self.study["passes"] * len(self.data.train) / (per_image * batch)))
+        own = self.step_flops(self.settings_of(self.arm)) / unit
+        return count, own * count * batch / len(self.data.train)
+
+    # --- work ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Train with `training/run.py`, or join the models of two other arms; returns what to report about it."""
+        if "standard" in self.entry:
+            return self.join()
+        settings = self.settings_of(self.arm)
+        count, passes = self.steps()
+        self.parse({**settings, "max_steps": count})  # leaves recipe.yaml
+        command = [sys.executable, str(HERE.parent / "run.py"), "--recipe", str(self.folder / "recipe.yaml")]
+        command += ["--seed", str(self.seed), "--output_dir", str(self.folder), "--report", "none"]
+        started = time.perf_counter()
+        subprocess.run(command, check=True)
+        known = {name: settings[name] for name in ("method", "width", "num_experts") if name in settings}
+        return {**known, "steps": count, "passes": round(passes, 2), "seconds": time.perf_counter() - started}
+
+    def join(self) -> dict[str, Any]:
+        """A dual model of the trained models of two arms."""
+        parts = {
+            name: AutoModelForImageClassification.from_pretrained(
+                self.folder.parent / f"{self.entry[name]}-seed{self.seed}" / "model"
+            )
+            for name in ("standard", "robust")
+        }
+        DualMoEForImageClassification.from_models(**parts, alpha=0.75).save_pretrained(self.folder / "model")
+        trained = [
+            json.loads((self.folder.parent / f"{self.entry[n]}-seed{self.seed}" / "run.json").read_text())
+            for n in ("standard", "robust")
+        ]
+        return {"method": "joined", "steps": 0, "passes": sum(t["training"]["passes"] for t in trained)}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Clean accuracy, PGD and the adaptive union on the test images; the dial is chosen on held-out images."""
+        _, _, args, _ = self.parse(self.study["settings"])
+        model = AutoModelForImageClassification.from_pretrained(self.folder / "model").to(args.device)
+        model = model.to(memory_format=torch.channels_last)
+        result: dict[str, Any] = {
+            "parameters": count_parameters(model),
+            "flops": forward_flops(model, to_unit_range(self.data.test.images[:1]).to(args.device)),
+        }
+        settings = {"eps": float(args.eps), "norm": args.norm, "seed": 0, **self.study["evaluation"]}
+        alphas = settings.pop("alphas")
+        if hasattr(model, "set_alpha"):
+            attack = PGD(eps=float(args.eps), norm=args.norm, steps=settings["steps"], seed=0)
+            sweep = sweep_alpha(model, self.data.validation, attack=attack, alphas=alphas, progress=False)
+            choice = choose_alpha(sweep)
+            model.set_alpha(choice.alpha)
+            result |= {"alpha": choice.alpha, "rule": choice.rule, "sweep": sweep}
+            result["robust"] = numbers(self.report(model.robust, "robust", settings))
+            result["standard"] = {"sa": sweep[0]["sa"]} if alphas[0] == 0 else {}
+        return result | numbers(self.report(model, "whole", settings))
+
+    def report(self, model: nn.Module, name: str, settings: dict[str, Any]) -> RobustnessReport:
+        """Evaluate and keep the whole report beside the run."""
+        return evaluate_robustness(
+            model,
+            self.data.test,
+            level=UNION,
+            progress=False,
+            dataset_name=self.data.name,
+            check_names=False,
+            path=self.folder / f"{name}.json",
+            resume_dir=self.folder / f"measurements-{name}",
+            **settings,
+        )
+
+
+def numbers(report: RobustnessReport) -> dict[str, Any]:
+    """What the study's table shows of a report."""
+    metrics = report.metrics
+    ra_pgd = next(value for name, value in metrics.items() if name.startswith("ra_pgd"))
+    return {
+        "sa": metrics["sa"],
+        "ra": metrics.get("ra_worst_case", metrics.get("ra_adaptive_union", ra_pgd)),
+        "ra_pgd": ra_pgd,
+        "expert_load": metrics.get("expert_load", {}).get("clean"),
+        "route_flip_rate": metrics.get("route_flip_rate"),
+        "num_images": report.dataset["num_images"],
+        "environment": report.environment,
+    }
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def forward_flops(model: nn.Module, image: torch.Tensor) -> int:
+    """Floating-point operations to classify one image (1, C, H, W)."""
+    with torch.no_grad(), FlopCounter() as counter:
+        model.eval()(image)
+    return counter.total
+
+
+def main() -> None:
+    study, arm, seed, folder = sys.argv[1:]
+    run = StudyRun(json.loads(Path(study).read_text()), arm, int(seed), Path(folder))
+    result = {"arm": arm, "seed": int(seed), "training": run.train()}
+    result |= run.evaluate()
+    write_text(Path(folder) / "run.json", json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
