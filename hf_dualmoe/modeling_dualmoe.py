@@ -312,7 +312,7 @@ class Trunk(nn.Module):
             images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
         if self.stages is None:
             return images
-        with single_row_mode(self.stages, len(images)):
+        with single_row_mode(self.stages, images.shape[0]):  # len() would fix the batch size of an export
             return self.stages.forward_features(images)
 
 
