@@ -75,8 +75,12 @@ class MoEConfig(ValidatedConfig):
     """Configuration of `MoEForImageClassification`: E whole or late-stage experts behind one router.
 
     Args:
-        backbone: Name of a timm model; each expert is one (paper: resnet18, vit_small_patch16_224).
-        backbone_kwargs: Further keyword arguments of `timm.create_model`, such as `{"patch_size": 4}`.
+        backbone: Name of a timm model; each expert is one (paper: resnet18, vit_small_patch16_224). Or
+            "lipschitz_mlp" or "lipschitz_cnn": a 1-Lipschitz network, whose robustness can be proved (training it
+            needs deel-torchlip).
+        backbone_kwargs: Further keyword arguments of `timm.create_model`, such as `{"patch_size": 4}`, or of the
+            functions `lipschitz_mlp` (`hidden_sizes`, `logit_scale`) and `lipschitz_cnn` (`channels`, `depth`,
+            `hidden_size`, `logit_scale`).
         stem: "cifar" = 3x3 stride-1 convolution and no max-pool (ResNets, images up to 64 px); "default" = timm's own.
         width: None, a multiplier of the stage channels, or the list of stage channels (ResNets only).
         image_size: Height and width of the images, in pixels; `eps` of an attack counts in these pixels.

@@ -9,6 +9,7 @@ Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model A
 
 import copy
 import difflib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
+
+try:  # trains the 1-Lipschitz backbones; a trained one needs torch alone
+    from deel.torchlip.normalizers import bjorck_normalization, spectral_normalization
+except ImportError:
+    bjorck_normalization = spectral_normalization = None
 
 logger = logging.get_logger(__name__)
 
@@ -175,7 +181,7 @@ class Normalize(nn.Module):
 
 
 def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs) -> nn.Module:
-    """Build one whole timm network with the config's classes, channels, size, width and stem.
+    """Build one whole timm or 1-Lipschitz network with the config's classes, channels, size, width and stem.
 
     Args:
         config: Configuration of the mixture.
@@ -186,9 +192,11 @@ def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs) 
         ValueError: The backbone is unknown, or does not take the stem or width asked for.
     """
     name = config.backbone
+    if name in LIPSCHITZ_BACKBONES:
+        return create_lipschitz_backbone(config, pretrained)
     arch = name.split(".")[0]
     if not timm.is_model(arch):
-        close = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        close = difflib.get_close_matches(arch, [*LIPSCHITZ_BACKBONES, *timm.list_models()], n=3)
         raise ValueError(
             f"backbone={name!r} is not a timm model" + (f"; did you mean {', '.join(close)}?" if close else ".")
         )
@@ -255,6 +263,170 @@ def new_conv(in_channels: int, out_channels: int, **kwargs) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, bias=False, **kwargs)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
+
+
+class LipschitzWeight:
+    """For a linear or convolutional layer: a weight kept, as a matrix, at spectral norm `scale` with all singular
+    values equal.
+
+    `weight` is free; training constrains it at each forward by the spectral and Bjorck normalisation of deel-torchlip
+    (https://arxiv.org/abs/2006.06520) and keeps the result in the buffer `applied_weight`, which is what eval mode
+    applies: the weight of the last training forward, one optimizer step behind. So a trained layer is an ordinary one,
+    and its norm can be checked without trusting how it was trained.
+    """
+
+    def constrain(self, scale: float) -> None:
+        """Start from an orthogonal matrix; call once, after the layer's own initialisation."""
+        self.scale = scale
+        nn.init.orthogonal_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.register_buffer("applied_weight", scale * self.weight.detach())
+        self.register_buffer("top_singular_vector", torch.randn(1, self.weight[0].numel()))
+
+    def current_weight(self) -> Tensor:
+        """The constrained weight; ImportError where it has to be computed and deel-torchlip is missing."""
+        if not self.training:
+            return self.applied_weight
+        if bjorck_normalization is None:
+            raise ImportError(
+                "Training a 1-Lipschitz backbone needs deel-torchlip: pip install deel-torchlip. A trained one runs "
+                "without it, in eval mode."
+            )
+        with torch.autocast(self.weight.device.type, enabled=False):  # 8 bits are too few for the iterations
+            matrix = self.weight.flatten(1)
+            with torch.no_grad():
+                _, vector, _ = spectral_normalization(matrix, self.top_singular_vector)
+                self.top_singular_vector.copy_(vector)
+            norm = torch.linalg.norm(vector @ matrix.t())
+            weight = self.scale * bjorck_normalization(matrix / (norm + 1e-3)).view_as(self.weight)
+        self.applied_weight.copy_(weight.detach())
+        return weight
+
+
+class LipschitzLinear(LipschitzWeight, nn.Linear):
+    """A linear layer that changes by at most `scale` times the change of its input, in L2."""
+
+    def __init__(self, in_features: int, out_features: int, scale: float = 1.0):
+        super().__init__(in_features, out_features)
+        self.constrain(scale)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.current_weight(), self.bias)
+
+
+class LipschitzConv2d(LipschitzWeight, nn.Conv2d):
+    """A convolution with zero padding that changes by at most the change of its input, in L2.
+
+    An input pixel is in at most ceil(kernel / stride)**2 patches, so the patches together have at most
+    ceil(kernel / stride)**2 times its energy; the matrix that maps a patch to its output is scaled accordingly.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0):
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+        self.constrain(1 / math.ceil(kernel_size / stride))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.current_weight(), self.bias, self.stride, self.padding)
+
+
+class PairSort(nn.Module):
+    """Sorts each pair of channels (B, C, ...): 1-Lipschitz in every Lp norm, and keeps the norm of every gradient
+    (GroupSort, https://arxiv.org/abs/1811.05381)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        first, second = features.chunk(2, dim=1)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
+
+
+def check_sizes(name: str, sizes: list[int] | tuple[int, ...]) -> None:
+    """Raise a ValueError unless `sizes` holds at least one size, all even and positive."""
+    is_list = isinstance(sizes, (list, tuple)) and len(sizes) > 0
+    if not (is_list and all(isinstance(size, int) and size > 0 and size % 2 == 0 for size in sizes)):
+        raise ValueError(f"{name}={sizes!r} must be a list of even sizes of at least 2: units are sorted in pairs.")
+
+
+def lipschitz_mlp(
+    in_chans: int,
+    num_classes: int,
+    img_size: int,
+    hidden_sizes: list[int] | tuple[int, ...] = (256, 256),
+    logit_scale: float = 1.0,
+) -> nn.Sequential:
+    """A fully connected 1-Lipschitz network.
+
+    Args:
+        in_chans, num_classes, img_size: Image channels, classes, height and width in pixels.
+        hidden_sizes: Units of each hidden layer, even.
+        logit_scale: Constant factor of the logits, and so of their Lipschitz constant: 1-Lipschitz logits are too
+            close to each other for cross-entropy. Accuracy goes up with it, certified accuracy down.
+    """
+    check_sizes("hidden_sizes", hidden_sizes)
+    sizes = [in_chans * img_size**2, *hidden_sizes]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in zip(sizes, hidden_sizes, strict=False):
+        layers += [LipschitzLinear(before, after), PairSort()]
+    return nn.Sequential(*layers, LipschitzLinear(sizes[-1], num_classes, logit_scale))
+
+
+def lipschitz_cnn(
+    in_chans: int,
+    num_classes: int,
+    img_size: int,
+    channels: list[int] | tuple[int, ...] = (32, 64, 128),
+    depth: int = 2,
+    hidden_size: int = 256,
+    logit_scale: float = 1.0,
+) -> nn.Sequential:
+    """A convolutional 1-Lipschitz network.
+
+    Each stage has `depth` convolutions 3x3 and halves the image by one 2x2 with stride 2; two linear layers follow.
+
+    Args:
+        channels: Channels of each stage, even.
+        depth: Convolutions 3x3 per stage.
+        hidden_size: Units of the hidden linear layer, even.
+        in_chans, num_classes, img_size, logit_scale: As in `lipschitz_mlp`.
+    """
+    check_sizes("channels", channels)
+    check_sizes("hidden_size", [hidden_size])
+    if not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"depth={depth!r} must be an integer of at least 1.")
+    if img_size >> len(channels) == 0:
+        raise ValueError(f"channels={channels!r} halves images of {img_size} pixels {len(channels)} times: too often.")
+    layers: list[nn.Module] = []
+    before = in_chans
+    for after in channels:
+        for _ in range(depth):
+            layers += [LipschitzConv2d(before, after, 3, padding=1), PairSort()]
+            before = after
+        layers += [LipschitzConv2d(after, after, 2, stride=2), PairSort()]
+    features = before * (img_size >> len(channels)) ** 2
+    layers += [nn.Flatten(), LipschitzLinear(features, hidden_size), PairSort()]
+    return nn.Sequential(*layers, LipschitzLinear(hidden_size, num_classes, logit_scale))
+
+
+LIPSCHITZ_BACKBONES = {"lipschitz_mlp": lipschitz_mlp, "lipschitz_cnn": lipschitz_cnn}
+
+
+def create_lipschitz_backbone(config: MoEConfig, pretrained: bool = False) -> nn.Sequential:
+    """Build one 1-Lipschitz network for the normalised images of a config.
+
+    Raises:
+        ValueError: It takes no width or pretrained weights, or `backbone_kwargs` does not fit it.
+    """
+    name = config.backbone
+    if pretrained or config.width is not None:
+        raise ValueError(f"backbone={name!r} has no pretrained weights and takes no width={config.width!r}.")
+    scale = config.backbone_kwargs.get("logit_scale", 1.0)
+    if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        raise ValueError(f"logit_scale={scale!r} must be a finite number > 0.")
+    size = config.backbone_image_size or config.image_size
+    try:
+        return LIPSCHITZ_BACKBONES[name](config.num_channels, config.num_labels, size, **config.backbone_kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"backbone={name!r} does not accept the arguments {config.backbone_kwargs}: {error}"
+        ) from error
 
 
 def cut_backbone(backbone: nn.Module, shared_stages: int, keep: str) -> nn.Module:

@@ -257,7 +257,19 @@ def test_saved_folder_holds_code_and_safetensors_but_no_pickle(saved, kind):
 
 def imported(path):
     """Names of all modules that the file imports, inside functions too; relative ones start with a dot."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Modules that a file imports, but for those that it can do without (`except ImportError`)."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    tries = [node for node in nodes if isinstance(node, ast.Try)]
+    optional = {
+        inner
+        for node in tries
+        if any(isinstance(handler.type, ast.Name) and handler.type.id == "ImportError" for handler in node.handlers)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in nodes:
+        if node in optional:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
