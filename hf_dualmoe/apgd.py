@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .attack_primitives import (
+    Attack,
     Classifier,
     Objective,
     ce_objective,
-    check_batch,
     check_eps,
     check_logits,
-    frozen,
     logits_of,
     margin_objective,
     per_image,
@@ -208,7 +207,7 @@ class _Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD:
+class APGD(Attack):
     """Auto-PGD in the L-inf or L2 ball: no step size to choose (Alg. 1).
 
     The first step is 2 * eps long; at checkpoints it is halved, image by image, where progress has stalled. Noise
@@ -226,6 +225,9 @@ class APGD:
         seed: Of the random starts.
         rho: Share of steps that must raise the objective for the step size to stay; in [0, 1].
         stop_early: An image leaves the work as soon as it is misclassified. False goes on to the highest objective.
+
+    Images come back misclassified where that was found, else with the highest objective; those that are misclassified
+    when clean as they are.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -251,41 +253,23 @@ class APGD:
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho={self.rho!r} must be in [0, 1].")
 
-    def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
-        """Attack images.
-
-        Args:
-            model: Callable from images to logits (B, C) or to an output with `logits`.
-            images: (B, ...) floats in [0, 1].
-            labels: (B,) int64, the right classes.
-            ids: (B,) int64 numbers of the images in their dataset; None = 0 .. B-1.
-
-        Returns:
-            Attacked images like `images`, detached: a misclassified one where found, else the one with the highest
-            objective. Images that are misclassified already come back as they are.
-
-        Raises:
-            ValueError: Images or labels have the wrong shape, dtype or values, or the classes are too few.
-        """
-        check_batch(images, labels)
-        with torch.inference_mode(False), torch.no_grad(), frozen(model):
-            images, labels = images.detach().clone(), labels.clone()  # clones leave inference mode, if it was on
-            logits = logits_of(model, images)
-            check_logits(logits, labels)
-            check_classes(logits, MIN_CLASSES[self.objective], f"objective={self.objective!r}")
-            outcome = _Outcome(images, logits.argmax(dim=1) != labels)
-            todo = ~outcome.wrong
-            targets = labels[:, None]  # of no use to an untargeted objective
-            if self.objective == "dlr_targeted":
-                targets = wrong_classes(logits, labels, self.target_classes)
-            ids = torch.arange(len(images)) if ids is None else ids.cpu()
-            for run in range(self.restarts * targets.shape[1] if self.eps > 0 else 0):
-                rows = (todo & ~outcome.wrong if self.stop_early else todo).nonzero().squeeze(1)
-                if len(rows) == 0:
-                    break
-                reference = targets[rows, run % targets.shape[1]]
-                self._run(model, outcome, rows, images[rows], labels[rows], reference, ids[rows.cpu()], run)
-            return outcome.images
+    def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        logits = logits_of(model, images)
+        check_logits(logits, labels)
+        check_classes(logits, MIN_CLASSES[self.objective], f"objective={self.objective!r}")
+        outcome = _Outcome(images, logits.argmax(dim=1) != labels)
+        todo = ~outcome.wrong
+        targets = labels[:, None]  # of no use to an untargeted objective
+        if self.objective == "dlr_targeted":
+            targets = wrong_classes(logits, labels, self.target_classes)
+        ids = torch.arange(len(images)) if ids is None else ids.cpu()
+        for run in range(self.restarts * targets.shape[1] if self.eps > 0 else 0):
+            rows = (todo & ~outcome.wrong if self.stop_early else todo).nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            reference = targets[rows, run % targets.shape[1]]
+            self._run(model, outcome, rows, images[rows], labels[rows], reference, ids[rows.cpu()], run)
+        return outcome.images
 
     def _run(self, model, outcome, rows, images, labels, reference, ids, run: int) -> None:
         """One ascent from one random point; `run` numbers it among the runs on the same image."""

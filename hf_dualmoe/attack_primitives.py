@@ -59,6 +59,34 @@ def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
+class Attack:
+    """The call that all attacks share; a subclass says in `_attack` how, and in its docstring what comes back."""
+
+    def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """Attack images; the model comes back as it was.
+
+        Args:
+            model: Callable from images to logits (B, C) or to an output with `logits`.
+            images: (B, ...) floats in [0, 1].
+            labels: (B,) int64, the right classes.
+            ids: (B,) int64 numbers of the images in their dataset, which seed their random numbers; None = 0 .. B-1.
+
+        Returns:
+            Attacked images like `images`, detached: inside the ball and inside [0, 1].
+
+        Raises:
+            ValueError: Images or labels have the wrong shape, dtype or values, or do not suit the attack.
+        """
+        check_batch(images, labels)
+        with torch.inference_mode(False), torch.no_grad(), frozen(model):
+            # clones leave inference mode, if it was on
+            return self._attack(model, images.detach().clone(), labels.clone(), ids)
+
+    def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        """Attack a copy of the images, under `no_grad` and with the model frozen."""
+        raise NotImplementedError(f"{type(self).__name__} has no _attack.")
+
+
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 

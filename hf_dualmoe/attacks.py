@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .attack_primitives import (
     OBJECTIVES,
+    Attack,
     Classifier,
-    check_batch,
     check_eps,
     check_logits,
     checked,
@@ -32,7 +32,7 @@ from .attack_primitives import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD:
+class PGD(Attack):
     """Projected gradient ascent on an objective of the logits, in the L-inf or L2 ball.
 
     Args:
@@ -73,33 +73,18 @@ class PGD:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least 1.")
         if self.step_size is not None and not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size={self.step_size!r} must be finite and > 0, in the units of eps.")
+        if self.objective == "kl" and not self.random_start and self.eps > 0:
+            raise ValueError("objective='kl' has no gradient at the image itself; it needs random_start=True.")
         if self.restarts > 1 and not (self.keep_best and self.random_start):
             raise ValueError(f"restarts={self.restarts} needs keep_best=True and random_start=True.")
 
-    def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
-        """Attack images.
-
-        Args:
-            model: Callable from images to logits (B, C) or to an output with `logits`.
-            images: (B, ...) floats in [0, 1].
-            labels: (B,) int64, the right classes.
-            ids: (B,) int64 numbers of the images in their dataset; matter only with a seed.
-
-        Returns:
-            Attacked images like `images`, detached.
-
-        Raises:
-            ValueError: Images or labels have the wrong shape, dtype or values.
-        """
-        check_batch(images, labels)
-        with torch.inference_mode(False), torch.no_grad(), frozen(model):
-            images, labels = images.detach().clone(), labels.clone()  # clones leave inference mode, if it was on
-            if not self.keep_best:
-                reference = logits_of(model, images) if self.objective == "kl" else None
-                for _, perturbed, _, _ in self._iterates(model, images, labels, reference, ids, 0):
-                    last = perturbed
-                return last
+    def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        if self.keep_best:
             return self._best(model, images, labels, ids)
+        reference = logits_of(model, images) if self.objective == "kl" else None
+        for _, perturbed, _, _ in self._iterates(model, images, labels, reference, ids, 0):
+            last = perturbed
+        return last
 
     def _iterates(self, model, images, labels, reference, ids, restart):
         """Yield, after each step, (previous iterate, new iterate, logits and objective of the previous one)."""
@@ -150,13 +135,13 @@ class Best:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FGSM:
+class FGSM(Attack):
     """One full-size step along the sign (L-inf) or direction (L2) of the gradient, from the image itself.
 
     Args:
         eps: Radius in [0, 1] pixel units.
         norm: "linf" or "l2".
-        objective: As in `PGD`.
+        objective: "ce" or "margin".
     """
 
     eps: float = 8 / 255
@@ -178,9 +163,8 @@ class FGSM:
             keep_best=False,
         )
 
-    def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
-        """Attack images; arguments, result and errors are those of `PGD.__call__`."""
-        return self._as_pgd()(model, images, labels, ids=ids)
+    def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        return self._as_pgd()._attack(model, images, labels, ids)
 
 
 __all__ = ["FGSM", "PGD", "frozen"]

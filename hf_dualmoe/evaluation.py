@@ -36,7 +36,13 @@ if TYPE_CHECKING:
 
 ALPHAS = (0.0, 0.5, 0.75, 0.9, 1.0)
 PARTS = ("components", "dial", "component_attacks", "eps_curve", "worst_case", "autoattack", "sanity")
-LEVELS = {"quick": PARTS[:2], "standard": tuple(part for part in PARTS if part != "autoattack"), "full": PARTS}
+LEVELS = {
+    "quick": ("components", "dial", "sanity"),
+    "standard": tuple(part for part in PARTS if part != "autoattack"),
+    "full": PARTS,
+}
+SANITY = {"quick": {"num_images": 64, "square_queries": 100}}  # what the sanity checks spend, by level
+SANITY_DEFAULT = {"num_images": 200}
 
 
 def evaluate_robustness(
@@ -59,7 +65,7 @@ def evaluate_robustness(
     min_ra: float | None = None,
     worst_case_steps: int | None = None,
     autoattack_version: str | None = None,
-    sanity_images: int = 200,
+    sanity_images: int | None = None,
     check_names: bool = True,
     accelerator: "Accelerator | None" = None,
     resume_dir: str | os.PathLike | None = None,
@@ -68,7 +74,8 @@ def evaluate_robustness(
     """Measure how accurate a model is, clean and attacked, with its components and along the dial.
 
     An image counts as robust where it is classified rightly both clean and attacked. A measurement that fails is left
-    out and named in `failures`; an image that fails in one counts as wrong there.
+    out and named in `failures`; an image that fails in one counts as wrong there. Every level runs the sanity checks:
+    what they doubt is in `suspicious`.
 
     Args:
         model: Dual model, mixture of experts, or any image classifier that takes [0, 1] images.
@@ -82,14 +89,15 @@ def evaluate_robustness(
         dataset_name: Name to report.
         path: Where to write the report after every measurement; None = nowhere.
         progress: Whether to show progress bars.
-        level: "quick" (SA and PGD of the model, its components, the dial), "standard" (adds RA-E, RA-R, the adaptive
-            worst case, accuracy against eps and the sanity checks), "full" (adds AutoAttack), or names of `PARTS`.
+        level: "quick" (SA and PGD of the model, its components, the dial, small sanity checks), "standard" (adds
+            RA-E, RA-R, the adaptive worst case, accuracy against eps, larger checks), "full" (adds AutoAttack), or
+            names of `PARTS`. Without a radius, eps = 0, "quick" has nothing to check and leaves the checks out.
         num_images: Use so many images, chosen with the class shares of the whole; None = all.
         held_out: Images on which to choose the dial, of neither training nor test; None = the sweep on `dataset`.
         min_sa, min_ra: Floor in % for the recommended alpha; at most one. See `choose_alpha` for the rule without.
         worst_case_steps: Gradient passes per member of the worst case; None = `steps`.
         autoattack_version: "standard", "few_classes" or "fast"; None = the first that the number of classes allows.
-        sanity_images: Images for the sanity checks.
+        sanity_images: Images for the sanity checks; None = 64 at level "quick", else 200.
         check_names: Whether the dataset's class names must be those of the model's `id2label`.
         accelerator: Share the images among its processes, all of which call this function and get the same report;
             None = this process measures alone.
@@ -105,15 +113,12 @@ def evaluate_robustness(
             `resume_dir` belongs to another evaluation.
         RuntimeError: Not even the clean images can be classified.
     """
-    parts = parts_of(level)
+    parts = parts_of(level, eps)
     floors = {"min_sa": min_sa, "min_ra": min_ra}
     check_settings(model, eps, norm, alphas, parts, floors, autoattack_version)
     counts = {"batch_size": batch_size, "sanity_images": sanity_images, "worst_case_steps": worst_case_steps}
     check_counts({**counts, "num_images": num_images}, len(dataset))
-    for images in (dataset,) if held_out is None else (dataset, held_out):
-        check_class_names(model, images.class_names, check_names)
-    if any(module.training for module in model.modules()):
-        warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=2)
+    check_model(model, (dataset, held_out), check_names)
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
     attack, processes = PGD(eps=eps, norm=norm, steps=steps, seed=seed), Processes(accelerator)
     device = next(model.parameters(), torch.zeros(0)).device
@@ -130,7 +135,8 @@ def evaluate_robustness(
         store = processes.from_main(lambda: Store(resume_dir, settings, fresh))
         measurer = {"dataset": dataset, "processes": processes, "store": store, "device": device}
         run = Evaluation(model, report, attack, path, **measurer, batch_size=batch_size, progress=progress)
-        steps_of = {
+        run.whole()
+        for name, measure in {
             "components": run.components,
             "routing": run.routing,
             "dial": lambda: run.dial(alphas, held_out, floors),
@@ -138,25 +144,38 @@ def evaluate_robustness(
             "eps_curve": run.eps_curve,
             "worst_case": lambda: run.worst_case(worst_case_steps or steps),
             "autoattack": lambda: run.autoattack(autoattack_version),
-            "sanity": lambda: run.sanity(sanity_images),
-        }
-        run.whole()
-        for name, step in steps_of.items():
+            "sanity": lambda: run.sanity(**sanity_effort(level, sanity_images)),
+        }.items():
             if name in (*parts, "routing"):
-                step()
+                measure()
         run.finish()
     return report
 
 
-def parts_of(level: str | Sequence[str]) -> Sequence[str]:
+def parts_of(level: str | Sequence[str], eps: float) -> Sequence[str]:
     """The parts of a level, or the given names of parts; ValueError where there is no such level or part."""
     if isinstance(level, str):
         if level not in LEVELS:
             raise ValueError(f"level={level!r} is not one of {', '.join(map(repr, LEVELS))}, nor a list of parts.")
-        return LEVELS[level]
+        return [part for part in LEVELS[level] if not (level == "quick" and eps == 0 and part == "sanity")]
     if unknown := [part for part in level if part not in PARTS]:
         raise ValueError(f"level has unknown parts {', '.join(map(repr, unknown))}; parts are {', '.join(PARTS)}.")
     return level
+
+
+def sanity_effort(level: str | Sequence[str], num_images: int | None) -> dict[str, int]:
+    """What the sanity checks of a level, or of given parts, spend."""
+    effort = SANITY.get(level, SANITY_DEFAULT) if isinstance(level, str) else SANITY_DEFAULT
+    return effort if num_images is None else {**effort, "num_images": num_images}
+
+
+def check_model(model: nn.Module, datasets: Sequence[ImageTensorDataset | None], check_names: bool) -> None:
+    """Raise a ValueError where the model's classes are not those of the datasets; warn where it is in train mode."""
+    for images in datasets:
+        if images is not None:
+            check_class_names(model, images.class_names, check_names)
+    if any(module.training for module in model.modules()):
+        warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=3)
 
 
 def check_settings(model, eps, norm, alphas, parts, floors, autoattack_version) -> None:

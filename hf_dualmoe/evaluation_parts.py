@@ -258,15 +258,16 @@ class Evaluation(Measurer):
         self.add_checks({"worst_case": worst_case_check({**self.own, "union": robust})})
         self.write()
 
-    def sanity(self, num_images: int) -> None:
-        """The sanity checks, on a sample and by the main process alone."""
-        name = f"sanity checks {num_images} images{self.at}"
+    def sanity(self, num_images: int, **effort: int) -> None:
+        """The sanity checks, on a sample and by the main process alone; `effort` as in `run_sanity_checks`."""
+        spent = "".join(f" {key}={value}" for key, value in effort.items())
+        name = f"sanity checks {num_images} images{spent}{self.at}"
 
         def checked() -> Found:
             if (found := self.store.load(name)) is not None:
                 return found
             settings = {**self.ball, "steps": self.attack.steps, "seed": self.attack.seed, "num_images": num_images}
-            settings |= {"batch_size": self.batch_size, "device": self.device, "progress": self.progress}
+            settings |= {**effort, "batch_size": self.batch_size, "device": self.device, "progress": self.progress}
             checks = run_sanity_checks(self.model, self.dataset, **settings)
             texts = {n: [json.dumps([check.passed, check.message])] for n, check in checks.items()}
             found = Found(torch.zeros(0, dtype=torch.int64), texts=texts)

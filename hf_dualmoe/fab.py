@@ -14,11 +14,10 @@ from torch import Tensor
 
 from .apgd import check_classes, wrong_classes
 from .attack_primitives import (
+    Attack,
     Classifier,
-    check_batch,
     check_eps,
     check_logits,
-    frozen,
     logits_of,
     per_image,
     project,
@@ -74,8 +73,10 @@ def box_projection(points: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Te
 
 
 @dataclass(frozen=True, kw_only=True)
-class FAB:
+class FAB(Attack):
     """Targeted FAB in the L-inf or L2 ball, from the image itself: no randomness, no step size.
+
+    Images come back misclassified where that was found inside the ball, else unchanged.
 
     Args:
         eps: Radius in [0, 1] pixel units.
@@ -106,35 +107,19 @@ class FAB:
         if not (0 <= self.alpha_max < 1 and 0 < self.beta < 1):
             raise ValueError(f"alpha_max={self.alpha_max!r} must be in [0, 1) and beta={self.beta!r} in (0, 1).")
 
-    def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
-        """Attack images.
-
-        Args:
-            model: Callable from images to logits (B, C) or to an output with `logits`.
-            images: (B, ...) floats in [0, 1].
-            labels: (B,) int64, the right classes.
-            ids: Unused; for the common call contract.
-
-        Returns:
-            Attacked images like `images`, detached: misclassified and inside the ball where found, else unchanged.
-
-        Raises:
-            ValueError: Images or labels have the wrong shape, dtype or values.
-        """
-        check_batch(images, labels)
-        with torch.inference_mode(False), torch.no_grad(), frozen(model):
-            images, labels = images.detach().clone().clamp(0, 1), labels.clone()
-            logits = logits_of(model, images)
-            check_logits(logits, labels)
-            check_classes(logits, 2, "FAB")
-            attacked, standing = images.clone(), logits.argmax(dim=1) == labels
-            targets = wrong_classes(logits, labels, self.target_classes)
-            for target in targets.T if self.eps > 0 else ():
-                rows = standing.nonzero().squeeze(1)
-                if len(rows) == 0:
-                    break
-                self._run(model, images[rows], labels[rows], target[rows], rows, attacked, standing)
-            return attacked
+    def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        images = images.clamp(0, 1)
+        logits = logits_of(model, images)
+        check_logits(logits, labels)
+        check_classes(logits, 2, "FAB")
+        attacked, standing = images.clone(), logits.argmax(dim=1) == labels
+        targets = wrong_classes(logits, labels, self.target_classes)
+        for target in targets.T if self.eps > 0 else ():
+            rows = standing.nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            self._run(model, images[rows], labels[rows], target[rows], rows, attacked, standing)
+        return attacked
 
     def _run(self, model, images, labels, targets, rows, attacked, standing) -> None:
         """One run towards `targets` (n,); writes what it finds into `attacked` and `standing` at `rows`."""

@@ -6,16 +6,14 @@ projected back onto it, which is what keeps single-step training from collapsing
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .attack_primitives import (
     OBJECTIVES,
+    Attack,
     Classifier,
-    check_batch,
     check_eps,
     checked,
-    frozen,
     image_noise,
     logits_of,
     round_inwards,
@@ -24,8 +22,10 @@ from .attack_primitives import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class NFGSM:
+class NFGSM(Attack):
     """Uniform noise in a ball of radius `noise` * eps, then a step of eps along the sign of the gradient (L-inf).
+
+    Called like every attack, but what it returns may lie outside the ball (see `eps`); it stays inside [0, 1].
 
     Args:
         eps: Radius in [0, 1] pixel units; the result may lie up to (1 + noise) * eps away from the image.
@@ -48,21 +48,14 @@ class NFGSM:
             raise ValueError(f"noise={self.noise!r} must be finite and >= 0, in units of eps.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is not one of {', '.join(map(repr, OBJECTIVES))}.")
+        if self.objective == "kl" and self.noise == 0 and self.eps > 0:
+            raise ValueError("objective='kl' has no gradient at the image itself; it needs noise > 0.")
 
-    def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
-        """Perturb images; arguments and errors are those of `PGD.__call__`.
-
-        Returns:
-            Images like `images`, inside [0, 1], detached.
-        """
-        check_batch(images, labels)
-        with torch.inference_mode(False), torch.no_grad(), frozen(model):
-            images, labels = images.detach().clone(), labels.clone()
-            reference = logits_of(model, images) if self.objective == "kl" else None
-            start = images + (2 * image_noise(images, shard=self.shard) - 1) * (self.noise * self.eps)
-            objective = checked(OBJECTIVES[self.objective])
-            gradient, _, _ = value_and_gradient(model, start, labels, objective, reference)
-            return round_inwards((start + self.eps * gradient.sign()).clamp(0, 1), images)
+    def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        reference = logits_of(model, images) if self.objective == "kl" else None
+        start = images + (2 * image_noise(images, shard=self.shard) - 1) * (self.noise * self.eps)
+        gradient, _, _ = value_and_gradient(model, start, labels, checked(OBJECTIVES[self.objective]), reference)
+        return round_inwards((start + self.eps * gradient.sign()).clamp(0, 1), images)
 
 
 __all__ = ["NFGSM"]

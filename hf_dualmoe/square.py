@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .attack_primitives import (
+    Attack,
     Classifier,
-    check_batch,
     check_eps,
     check_logits,
-    frozen,
     l2_norm,
     logits_of,
     margin_objective,
@@ -28,6 +27,7 @@ from .attack_primitives import (
 RUN_SEED = 7919  # distance between the seeds of two restarts on the same image
 CHUNK = 256  # queries whose random numbers are drawn at once
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, in queries out of 10,000 (Sec. 5)
+SHORTEST = 1000  # queries for which the schedule is made where there are fewer: small squares have no time to add up
 
 
 class _Streams:
@@ -65,10 +65,11 @@ def signs(uniform: Tensor, like: Tensor) -> Tensor:
 def window_size(query: int, queries: int, p_init: float, shape: torch.Size, norm: str) -> int:
     """Side of the changed square in pixels at a query (from 1): area p * H * W; odd and at least 3 for L2.
 
-    p starts at `p_init` and halves at fixed points, rescaled from the paper's 10,000 to `queries`.
+    p starts at `p_init` and halves at fixed points, rescaled from the paper's 10,000 to `queries`. The first square is
+    always of the largest size: a shift of nearly the whole image breaks many, and small budgets would skip it.
     """
     height, width = shape[-2:]
-    position = query / queries * 10_000
+    position = (query - 1) / max(queries, SHORTEST) * 10_000
     p = p_init / 2 ** sum(position > halving for halving in HALVINGS)
     side = max(1, round((p * height * width) ** 0.5))
     if norm == "l2":
@@ -156,11 +157,12 @@ def propose_l2(images: Tensor, current: Tensor, eps: float, side: int, uniform: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Square:
+class Square(Attack):
     """Square attack in the L-inf or L2 ball: lowers the margin by random squares, keeping each change that helps.
 
     Random numbers come from the seed and the image's id alone, so that a result depends neither on the batch size nor
-    on the other images in the batch. An image leaves the work as soon as it is misclassified.
+    on the other images in the batch. An image leaves the work as soon as it is misclassified. One that stands comes
+    back as the last search left it, one that is misclassified when clean as it is. Images need a height and a width.
 
     Args:
         eps: Radius in [0, 1] pixel units.
@@ -189,38 +191,20 @@ class Square:
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init={self.p_init!r} must be in (0, 1].")
 
-    def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
-        """Attack images.
-
-        Args:
-            model: Callable from images to logits (B, C) or to an output with `logits`; no gradients needed.
-            images: (B, channels, height, width) floats in [0, 1].
-            labels: (B,) int64, the right classes.
-            ids: (B,) int64 numbers of the images in their dataset; None = 0 .. B-1.
-
-        Returns:
-            Attacked images like `images`, detached: a misclassified one where found, else that of the last search.
-            Images that are misclassified already come back as they are.
-
-        Raises:
-            ValueError: Images or labels have the wrong shape, dtype or values.
-        """
-        check_batch(images, labels)
+    def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         if images.ndim != 4:
             raise ValueError(f"images has shape {tuple(images.shape)}; Square needs (batch, channels, height, width).")
-        with torch.inference_mode(False), torch.no_grad(), frozen(model):
-            images, labels = images.detach().clone(), labels.clone()  # clones leave inference mode, if it was on
-            logits = logits_of(model, images)
-            check_logits(logits, labels)
-            attacked, standing = images.clone(), logits.argmax(dim=1) == labels
-            ids = torch.arange(len(images)) if ids is None else ids.cpu()
-            for restart in range(self.restarts if self.eps > 0 else 0):
-                rows = standing.nonzero().squeeze(1)
-                if len(rows) == 0:
-                    break
-                streams = _Streams(ids[rows.cpu()], self.seed + RUN_SEED * restart, images.device)
-                self._search(model, images[rows], labels[rows], rows, streams, attacked, standing)
-            return attacked
+        logits = logits_of(model, images)
+        check_logits(logits, labels)
+        attacked, standing = images.clone(), logits.argmax(dim=1) == labels
+        ids = torch.arange(len(images)) if ids is None else ids.cpu()
+        for restart in range(self.restarts if self.eps > 0 else 0):
+            rows = standing.nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            streams = _Streams(ids[rows.cpu()], self.seed + RUN_SEED * restart, images.device)
+            self._search(model, images[rows], labels[rows], rows, streams, attacked, standing)
+        return attacked
 
     def _search(self, model, images, labels, rows, streams, attacked, standing) -> None:
         """One random search; writes what it finds into `attacked` and `standing` at `rows`."""

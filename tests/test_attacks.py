@@ -529,6 +529,7 @@ def test_zero_gradient_leaves_the_start(norm, linear):
         ({"step_size": math.inf}, ["step_size=inf"]),
         ({"restarts": 2, "keep_best": False}, ["restarts=2", "keep_best=True"]),
         ({"restarts": 2, "random_start": False}, ["restarts=2", "random_start=True"]),
+        ({"objective": "kl", "random_start": False}, ["objective='kl'", "random_start=True"]),
     ],
     ids=str,
 )
@@ -538,6 +539,11 @@ def test_wrong_setting_is_refused_by_name(settings, expected):
             attack(**settings)
         for text in expected:
             assert text in str(error.value)
+
+
+def test_one_step_from_the_image_itself_cannot_raise_kl():
+    with pytest.raises(ValueError, match="objective='kl' has no gradient at the image itself"):
+        FGSM(objective="kl")
 
 
 def test_large_l2_radius_is_allowed():

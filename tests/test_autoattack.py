@@ -384,10 +384,12 @@ def test_fab_steps_over_the_boundary_and_back_towards_the_image():
 def test_square_parts_are_those_of_the_paper():
     shape = torch.Size((1, 3, 32, 32))
     sides = [
-        window_size(q, 10_000, 0.8, shape, "linf") for q in (1, 10, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)
+        window_size(q, 10_000, 0.8, shape, "linf") for q in (1, 11, 12, 52, 202, 502, 1002, 2002, 4002, 6002, 8002)
     ]
     assert sides == [29, 29, 20, 14, 10, 7, 5, 4, 3, 2, 1]
     assert window_size(6, 5_000, 0.8, shape, "linf") == window_size(11, 10_000, 0.8, shape, "linf")
+    few, more = ([window_size(q, n, 0.8, shape, "linf") for q in range(1, 200)] for n in (200, 1000))
+    assert few == more and few[0] == 29 and few[-1] == 5  # small budgets stop before the smallest squares
     assert window_size(9_999, 10_000, 0.8, shape, "l2") == 3
     assert window_size(1, 10_000, 1.0, torch.Size((1, 1, 5, 9)), "linf") == 5
     for side in (1, 2, 5, 6):

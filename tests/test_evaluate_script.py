@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,43 @@ def test_single_mixture_with_other_parts(evaluate, saved, tmp_path, capsys):
     assert "ra_pgd3" in RobustnessReport.load(tmp_path / "results.json").metrics
 
 
+def test_calibration_is_measured_and_written(evaluate, script, saved, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(saved / "dual", tmp_path / "model")
+    before = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(script, "calibrate_robust_logits", partial(script.calibrate_robust_logits, ra_share=1e-6))
+    command = [*QUICK, "--model", folder, "--level", "dial", "--output_dir", tmp_path / "out"]
+    assert evaluate(*command, "--calibrate") == 0
+    assert json.loads((folder / "config.json").read_text()) == before
+    report = RobustnessReport.load(tmp_path / "out" / "results.json")
+    found = report.model["calibration"]
+    assert found["num_images"] == 270  # held out, not the test images
+    assert report.model["alpha"] == found["alpha"] != 0.6
+    assert f"alpha = {found['alpha']:g}, map {found['robust_logit_map']}" in capsys.readouterr().out
+
+    assert evaluate(*command, "--write_calibration") == 0
+    after = json.loads((folder / "config.json").read_text())
+    assert after == before | {name: found[name] for name in ("alpha", "robust_logit_map")}
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert (model.config.alpha, model.config.robust_logit_map) == (found["alpha"], found["robust_logit_map"])
+
+
+def test_measured_model_is_the_calibrated_one(evaluate, script, saved, tmp_path, monkeypatch):
+    """Numbers are those of a model saved with the map and alpha."""
+    found = {"robust_logit_map": {"scale": 3.0, "power": 2.0, "clamp": 0.0}, "alpha": 0.55, "accepted": True}
+    found |= {"gain_sa": 1.0, "gain_ra": -1.0, "num_images": 270}
+    monkeypatch.setattr(script, "calibrate_robust_logits", lambda *args, **kwargs: found)
+    command = [*QUICK, "--level", "components"]
+    assert evaluate(*command, "--calibrate", "--model", saved / "dual", "--output_dir", tmp_path / "one") == 0
+    model = AutoModelForImageClassification.from_pretrained(saved / "dual")
+    model.config.robust_logit_map = found["robust_logit_map"]
+    model.set_alpha(0.55)
+    model.save_pretrained(tmp_path / "model")
+    assert evaluate(*command, "--model", tmp_path / "model", "--output_dir", tmp_path / "two") == 0
+    one, two = (RobustnessReport.load(tmp_path / name / "results.json") for name in ("one", "two"))
+    assert one.model.pop("calibration") == found
+    assert one.model == two.model and one.metrics == two.metrics
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,6 +145,9 @@ def test_single_mixture_with_other_parts(evaluate, saved, tmp_path, capsys):
         (["--model", "./no-model"], "no-model"),
         (["--min_sa", "50"], "min_sa=50.0 chooses the dial of a dual model"),
         (["--write_alpha"], "write_alpha needs a dual model"),
+        (["--calibrate"], "calibrate needs a dual model"),
+        (["--model", "./no-model", "--write_calibration"], "write_calibration needs a local folder"),
+        (["--write_alpha", "--calibrate"], "write_alpha and calibrate both choose alpha"),
     ],
     ids=str,
 )

@@ -3,13 +3,12 @@
 import copy
 import json
 import warnings
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification, evaluation
 from hf_dualmoe import evaluation_parts as parts
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.component_attacks import attack_experts, attack_router
@@ -19,6 +18,7 @@ from hf_dualmoe.evaluation import LEVELS, DialedModel, RobustnessReport, correct
 from hf_dualmoe.measuring import Found, Processes, run_batches
 from hf_dualmoe.metrics import wilson_interval
 from hf_dualmoe.plots import plot_tradeoff
+from hf_dualmoe.sanity import Check
 from hf_dualmoe.worst_case import worst_case
 
 TINY = {"width": [8, 8, 8, 16], "num_labels": 4, "image_size": 10, "num_channels": 1, "num_experts": 2}
@@ -35,7 +35,8 @@ def model():
 
 @pytest.fixture(autouse=True)
 def few_queries(monkeypatch):
-    monkeypatch.setattr(parts, "run_sanity_checks", partial(parts.run_sanity_checks, square_queries=5))
+    monkeypatch.setattr(evaluation, "SANITY", {"quick": {"num_images": 8, "square_queries": 5}})
+    monkeypatch.setattr(evaluation, "SANITY_DEFAULT", {"num_images": 8, "square_queries": 5})
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_report_holds_components_dial_and_routing(model, dataset, report):
     assert report.metrics["route_flip_rate"] == pytest.approx(flips, abs=1e-4)
     assert report.threat["eps"] == 0.1
     assert report.dataset["num_images"] == 23
-    assert report.failures == {} and report.sanity == {}
+    assert report.failures == {}
 
 
 def test_intervals_and_cost_are_those_of_the_counts(report):
@@ -229,9 +230,8 @@ def test_finished_work_of_other_settings_is_refused(model, moe, dataset, tmp_pat
         with pytest.raises(ValueError, match=f"resume_dir=.*other settings \\({what}.*--fresh"):
             evaluate_robustness(*changed[:2], **changed[2])
     evaluate_robustness(moe, dataset, **{**options, "steps": 3}, fresh=True)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        *("settings.json", "whole-model-clean.safetensors", "whole-model-pgd-3.safetensors")
-    }
+    parts_done = ("whole-model-clean", "whole-model-pgd-3", "sanity-checks-8-images-square-queries=5")
+    assert {p.name for p in tmp_path.iterdir()} == {"settings.json", *(f"{part}.safetensors" for part in parts_done)}
     (tmp_path / "whole-model-pgd-3.safetensors").write_bytes(b"half a file")
     report = evaluate_robustness(moe, dataset, **{**options, "steps": 3})
     assert report.failures == {} and "ra_pgd3" in report.metrics
@@ -350,11 +350,36 @@ def test_doubts_end_in_the_report(dataset, model):
         def forward(self, images):
             return self.inner((images * 255).round() / 255).logits
 
-    report = evaluate_robustness(Masked().eval(), dataset, **{**SMALL, "level": ["sanity"]})
+    report = evaluate_robustness(Masked().eval(), dataset, **QUIET)
     assert any(reason.startswith("zero_gradients: ") for reason in report.suspicious)
     assert not report.sanity["zero_gradients"]["passed"]
     assert report.sanity["zero_gradients"]["message"]
     assert "SUSPICIOUS: zero_gradients" in "\n".join(report.notes())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spent"),
+    [({}, (8, 5)), ({"level": ["sanity"]}, (9, 6)), ({"sanity_images": 7}, (7, 5))],
+    ids=str,
+)
+def test_every_level_runs_the_checks_and_quick_spends_less(moe, dataset, monkeypatch, arguments, spent):
+    monkeypatch.setattr(evaluation, "SANITY_DEFAULT", {"num_images": 9, "square_queries": 6})
+    seen = []
+
+    def spy(*args, **kwargs):
+        seen.append((kwargs["num_images"], kwargs["square_queries"]))
+        return {"spied": Check(False, "seen", {})}
+
+    monkeypatch.setattr(parts, "run_sanity_checks", spy)
+    report = evaluate_robustness(moe, dataset, **QUIET, **arguments)
+    assert seen == [spent]
+    assert report.sanity == {"spied": {"passed": False, "message": "seen"}} and report.suspicious == ["spied: seen"]
+    assert all("sanity" in parts for parts in evaluation.LEVELS.values())
+
+
+def test_without_a_radius_the_quick_level_has_nothing_to_check(moe, dataset):
+    report = evaluate_robustness(moe, dataset, **{**QUIET, "eps": 0})
+    assert report.sanity == {} and report.metrics["sa"] == report.metrics["ra_pgd2"]
 
 
 def test_found_joins_uneven_parts():

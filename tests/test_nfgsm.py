@@ -48,7 +48,13 @@ def test_kl_objective_attacks_the_clean_prediction(make_moe, batch):
 
 @pytest.mark.parametrize(
     ("setting", "named"),
-    [({"eps": 8}, "eps=8"), ({"noise": -1}, "noise=-1"), ({"noise": float("nan")}, "noise"), ({"objective": "x"}, "x")],
+    [
+        ({"eps": 8}, "eps=8"),
+        ({"noise": -1}, "noise=-1"),
+        ({"noise": float("nan")}, "noise"),
+        ({"objective": "x"}, "x"),
+        ({"objective": "kl", "noise": 0}, "noise > 0"),
+    ],
 )
 def test_refuses_what_is_out_of_range(setting, named):
     with pytest.raises(ValueError, match=named):

@@ -3,12 +3,14 @@
 python training/evaluate.py --model outputs/digits-jtdmoe/model --eps 0.15 --level quick  # SA and PGD in a minute
 accelerate launch training/evaluate.py --model user/model --dataset_name cifar10 --level full --eps 8/255
 python training/evaluate.py --model path/to/model --min_sa 90 --write_alpha               # choose the dial and keep it
+python training/evaluate.py --model path/to/model --write_calibration                     # calibrate the dial, keep it
 """
 
 import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,9 +18,12 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.attacks import PGD
+from hf_dualmoe.calibration import calibrate_robust_logits
 from hf_dualmoe.data import DataSplits, load_splits
 from hf_dualmoe.environment import pixel_radius, write_text
 from hf_dualmoe.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, evaluate_robustness
+from hf_dualmoe.measuring import Processes
+from hf_dualmoe.model_card import refresh_model_card
 from hf_dualmoe.plots import attack_examples, save_plots
 
 
@@ -41,11 +46,17 @@ def create_parser() -> ArgumentParser:
     add("--level", default="standard", help=f"{', '.join(LEVELS)}, or parts of {','.join(PARTS)} joined by commas.")
     add("--worst_case_steps", type=int, help="Steps per member of the adaptive union; default: --steps.")
     add("--autoattack_version", help="standard, few_classes or fast; default: what the number of classes allows.")
-    add("--sanity_images", type=int, default=200, help="Images for the sanity checks.")
+    add("--sanity_images", type=int, help="Images for the sanity checks; default: 64 at level quick, else 200.")
     add("--alphas", type=float, nargs="+", default=list(ALPHAS), help="Positions of the dial, in [0, 1].")
     add("--min_sa", type=float, help="Recommend the alpha of highest RA with at least this SA, in %%.")
     add("--min_ra", type=float, help="Recommend the alpha of highest SA with at least this RA, in %%.")
     add("--write_alpha", action="store_true", help="Write the recommended alpha into the folder's config.json.")
+    add(
+        "--calibrate",
+        action="store_true",
+        help="Choose F_R's logit map and alpha on held-out images (MixedNUTS) first.",
+    )
+    add("--write_calibration", action="store_true", help="Calibrate, and write both into the folder's config.json.")
     add("--batch_size", type=int, default=256, help="Images per forward.")
     add("--seed", type=int, default=0, help="Seed of attacks and choices of images.")
     add("--output_dir", help="Where to write; default: outputs/evaluate-<name of the model>.")
@@ -61,14 +72,15 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     args.output_dir = Path(args.output_dir or f"outputs/evaluate-{Path(args.model).resolve().name}")
     try:
-        if args.write_alpha and not Path(args.model, "config.json").is_file():
-            raise ValueError(f"write_alpha needs a local folder; model={args.model!r} has no config.json.")
+        args.calibrate |= args.write_calibration
+        check_request(args)
         options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
         model = AutoModelForImageClassification.from_pretrained(args.model, **options).to(accelerator.device)
-        if args.write_alpha and not hasattr(model, "set_alpha"):
-            raise ValueError(f"write_alpha needs a dual model; {args.model!r} is a {type(model).__name__}.")
+        check_request(args, model)
         data = load_data(args, model)
+        calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
         report = evaluate(args, model, data, accelerator)
+        report.model |= {"calibration": calibration} if calibration else {}
         carry_training(report, Path(args.model, "results.json"))
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
@@ -79,12 +91,56 @@ def main() -> None:
         plots = save_plots(report, args.output_dir, attack_examples(model, data.test, attack=attack))
         print(f"\nSaved to {args.output_dir}: results.json, {', '.join(plots)}")
         if args.write_alpha and report.alpha_choice:
-            config, alpha = Path(args.model, "config.json"), report.alpha_choice["alpha"]
-            write_text(config, json.dumps(json.loads(config.read_text()) | {"alpha": alpha}, indent=2) + "\n")
-            print(f"Wrote alpha = {alpha:g} to {config}")
+            write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
+        if args.write_calibration:
+            write_config(args.model, {name: calibration[name] for name in ("robust_logit_map", "alpha")})
+        write_card(args, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     sys.exit(1 if report.failures else 0)
+
+
+def check_request(args: Namespace, model: nn.Module | None = None) -> None:
+    """Raise a ValueError where the dial or the calibration asked for cannot be written, or the model has none."""
+    asked = [name for name in ("write_alpha", "write_calibration", "calibrate") if getattr(args, name)]
+    if args.write_alpha and args.calibrate:
+        raise ValueError("write_alpha and calibrate both choose alpha; give one.")
+    if asked and asked[0] != "calibrate" and not Path(args.model, "config.json").is_file():
+        raise ValueError(f"{asked[0]} needs a local folder; model={args.model!r} has no config.json.")
+    if asked and model is not None and not hasattr(model, "set_alpha"):
+        raise ValueError(f"{asked[0]} needs a dual model; {args.model!r} is a {type(model).__name__}.")
+
+
+def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> dict[str, Any]:
+    """Set F_R's logit map and alpha as `calibrate_robust_logits` chooses them on held-out images; its result."""
+    attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
+    options = {"attack": attack, "batch_size": args.batch_size, "progress": not args.disable_tqdm}
+    found = Processes(accelerator).from_main(lambda: calibrate_robust_logits(model, data.validation, **options))
+    model.config.robust_logit_map = found["robust_logit_map"]
+    model.set_alpha(found["alpha"])
+    if accelerator.is_main_process:
+        verdict = "accepted" if found["accepted"] else "not accepted: only alpha is chosen, the logit map stays"
+        gains = (
+            f"SA {found['gain_sa']:+.2f}, RA {found['gain_ra']:+.2f} points on {found['num_images']} held-out images"
+        )
+        print(f"Calibration {verdict} ({gains}); alpha = {found['alpha']:g}, map {found['robust_logit_map']}")
+    return found
+
+
+def write_card(args: Namespace, report: RobustnessReport) -> None:
+    """Bring the model's card up to date, or write one beside the results."""
+    try:
+        card = refresh_model_card(report, args.output_dir, args.model)
+        print(f"Wrote {card}" if card else "README.md was edited by somebody and is left alone.")
+    except Exception as error:  # the numbers are saved; a card can be rendered again
+        print(f"WARNING: writing the model card failed: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def write_config(folder: str, changes: dict[str, Any]) -> None:
+    """Change fields of the folder's config.json."""
+    config = Path(folder, "config.json")
+    write_text(config, json.dumps(json.loads(config.read_text()) | changes, indent=2) + "\n")
+    print(f"Wrote {', '.join(f'{name} = {value}' for name, value in changes.items())} to {config}")
 
 
 def load_data(args: Namespace, model: nn.Module) -> DataSplits:

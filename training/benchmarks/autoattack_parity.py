@@ -1,10 +1,12 @@
 """Our AutoAttack union against torchattacks: robust accuracy, agreement per image, time and passes, attack by attack.
 
     pip install torchattacks   # not a dependency of the package
-    python training/benchmarks/autoattack_parity.py --model path/to/model --dataset digits --num_images 200 --eps 0.15
+    python training/benchmarks/autoattack_parity.py --model path/to/model --dataset digits --eps 0.15 --seeds 0 1 2
+    python training/benchmarks/autoattack_parity.py --render   # the results file as a table, into the README
 
-Both sides attack the same clean-correct images with the same budgets. Without --model, a small CNN is trained against
-PGD first. Prints one table per model and writes everything to --output.
+Both sides attack the same clean-correct images with the same budgets. Square is a random search, and torchattacks
+draws one square for the whole batch, so single seeds of it differ by points: give several, and compare the means. The
+row "pointwise" counts an image as robust where it stands under every attack of the run; "union" is `autoattack`, anew.
 """
 
 import argparse
@@ -12,69 +14,48 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from statistics import mean
 
 import torch
-import torch.nn.functional as F
+from readme_tables import RESULTS, markdown_table, replace_section
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-import hf_dualmoe  # noqa: F401 - registers the model classes
+import hf_dualmoe  # registers the model classes
 from hf_dualmoe.apgd import PassCounter
 from hf_dualmoe.attack_primitives import frozen
-from hf_dualmoe.attacks import PGD
 from hf_dualmoe.autoattack import BACKENDS, VERSIONS, autoattack, make_attack
 from hf_dualmoe.data import DataSplits, ImageTensorDataset, load_splits, to_unit_range
+from hf_dualmoe.environment import pixel_radius
+
+SEEDLESS = ("fab-t",)  # draws no random numbers, on either side
+TOLERANCE = 1.0  # points by which ours may leave more images standing than theirs
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="*", default=[], help="saved model folders; none = train a small CNN")
-    parser.add_argument("--dataset", default="digits", help="as `load_splits` takes it")
-    parser.add_argument(
-        "--with_validation", action="store_true", help="attack images of the validation split too, not of test only"
-    )
-    parser.add_argument("--num_images", type=int, default=200)
-    parser.add_argument("--eps", type=float, default=8 / 255, help="radius in [0, 1] pixel units")
-    parser.add_argument("--norm", choices=["linf", "l2"], default="linf")
-    parser.add_argument(
-        "--version", choices=list(VERSIONS), default="standard", help="union and budgets of both sides"
-    )
-    parser.add_argument("--batch_size", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
-    parser.add_argument(
-        "--train_samples", type=int, default=None, help="training images of the small CNN; default all"
-    )
-    parser.add_argument("--train_epochs", type=int, default=15, help="epochs of the small CNN")
-    parser.add_argument("--output", type=Path, default=Path("autoattack_parity.json"))
-    return parser.parse_args(arguments)
+    add = parser.add_argument
+    add("--model", help="saved model folder")
+    add("--dataset", default="digits", help="as `load_splits` takes it")
+    add("--with_validation", action="store_true", help="attack images of the validation split too, not of test only")
+    add("--num_images", type=int, default=500)
+    add("--eps", type=pixel_radius, default=8 / 255, help="radius in [0, 1] pixel units, such as 8/255")
+    add("--norm", choices=["linf", "l2"], default="linf")
+    add("--version", choices=list(VERSIONS), default="standard", help="union and budgets of both sides")
+    add("--attacks", nargs="*", help="some of the version's attacks, and union; default: all")
+    add("--batch_size", type=int, default=200)
+    add("--seeds", type=int, nargs="+", default=[0], help="seeds of both sides; the first also chooses the images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="CPU threads")
+    add("--output", type=Path, default=RESULTS / "autoattack_parity.json", help="results file; rows of others stay")
+    add("--render", action="store_true", help="only put the table of the results file into the README")
+    return parser
 
 
-def train_small_cnn(splits: DataSplits, eps: float, norm: str, epochs: int, seed: int, device: str) -> nn.Module:
-    """A CNN of four convolutions, trained against a short PGD."""
-    torch.manual_seed(seed)
-    layers, channels = [], splits.num_channels
-    for width, stride in ((24, 1), (32, 2), (48, 1), (64, 2)):
-        layers += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        channels = width
-    head = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(channels * 16, splits.num_labels)]
-    model = nn.Sequential(*layers, *head).to(device)
-    attack = PGD(eps=eps, norm=norm, steps=3, keep_best=False, seed=seed)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-4)
-    rows_per_epoch = len(splits.train.labels)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs * -(-rows_per_epoch // 128))
-    for _ in range(epochs):
-        for rows in torch.randperm(rows_per_epoch).split(128):
-            images, labels = to_unit_range(splits.train.images[rows]).to(device), splits.train.labels[rows].to(device)
-            loss = F.cross_entropy(model(attack(model, images, labels)), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 
 def timed(function: Callable[[], object], device: str) -> tuple[object, dict[str, float]]:
@@ -87,10 +68,10 @@ def timed(function: Callable[[], object], device: str) -> tuple[object, dict[str
     return result, {name: clock() - before[name] for name, clock in clocks.items()}
 
 
-def run_single(name: str, backend: str, model: nn.Module, images: Tensor, labels: Tensor, args) -> tuple[Tensor, dict]:
+def run_single(name: str, backend: str, seed: int, model: nn.Module, images: Tensor, labels: Tensor, args):
     """One attack on the images (N, ...) -> robust (N,) bool, and its costs."""
     budget = VERSIONS[args.version][name]
-    attack = make_attack(name, budget, backend=backend, eps=args.eps, norm=args.norm, seed=args.seed)
+    attack = make_attack(name, budget, backend=backend, eps=args.eps, norm=args.norm, seed=seed)
     counter, robust, spent = PassCounter(model), [], {"wall_seconds": 0.0, "cpu_seconds": 0.0}
     for rows in torch.arange(len(images)).split(args.batch_size):
         batch, right = images[rows].to(args.device), labels[rows].to(args.device)
@@ -102,54 +83,31 @@ def run_single(name: str, backend: str, model: nn.Module, images: Tensor, labels
     return torch.cat(robust).cpu(), {**spent, "passes": passes}
 
 
-def run_union(backend: str, model: nn.Module, images: Tensor, labels: Tensor, args) -> tuple[Tensor, dict]:
+def run_union(backend: str, seed: int, model: nn.Module, images: Tensor, labels: Tensor, args):
     """The whole union -> robust (N,) bool, and its costs."""
-    settings = {"eps": args.eps, "norm": args.norm, "version": args.version, "seed": args.seed}
+    settings = {"eps": args.eps, "norm": args.norm, "version": args.version, "seed": seed, "backend": backend}
     result, spent = timed(
-        lambda: autoattack(
-            model, images, labels, **settings, batch_size=args.batch_size, progress=False, backend=backend
-        ),
-        args.device,
+        lambda: autoattack(model, images, labels, **settings, batch_size=args.batch_size, progress=False), args.device
     )
-    return result.robust, {**spent, "passes": result.passes, "stages": result.accuracy, "backend": result.backend}
+    return result.robust, {**spent, "passes": result.passes, "stages": result.accuracy}
+
+
+def attack_all(name: str, model: nn.Module, images: Tensor, labels: Tensor, args) -> dict[str, list[tuple]]:
+    """An attack, or "union", by both backends: for each seed robust (N,) bool and costs."""
+    seeds = args.seeds[:1] if name in SEEDLESS else args.seeds
+    run = run_union if name == "union" else partial(run_single, name)
+    with frozen(model):
+        return {b: [run(b, seed, model, images, labels, args) for seed in seeds] for b in BACKENDS}
 
 
 def compare(name: str, model: nn.Module, images: Tensor, labels: Tensor, args) -> dict:
-    """One row of the table: an attack, or "union", by both backends on clean-correct images."""
-    row = {"attack": name}
-    masks = []
-    for backend in BACKENDS:
-        with frozen(model):
-            single = name != "union"
-            robust, costs = (
-                run_single(name, backend, model, images, labels, args)
-                if single
-                else run_union(backend, model, images, labels, args)
-            )
-        masks.append(robust)
-        row[backend] = {"robust": int(robust.sum()), **costs}
-    ours, theirs = (row[backend] for backend in BACKENDS)
-    row["only_ours_broke"], row["only_theirs_broke"] = (
-        int((a & ~b).sum()) for a, b in ((masks[1], masks[0]), (masks[0], masks[1]))
-    )
-    for clock in ("wall_seconds", "cpu_seconds"):
-        row[f"{clock}_ratio"] = ours[clock] / theirs[clock]
+    """One row of the table: an attack, or "union", by both backends on clean-correct images (N, ...)."""
+    runs = attack_all(name, model, images, labels, args)
+    row = {"attack": name, "seeds": args.seeds[: len(runs[BACKENDS[0]])]}
+    for backend, found in runs.items():
+        standing = ["".join(map(str, robust.int().tolist())) for robust, _ in found]
+        row[backend] = {"standing": standing, "costs": [costs for _, costs in found]}
     return row
-
-
-HEADER = "attack    robust %: ours  theirs  difference  only ours / theirs broke   wall s: ours  theirs  ratio  cpu"
-
-
-def print_row(row: dict, num_images: int) -> None:
-    ours, theirs = (row[backend] for backend in BACKENDS)
-    shares = [100 * side["robust"] / num_images for side in (ours, theirs)]
-    print(
-        f"{row['attack']:<9} {shares[0]:14.2f} {shares[1]:7.2f} {shares[0] - shares[1]:+11.2f}"
-        f" {row['only_ours_broke']:14d} / {row['only_theirs_broke']:<12d}"
-        f" {ours['wall_seconds']:10.1f} {theirs['wall_seconds']:7.1f} {row['wall_seconds_ratio']:6.2f}"
-        f" {row['cpu_seconds_ratio']:5.2f}",
-        flush=True,
-    )
 
 
 def environment(device: str) -> dict:
@@ -171,34 +129,106 @@ def attacked_images(splits: DataSplits, num_images: int, with_validation: bool, 
     return to_unit_range(chosen.images), chosen.labels
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    args = parse_args(arguments)
+# --- reporting -------------------------------------------------------------------------------------------------------
+
+
+def store(run: dict, path: Path) -> None:
+    """Write a run into the results file; rows of an earlier one of the same settings stay, unless measured anew."""
+    runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+    new = {row["attack"] for row in run["rows"]}  # may be some of the attacks only
+    for other in [other for other in runs if other["settings"] == run["settings"]]:
+        run = run | {"rows": [row for row in other["rows"] if row["attack"] not in new] + run["rows"]}
+        runs.remove(other)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
+
+
+def pointwise(rows: list[dict]) -> dict:
+    """The row that counts an image as robust where it stands under every attack; seed by seed."""
+
+    def standing(backend: str, number: int) -> str:
+        seen = [found[min(number, len(found) - 1)] for found in (row[backend]["standing"] for row in rows)]
+        return "".join(map(min, zip(*seen, strict=True)))
+
+    seeds = max((row["seeds"] for row in rows), key=len)
+    sides = {b: {"standing": [standing(b, number) for number in range(len(seeds))], "costs": []} for b in BACKENDS}
+    return {"attack": "pointwise", "seeds": seeds, **sides}
+
+
+def all_rows(run: dict) -> list[dict]:
+    """The measured rows of a run, and the pointwise one where all attacks of the version are there."""
+    singles = [row for row in run["rows"] if row["attack"] != "union"]
+    whole = {row["attack"] for row in singles} == set(VERSIONS[run["settings"]["version"]])
+    return run["rows"] + ([pointwise(singles)] if whole else [])
+
+
+def summary(run: dict, row: dict) -> dict:
+    """What a row says: robust accuracies in % by seed, for both sides, and the difference of their means in points."""
+    ours, theirs = ([100 * s.count("1") / run["num_images"] for s in row[b]["standing"]] for b in BACKENDS)
+    seconds = [sum(cost["cpu_seconds"] for cost in row[backend]["costs"]) for backend in BACKENDS]
+    difference = mean(ours) - mean(theirs)
+    found = {"ours": ours, "theirs": theirs, "difference": difference, "holds": difference <= TOLERANCE + 1e-9}
+    return found | {"time": seconds[0] / seconds[1] if seconds[1] else None}
+
+
+def mean_and_range(shares: list[float]) -> str:
+    spread = f" ({min(shares):.1f} to {max(shares):.1f})" if len(shares) > 1 else ""
+    return f"{mean(shares):.2f}{spread}"
+
+
+HEADER = ["model, images, version", "clean %", "attack", "ours: robust %", "torchattacks", "difference", "CPU time"]
+
+
+def cells(run: dict, row: dict) -> list[str]:
+    """The cells of one row of the table."""
+    settings, found = run["settings"], summary(run, row)
+    what = f"{run['model']}, {run['num_images']}, {settings['version']}"
+    clean = f"{100 * run['clean_correct'] / run['num_images']:.2f}"
+    robust = [mean_and_range(found[side]) for side in ("ours", "theirs")]
+    time_ratio = "-" if found["time"] is None else f"{found['time']:.2f} x"
+    return [what, clean, row["attack"], *robust, f"{found['difference']:+.2f}", time_ratio]
+
+
+def render_table(results: dict) -> str:
+    """The table of a results file in Markdown; ranges are over seeds, CPU time is ours over theirs."""
+    return markdown_table(HEADER, [cells(run, row) for run in results["runs"] for row in all_rows(run)])
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Compare on one model; results are written and printed as they come."""
+    splits = load_splits(args.dataset, max_train_samples=1)
+    images, labels = attacked_images(splits, args.num_images, args.with_validation, args.seeds[0])
+    model = AutoModelForImageClassification.from_pretrained(args.model).to(args.device).eval()
+    batches = zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True)
+    with torch.no_grad():
+        right = torch.cat([PassCounter(model)(x.to(args.device)).argmax(dim=1).cpu() == y for x, y in batches])
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("output", "render", "attacks", "seeds")
+    }
+    settings["image_seed"] = args.seeds[0]
+    run = {"model": Path(args.model).name, "settings": settings, "environment": environment(args.device)}
+    run |= {"num_images": len(images), "clean_correct": int(right.sum()), "rows": []}
+    print(" | ".join(HEADER), flush=True)
+    for name in args.attacks or [*VERSIONS[args.version], "union"]:
+        run["rows"].append(compare(name, model, images[right], labels[right], args))
+        print(" | ".join(cells(run, run["rows"][-1])), flush=True)
+        store(run, args.output)
+    return run
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = create_parser()
+    args = parser.parse_args(arguments)
+    if args.render:
+        replace_section("autoattack_parity", render_table(json.loads(args.output.read_text())))
+        return
+    if args.model is None:
+        parser.error("--model is missing; give a saved model folder.")
+    if unknown := set(args.attacks or ()) - {*VERSIONS[args.version], "union"}:
+        parser.error(f"--attacks has {', '.join(sorted(unknown))}, which version {args.version!r} does not run.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    splits = load_splits(args.dataset, max_train_samples=args.train_samples)
-    images, labels = attacked_images(splits, args.num_images, args.with_validation, args.seed)
-    settings = {
-        name: value if isinstance(value, int | float | str | list) else str(value)
-        for name, value in vars(args).items()
-    }
-    results = {"settings": settings, "environment": environment(args.device), "models": {}}
-    for folder in args.model or ["small CNN"]:
-        if args.model:
-            model = AutoModelForImageClassification.from_pretrained(folder).to(args.device).eval()
-        else:
-            model = train_small_cnn(splits, args.eps, args.norm, args.train_epochs, args.seed, args.device)
-        with torch.no_grad():
-            counter = PassCounter(model)
-            batches = zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True)
-            right = torch.cat([(counter(x.to(args.device)).argmax(dim=1).cpu() == y) for x, y in batches])
-        count, rows = int(right.sum()), []
-        results["models"][folder] = {"clean_correct": count, "num_images": len(images), "rows": rows}
-        print(f"\n{folder}: {count} of {len(images)} images are right when clean\n{HEADER}", flush=True)
-        for name in (*VERSIONS[args.version], "union"):
-            rows.append(compare(name, model, images[right], labels[right], args))
-            print_row(rows[-1], len(images))
-            args.output.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    measure(args)
 
 
 if __name__ == "__main__":
