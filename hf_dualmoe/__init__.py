@@ -21,6 +21,6 @@ def _push_to_hub(self, repo_id: str, **kwargs):
     return push_model(self, repo_id, **kwargs)
 
 
-RobustPreTrainedModel.push_to_hub = _push_to_hub  # here, not in the modeling file: that one travels without the package
+RobustPreTrainedModel.push_to_hub = _push_to_hub  # here: the modeling file travels without the package
 
 __version__ = "0.1.0"

@@ -266,21 +266,20 @@ def new_conv(in_channels: int, out_channels: int, **kwargs) -> nn.Conv2d:
 
 
 class LipschitzWeight:
-    """For a linear or convolutional layer: a weight kept, as a matrix, at spectral norm `scale` with all singular
-    values equal.
+    """For a linear or convolutional layer: a weight whose operator keeps the L2 norm `scale`.
 
-    `weight` is free; training constrains it at each forward by the spectral and Bjorck normalisation of deel-torchlip
-    (https://arxiv.org/abs/2006.06520) and keeps the result in the buffer `applied_weight`, which is what eval mode
-    applies: the weight of the last training forward, one optimizer step behind. So a trained layer is an ordinary one,
-    and its norm can be checked without trusting how it was trained.
+    `weight` is free; training constrains it at each forward: the spectral and Bjorck normalisation of deel-torchlip
+    (https://arxiv.org/abs/2006.06520) make all singular values of the matrix equal, then it is divided by the norm of
+    the operator. The result is kept in the buffer `applied_weight`, which is what eval mode applies: the weight of the
+    last training forward, one optimizer step behind. So a trained layer is an ordinary one. Its norm is `scale` up to
+    a few per cent, as the iterations stop early; a certificate computes a bound of its own and need not trust them.
     """
 
-    def constrain(self, scale: float) -> None:
-        """Start from an orthogonal matrix; call once, after the layer's own initialisation."""
+    def constrain(self, scale: float, norm: float = 1.0) -> None:
+        """Start to constrain the present weight, whose operator has at most this norm."""
         self.scale = scale
-        nn.init.orthogonal_(self.weight)
         nn.init.zeros_(self.bias)
-        self.register_buffer("applied_weight", scale * self.weight.detach())
+        self.register_buffer("applied_weight", scale / norm * self.weight.detach())
         self.register_buffer("top_singular_vector", torch.randn(1, self.weight[0].numel()))
 
     def current_weight(self) -> Tensor:
@@ -298,9 +297,14 @@ class LipschitzWeight:
                 _, vector, _ = spectral_normalization(matrix, self.top_singular_vector)
                 self.top_singular_vector.copy_(vector)
             norm = torch.linalg.norm(vector @ matrix.t())
-            weight = self.scale * bjorck_normalization(matrix / (norm + 1e-3)).view_as(self.weight)
+            weight = bjorck_normalization(matrix / (norm + 1e-3)).view_as(self.weight)
+            weight = self.scale / self.operator_norm(weight) * weight
         self.applied_weight.copy_(weight.detach())
         return weight
+
+    def operator_norm(self, weight: Tensor) -> Tensor | float:
+        """L2 norm of the operator of a weight that has, as a matrix, the norm 1."""
+        return 1.0
 
 
 class LipschitzLinear(LipschitzWeight, nn.Linear):
@@ -308,6 +312,7 @@ class LipschitzLinear(LipschitzWeight, nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, scale: float = 1.0):
         super().__init__(in_features, out_features)
+        nn.init.orthogonal_(self.weight)
         self.constrain(scale)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -315,15 +320,41 @@ class LipschitzLinear(LipschitzWeight, nn.Linear):
 
 
 class LipschitzConv2d(LipschitzWeight, nn.Conv2d):
-    """A convolution with zero padding that changes by at most the change of its input, in L2.
+    """A convolution with zero padding, for images of one size, that changes by at most the change of its input, in L2.
 
-    An input pixel is in at most ceil(kernel / stride)**2 patches, so the patches together have at most
-    ceil(kernel / stride)**2 times its energy; the matrix that maps a patch to its output is scaled accordingly.
+    Where windows do not overlap, the operator has the norm of the matrix. Else its largest singular value is followed
+    by power iteration, from training forward to training forward. With no more output than input channels it starts
+    from an orthogonal matrix at the centre of the kernel, which loses nothing; else from any orthogonal matrix.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0):
+    def __init__(
+        self, in_channels: int, out_channels: int, size: int, kernel_size: int, stride: int = 1, padding: int = 0
+    ):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
-        self.constrain(1 / math.ceil(kernel_size / stride))
+        nn.init.orthogonal_(self.weight)
+        norm = math.ceil(kernel_size / stride)  # an input pixel is in at most norm**2 windows
+        if norm > 1 and out_channels <= in_channels:
+            nn.init.zeros_(self.weight)
+            with torch.no_grad():
+                self.weight[:, :, kernel_size // 2, kernel_size // 2] = nn.init.orthogonal_(
+                    self.weight[:, :, 0, 0].clone()
+                )
+            norm = 1
+        self.constrain(1.0, norm)
+        self.register_buffer("top_image", torch.randn(1, in_channels, size, size))
+
+    def operator_norm(self, weight: Tensor) -> Tensor | float:
+        if self.kernel_size == self.stride:
+            return 1.0
+        settings = (self.stride, self.padding)
+        with torch.no_grad():
+            image = self.top_image
+            for _ in range(2):
+                image = F.conv2d(image, weight, None, *settings)
+                image = torch.nn.grad.conv2d_input(self.top_image.shape, weight, image, *settings)
+                image = image / image.norm().clamp_min(1e-12)
+            self.top_image.copy_(image)
+        return F.conv2d(image, weight, None, *settings).norm()
 
     def forward(self, images: Tensor) -> Tensor:
         return F.conv2d(images, self.current_weight(), self.bias, self.stride, self.padding)
@@ -379,7 +410,8 @@ def lipschitz_cnn(
 ) -> nn.Sequential:
     """A convolutional 1-Lipschitz network.
 
-    Each stage has `depth` convolutions 3x3 and halves the image by one 2x2 with stride 2; two linear layers follow.
+    A convolution 3x3; stages of `depth` convolutions 3x3 and one 2x2 with stride 2, which halves the image and goes to
+    the channels of the next stage; two linear layers.
 
     Args:
         channels: Channels of each stage, even.
@@ -393,14 +425,14 @@ def lipschitz_cnn(
         raise ValueError(f"depth={depth!r} must be an integer of at least 1.")
     if img_size >> len(channels) == 0:
         raise ValueError(f"channels={channels!r} halves images of {img_size} pixels {len(channels)} times: too often.")
-    layers: list[nn.Module] = []
-    before = in_chans
-    for after in channels:
+    layers: list[nn.Module] = [LipschitzConv2d(in_chans, channels[0], img_size, 3, padding=1), PairSort()]
+    size = img_size
+    for here, after in zip(channels, [*channels[1:], channels[-1]], strict=True):
         for _ in range(depth):
-            layers += [LipschitzConv2d(before, after, 3, padding=1), PairSort()]
-            before = after
-        layers += [LipschitzConv2d(after, after, 2, stride=2), PairSort()]
-    features = before * (img_size >> len(channels)) ** 2
+            layers += [LipschitzConv2d(here, here, size, 3, padding=1), PairSort()]
+        layers += [LipschitzConv2d(here, after, size, 2, stride=2), PairSort()]
+        size //= 2
+    features = channels[-1] * size**2
     layers += [nn.Flatten(), LipschitzLinear(features, hidden_size), PairSort()]
     return nn.Sequential(*layers, LipschitzLinear(hidden_size, num_classes, logit_scale))
 
