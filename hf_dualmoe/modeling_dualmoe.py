@@ -585,8 +585,11 @@ class RobustPreTrainedModel(PreTrainedModel):
             if not any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
                 module._is_hf_initialized = True
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute activations in the backward pass, through timm's own checkpointing of each backbone."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """Recompute activations in the backward pass, through timm's own checkpointing of each backbone.
+
+        The arguments are those of the parent; timm's checkpointing has no settings.
+        """
         self._set_grad_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:

@@ -1,12 +1,88 @@
-"""The README's numbers are those of the results.json it points to, and its links lead somewhere."""
+"""The README: its numbers are those of results.json, its links lead somewhere, and every code block works.
 
+Python blocks run in order, one namespace per section, in a folder with a tiny trained model where the README has it.
+Every command line of a bash block goes through the parser of the real script; `test_commands_run` (slow) runs them
+with small settings. A block or a command that no rule covers fails.
+"""
+
+import ast
+import copy
+import importlib
+import importlib.util
+import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
-from hf_dualmoe.evaluation import RobustnessReport
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+
+from hf_dualmoe import DualMoEForImageClassification, cli
+from hf_dualmoe.arguments import RecipeParser
+from hf_dualmoe.data import load_digits_splits
+from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = (ROOT / "pyproject.toml").read_text()
+EXTRAS = PROJECT.split("[project.optional-dependencies]\n")[1].split("\n\n")[0]
+CHECKOUT = ("training", "tests")  # folders whose files the README's commands name
+SCRIPTS = {command.target: name for name, command in cli.COMMANDS.items()}
+TOOLS = {"foolbox", "onnxruntime", "robustbench", "torchattacks"}  # blocks that need them run where they are installed
+SMALLER = {"steps=20": "steps=2", '("digits").validation': '("digits").validation.take(50)'}  # in Python blocks
+SMALL = {  # appended to command lines that run
+    "train": "--max_train_samples 40 --max_validation_samples 10 --max_test_samples 12 --num_train_epochs 1 "
+    "--num_experts 2 --width 8,8,8,8 --attack_steps 1 --eval_attack_steps 1 --per_device_train_batch_size 20 "
+    "--report none --disable_tqdm true",
+    "evaluate": "--num_images 12 --steps 2 --level quick --sanity_images 8 --alphas 0 1 --disable_tqdm",
+    "certify": "--num_images 4 --n0 10 --n 50 --disable_tqdm",
+    "publish": "--dry_run",
+    "demo": "--export exported",
+}
+TOKEN = "hf_" + "n0tReal" * 5
+
+
+class Block(NamedTuple):
+    section: str
+    language: str
+    text: str
+
+
+def read_blocks() -> list[Block]:
+    """All fenced blocks, in order."""
+    found = []
+    for section in re.split(r"^## ", README, flags=re.M)[1:]:
+        title = section.splitlines()[0]
+        found += [Block(title, *pair) for pair in re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.M | re.S)]
+    return found
+
+
+def read_commands(block: Block) -> list[str]:
+    """The single commands of a bash block, without comments."""
+    lines = (shlex.join(shlex.split(line, comments=True)) for line in block.text.replace("\\\n", " ").splitlines())
+    return [part.strip() for line in lines if line for part in line.split("'&&'")]
+
+
+BLOCKS = read_blocks()
+COMMANDS = [
+    (block.section, command) for block in BLOCKS if block.language == "bash" for command in read_commands(block)
+]
+PYTHON_SECTIONS = list(dict.fromkeys(block.section for block in BLOCKS if block.language == "python"))
+START, TUTORIAL, ON_A_HUB = "30-second start", "Five-minute tutorial: your own images", "The Hub"
+
+
+def python_blocks(section: str) -> list[str]:
+    return [block.text for block in BLOCKS if block.language == "python" and block.section == section]
+
+
+# --- numbers, links, words -------------------------------------------------------------------------------------------
 
 
 def test_table_is_rendered_from_results():
@@ -15,14 +91,327 @@ def test_table_is_rendered_from_results():
 
 
 def test_local_links_exist():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README)
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
-def test_public_names_in_the_table_exist():
-    for modules, names in re.findall(r"^\| (`hf_dualmoe[^|]*) \| ([^|]*) \|$", README, flags=re.M):
-        modules = [m if m.startswith("hf_dualmoe") else f"hf_dualmoe{m}" for m in re.findall(r"`([\w.]+)`", modules)]
-        loaded = [__import__(module, fromlist=["*"]) for module in modules]
-        for name in re.findall(r"`(\w+)`", names):
-            assert any(hasattr(module, name) for module in loaded), name
+def test_links_inside_the_page_lead_to_a_heading():
+    titles = re.findall(r"^#+ (.*)$", README, flags=re.M)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    links = re.findall(r"\]\(#([^)]+)\)", README)
+    assert links
+    assert not set(links) - anchors
+
+
+def test_the_two_commands():
+    assert [block.text.strip() for block in BLOCKS if block.section == "Two commands"] == [
+        'pip install -e ".[test]" && accelerate launch training/run.py',
+        'pip install -e ".[test]" && pytest',
+    ]
+
+
+def test_quoted_messages_are_in_the_code():
+    texts = []
+    for path in [*(ROOT / "hf_dualmoe").rglob("*.py"), *(ROOT / "training").glob("*.py")]:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        texts += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    section = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*", section)
+    assert len(quoted) > 5
+    assert not [text for text in quoted if not any(text in known for known in texts)]
+
+
+def test_flags_in_the_text_exist():
+    """`--flag` in running text is one of our scripts'."""
+    parsers = [RecipeParser(ROOT / "training" / "recipes", ""), *(create_parser(name) for name in cli.COMMANDS)]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    asked = {flag for code in re.findall(r"`([^`]+)`", prose) for flag in re.findall(r"--\w+", code)}
+    of_accelerate = {"--cpu", "--num_processes"}
+    assert asked and not asked - known - of_accelerate
+
+
+def test_every_block_has_a_rule():
+    assert README.count("```") == 2 * len(BLOCKS)
+    assert {block.language for block in BLOCKS} <= {"python", "bash", "text", "bibtex"}
+    assert not [name for name in SMALLER if not any(name in block.text for block in BLOCKS)]
+
+
+# --- Python ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workplace(_trained_digits, tmp_path_factory):
+    """A folder with the models, results and images that the README names."""
+    folder = tmp_path_factory.mktemp("readme")
+    model, names = copy.deepcopy(_trained_digits.model), {i: str(i) for i in range(10)}
+    model.config.id2label, model.config.label2id = names, {name: i for i, name in names.items()}
+    dual = DualMoEForImageClassification.from_models(model, model, alpha=0.9)
+    saved = folder / "outputs" / "digits-jtdmoe" / "model"
+    dual.save_pretrained(saved)
+    settings = {"eps": 0.15, "steps": 2, "num_images": 12, "sanity_images": 8, "alphas": [0.5, 1.0]}
+    report = evaluate_robustness(dual, load_digits_splits().test, **settings, dataset_name="digits", progress=False)
+    report.save(saved / "results.json")
+    shutil.copytree(saved, folder / "outputs" / "own_images-jtdmoe" / "model")
+    report.save(folder / "outputs" / "evaluate-model" / "results.json")
+    images = tmp_path_factory.mktemp("images")
+    for i in range(140):
+        path = images / "to" / "images" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30 + i, 35), (i, 90, 250 - i)).save(path)
+    (folder / "path").symlink_to(images)
+    for name in CHECKOUT:
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture
+def inside(workplace, tmp_path, monkeypatch):
+    """Working directory: a copy of `workplace`."""
+    folder = shutil.copytree(workplace, tmp_path / "work", symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def missing_tools(code: str) -> set[str]:
+    """Other people's tools that a block imports and that are not installed."""
+    modules = {name.split(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", code, flags=re.M)}
+    return {name for name in modules & TOOLS if importlib.util.find_spec(name) is None}
+
+
+def run_python(section: str) -> tuple[dict, set[str]]:
+    """Run the Python blocks of a section; the names they leave, and the tools that were missing for some of them."""
+    namespace, missing = {}, set()
+    for number, code in enumerate(python_blocks(section)):
+        for name, smaller in SMALLER.items():
+            code = code.replace(name, smaller)
+        compiled = compile(code, f"README.md, {section}, Python block {number + 1}", "exec")
+        if tools := missing_tools(code):
+            missing |= tools
+        else:
+            exec(compiled, namespace)
+    return namespace, missing
+
+
+@pytest.mark.parametrize(
+    "section", [section for section in PYTHON_SECTIONS if section not in (ON_A_HUB, START, TUTORIAL)]
+)
+def test_python_blocks_run(section, inside):
+    _, missing = run_python(section)
+    if missing:
+        pytest.skip(f"ran all but the blocks that need {', '.join(sorted(missing))}")
+
+
+def test_start_predicts_and_turns_the_dial(inside, capsys):
+    names, _ = run_python(START)
+    answer, scores = capsys.readouterr().out.strip().split("\n")
+    assert answer == ast.literal_eval(scores)[0]["label"] == "0"
+    assert names["model"].config.alpha == 0.9
+    standard, robust = (names["output"][f"{name}_logits"].softmax(dim=1) for name in ("standard", "robust"))
+    assert (names["output"].logits.exp() - 0.4 * standard - 0.6 * robust).abs().max() < 1e-5
+
+
+# --- command lines ---------------------------------------------------------------------------------------------------
+
+
+def load_script(name: str):
+    """A script of training/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_of_readme", ROOT / "training" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def create_parser(command: str):
+    """The parser of one of `cli.COMMANDS`."""
+    target = cli.COMMANDS[command].target
+    if command == "train":
+        return RecipeParser(ROOT / "training" / "recipes", "")
+    return (load_script(target) if target.endswith(".py") else importlib.import_module(target)).create_parser()
+
+
+def split_script(words: list[str]) -> tuple[str, list[str]]:
+    """(command of `cli.COMMANDS`, its arguments) of what stands after python, accelerate launch or hf-dualmoe."""
+    if words[0] == "-m":
+        module, *words = words[1:]
+        return ("demo", words) if module == "hf_dualmoe.demo" else (words[0], words[1:])
+    assert words[0].startswith("training/"), f"no rule for the script {words[0]}"
+    return SCRIPTS[words[0].removeprefix("training/")], words[1:]
+
+
+def find_script(command: str) -> tuple[str, list[str]] | None:
+    """As `split_script`, from a whole command line; None where it runs none of our scripts."""
+    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
+    if words[0] == "hf-dualmoe":
+        return words[1], words[2:]
+    if words[0] == "python" and words[1:] != ["tests/api_page.py"]:
+        return split_script(words[1:])
+    if words[:2] == ["accelerate", "launch"]:
+        launch = launch_command_parser().parse_args(words[2:])
+        assert launch.config_file is None or (ROOT / launch.config_file).is_file()
+        script = ["-m", launch.training_script] if launch.module else [launch.training_script]
+        return split_script(script + launch.training_script_args)
+    return None
+
+
+def check_script(command: str, arguments: list[str]) -> None:
+    """Let the real parser read the arguments; local models and data that they name must be there."""
+    parser = create_parser(command)
+    if command == "train":
+        data, _, args, run = parser.parse(arguments)
+        load_script("run.py").check_dial_request(args.method, run)
+        assert data.dataset_name == "digits" or Path(data.dataset_name).is_dir()
+        return
+    args = parser.parse_args(arguments)
+    assert Path(args.model, "config.json").is_file()
+    assert getattr(args, "dataset_name", "digits") == "digits" or Path(args.dataset_name).is_dir()
+    if command == "evaluate":
+        load_script("evaluate.py").check_request(args)
+
+
+def check_pip(words: list[str]) -> None:
+    """`pip install -e ".[extras]"` with extras that pyproject has."""
+    assert words[:2] == ["install", "-e"] and len(words) == 3
+    extras = re.fullmatch(r"\.\[([\w,]+)\]", words[2])[1].split(",")
+    assert set(extras) <= set(re.findall(r"^(\w+) = ", EXTRAS, flags=re.M))
+
+
+def check_tool(words: list[str]) -> None:
+    """A tool for contributors: among the extras, and configured."""
+    assert words[0] in EXTRAS
+    if words[0] == "ruff":
+        assert shlex.join(words) in (ROOT / ".ci" / "run").read_text()
+    if words[0] == "pre-commit":
+        assert words[1:] == ["install"] and (ROOT / ".pre-commit-config.yaml").is_file()
+    if words[0] == "pytest":
+        assert words[1:] in ([], ["-m", "slow"], ["--cov=hf_dualmoe"])
+        assert "pytest-cov" in EXTRAS and '["slow: ' in PROJECT
+
+
+def check_command(command: str) -> None:
+    """Check one command line by the rule for its first word; one without a rule fails."""
+    words = shlex.split(command)
+    while re.fullmatch(r"(HF_HUB_OFFLINE|OMP_NUM_THREADS)=1", words[0]):
+        del words[0]
+    if found := find_script(command):
+        check_script(*found)
+    elif words[0] == "pip":
+        check_pip(words[1:])
+    elif words == ["hf", "auth", "login"]:
+        code = "import sys; from huggingface_hub.cli.hf import main; sys.argv[0] = 'hf'; main()"
+        subprocess.run([sys.executable, "-c", code, *words[1:], "--help"], check=True, capture_output=True)
+    elif words == ["python", "tests/api_page.py"]:
+        assert (ROOT / words[1]).is_file()  # what it writes: test_api_page.py
+    elif words[0] in ("ruff", "pytest", "pre-commit"):
+        check_tool(words)
+    else:
+        pytest.fail(f"no rule for {command!r}")
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(command for _, command in COMMANDS))
+def test_commands_parse(command, inside):
+    check_command(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python training/run.py --epsilon 3",
+        "python training/run.py --eps 8",
+        "python training/evaluate.py --model nowhere",
+        "python training/other.py",
+        "pip install -e '.[nothing]'",
+        "accelerate launch --config_file nowhere.yaml training/run.py",
+        "hf-dualmoe trian",
+        "rm -r outputs",
+        "pytest --fast",
+    ],
+)
+def test_rules_refuse_what_is_wrong(command, inside):
+    with pytest.raises((Exception, SystemExit, pytest.fail.Exception)):
+        check_command(command)
+
+
+def run_command(command: str, arguments: list[str]) -> None:
+    """Run a command with small settings appended, in this process."""
+    try:
+        cli.main([command, *arguments, *SMALL[command].split()])
+    except SystemExit as end:
+        assert not end.code
+
+
+def test_dry_runs_send_nothing(inside, capsys):
+    for _, line in COMMANDS:
+        if "--dry_run" in line:
+            run_command(*find_script(line))
+            assert "Dry run: nothing was sent." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", dict.fromkeys(name for name, line in COMMANDS if "--model" in line))
+def test_commands_run(section, inside, monkeypatch):
+    """All commands of a section in order, but those that install, log in or need two processes."""
+    if section == TUTORIAL:
+        shutil.rmtree("outputs")
+    for block in (block for block in BLOCKS if block.section == section):
+        if block.language == "python" and section == TUTORIAL:
+            exec(block.text, {})
+        for line in read_commands(block) if block.language == "bash" else []:
+            found = find_script(line)
+            if found is None or "--config_file" in line:
+                continue
+            if found[0] == "demo":
+                pytest.importorskip("gradio")
+                monkeypatch.setitem(SMALL, "demo", f"--export space_{len(line)}")
+            run_command(*found)
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+CLIENT = """
+import json, runpy, sys
+import torch
+torch.set_num_threads(1)
+namespace = {}
+for kind, content in json.loads(sys.argv[1]):
+    if kind == "python":
+        exec(content, namespace)
+    else:
+        sys.argv = content
+        try:
+            runpy.run_path(content[0], run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, end.code
+"""
+
+
+def test_blocks_about_the_hub_run_against_one(inside):
+    steps = []
+    for block in (block for block in BLOCKS if block.section == ON_A_HUB):
+        if block.language == "python":
+            steps.append(("python", block.text))
+        else:
+            lines = [shlex.split(line)[1:] for line in read_commands(block)]
+            steps += [("command", words) for words in lines if words[0] == "training/publish.py"]
+    assert [kind for kind, _ in steps] == ["command", "command", "python"]
+    server = [sys.executable, str(ROOT / "tests" / "hub_server.py"), TOKEN]
+    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as hub:
+        try:
+            url = hub.stdout.readline().strip()
+            variables = {
+                "HF_ENDPOINT": url,
+                "HF_TOKEN": TOKEN,
+                "HF_HOME": str(inside / "home"),
+                "HF_HUB_DISABLE_XET": "1",
+                "OMP_NUM_THREADS": "1",
+            }
+            variables = {**os.environ, **variables, "HF_HUB_OFFLINE": "0"}
+            command = [sys.executable, "-c", CLIENT, json.dumps(steps)]
+            result = subprocess.run(command, env=variables, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr[-3000:]
+            log = json.loads(urllib.request.urlopen(f"{url}/_log").read())
+        finally:
+            hub.terminate()
+    commits = [path for _, path, status in log if "/commit/" in path and status == 200]
+    assert [path.split("/")[3:5] for path in commits] == [["user", "my-robust-model"], ["user", "my-other-model"]]

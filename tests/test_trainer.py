@@ -129,6 +129,17 @@ def test_training_does_not_freeze_batchnorm(stripes, arguments):
     assert counts == {trainer.state.global_step}  # one update a step: not none, and not one for each attack pass
 
 
+def test_gradient_checkpointing_takes_the_same_step(stripes, arguments):
+    """One step: recomputing also updates BatchNorm's running statistics again, which later attacks see."""
+    weights = []
+    for enabled in (False, True):
+        settings = arguments("rt_er", gradient_checkpointing=enabled, max_steps=1)
+        trainer = RobustTrainer(build("rt_er"), settings, train_dataset=stripes)
+        trainer.train()
+        weights.append(dict(trainer.model.named_parameters()))
+    assert all(torch.allclose(weights[0][name], tensor, atol=1e-5) for name, tensor in weights[1].items())
+
+
 def test_uint8_and_float_datasets_give_the_same_training(stripes, arguments):
     floats = [{"pixel_values": i["pixel_values"].float() / 255, "labels": i["labels"]} for i in stripes]
     losses = []

@@ -26,6 +26,8 @@ from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import refresh_model_card
 from hf_dualmoe.plots import attack_examples, save_plots
 
+SPLITS = ("train_split", "validation_split", "test_split")
+
 
 def create_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
@@ -34,8 +36,9 @@ def create_parser() -> ArgumentParser:
     add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
     add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
     add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
-    for name in ("dataset_config_name", "image_column", "label_column", "test_split"):
+    for name in ("dataset_config_name", "image_column", "label_column", *SPLITS):
         add(f"--{name}", help="As in training/run.py.")
+    add("--validation_fraction", type=float, default=0.1, help="As in the training, where splits were cut from train.")
     add("--split_seed", type=int, default=42, help="--seed of the training: keeps held-out images the same.")
     add("--num_images", type=int, help="Test images to use, with the class shares of the whole; default: all.")
     add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
@@ -79,9 +82,11 @@ def main() -> None:
         check_request(args, model)
         data = load_data(args, model)
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
+        earlier = read_earlier(Path(args.model, "results.json"))
         report = evaluate(args, model, data, accelerator)
         report.model |= {"calibration": calibration} if calibration else {}
-        carry_training(report, Path(args.model, "results.json"))
+        if earlier is not None:
+            report.training, report.seeds = earlier.training, {**earlier.seeds, **report.seeds}
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
     if accelerator.is_main_process:
@@ -145,7 +150,7 @@ def write_config(folder: str, changes: dict[str, Any]) -> None:
 
 def load_data(args: Namespace, model: nn.Module) -> DataSplits:
     """The images, at the size and with the channels that the model takes; of train none are needed."""
-    names = ("image_column", "label_column", "test_split", "on_bad_image")
+    names = ("image_column", "label_column", *SPLITS, "validation_fraction", "on_bad_image")
     options = {name: getattr(args, name) for name in names}
     if args.dataset_name != "digits":
         options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
@@ -171,11 +176,12 @@ def evaluate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: A
     )
 
 
-def carry_training(report: RobustnessReport, earlier: Path) -> None:
-    """Take over how the model was trained from the report that `run.py` left beside it, if it is there."""
-    if earlier.is_file():
-        known = RobustnessReport.load(earlier)
-        report.training, report.seeds = known.training, {**known.seeds, **report.seeds}
+def read_earlier(path: Path) -> RobustnessReport | None:
+    """The report that `run.py` left beside the model, which tells how it was trained; None where there is none.
+
+    Read before the evaluation, which may write to the same place.
+    """
+    return RobustnessReport.load(path) if path.is_file() else None
 
 
 if __name__ == "__main__":

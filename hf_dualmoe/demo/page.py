@@ -213,3 +213,6 @@ def launch_page(page: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
     """
     theme = gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"])
     return page.launch(theme=theme, css=CSS, footer_links=[], share=False, **options)
+
+
+__all__ = ["create_page", "launch_page"]

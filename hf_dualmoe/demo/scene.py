@@ -341,3 +341,6 @@ def kept_alphas(demo: DemoModel, scene: Scene, steps: int = 100) -> list[float]:
 def default_eps(demo: DemoModel, norm: str) -> float:
     """The radius to offer first: the one the model was measured with, else a usual one of that norm."""
     return demo.eps if norm == demo.norm else USUAL_EPS[norm]
+
+
+__all__ = ["DemoModel", "load_demo_model"]

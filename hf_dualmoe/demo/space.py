@@ -122,3 +122,6 @@ def space_readme(demo: DemoModel, model_id: str | None) -> str:
         header["models"] = [model_id]
     text = README.format(title=title, name=demo.name, dial=", then turn the dial" if demo.dual else "")
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{text}"
+
+
+__all__ = ["export_space"]
