@@ -19,7 +19,9 @@ def load(name: str):
     return module
 
 
+sys.path.insert(0, str(BENCHMARKS))
 study, study_run = load("study"), load("study_run")
+sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
@@ -127,6 +129,16 @@ def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
     assert summary["jtdmoe"]["loss_ra"] == {"mean": 1.5, "min": 1, "max": 2}
     assert summary["jtdmoe"]["sweep"] == [{"alpha": 0.5, "sa": 45, "ra": 28.5}]
     assert "55.0 (50.0 to 60.0)" in study.table(summary) and "F_R of jtdmoe" in study.table(summary)
+
+
+def test_readme_shows_the_tables_of_the_results():
+    readme = (BENCHMARKS / "README.md").read_text()
+    for path in (BENCHMARKS / "results").glob("study_*.json"):
+        results = json.loads(path.read_text())
+        assert results["arms"] == study.summarise(results["runs"], results["study"])
+        begin, end = f"<!-- {path.stem}: begin, made by --render -->", f"<!-- {path.stem}: end -->"
+        assert f"{begin}\n\n{study.render_table(results)}\n\n{end}" in readme
+        assert not [text for text in ("/work", "/tmp", "/home") if text in path.read_text()]
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
 
 RECIPES = Path(__file__).parent / "recipes"
-ATTACK = ("eps", "norm", "attack_steps")
+ATTACK = ("eps", "norm", "training_attack", "attack_steps")
 SETTINGS = {  # what each method uses
     "standard": (),
     "at": ATTACK,
@@ -183,6 +183,7 @@ def write_report(
     )
     report.seeds["training"] = args.seed
     report.alpha_choice = alpha_choice or report.alpha_choice
+    used = [n for n in SETTINGS[args.method] if n != "attack_steps" or args.training_attack == "pgd"]
     report.training = {
         "method": args.method,
         "num_images": len(data.train),
@@ -190,7 +191,7 @@ def write_report(
         "best_validation": trainer.state.best_metric,
         "steps": trainer.state.global_step,
         "skipped_images": data.skipped,
-        **{name: getattr(args, name) for name in SETTINGS[args.method]},
+        **{name: getattr(args, name) for name in used},
         **{name: getattr(args, name) for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay")},
         **sources,
         "train_runtime_s": next((e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e), None),

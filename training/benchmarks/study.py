@@ -4,6 +4,7 @@ python training/benchmarks/study.py --study digits
 python training/benchmarks/study.py --study cifar10 --dataset_name path/to/cifar10 --jobs 2
 python training/benchmarks/study.py --study cifar10 --arms single rt_er --seeds 0 1
 python training/benchmarks/study.py --study cifar10 --scale 10 --jobs 4     # ten times the images, on a GPU
+python training/benchmarks/study.py --study digits --render                 # keep the results, table into the README
 
 A study is a YAML file: settings of `training/run.py` that all arms share, the arms with what they change, the seeds,
 and a budget. The budget counts forward+backward passes of one plain backbone per training image, those of the attack
@@ -26,6 +27,7 @@ from threading import Lock
 from typing import Any
 
 import yaml
+from readme_tables import RESULTS, markdown_table, replace_section
 
 from hf_dualmoe.environment import write_text
 
@@ -182,9 +184,12 @@ def summarise(results: list[dict[str, Any]], study: dict[str, Any]) -> dict[str,
     return summary
 
 
-def table(summary: dict[str, Any]) -> str:
-    """One line per arm: mean over the seeds and, in brackets, the range."""
-    rows = [["arm", "seeds", "param.", "FLOPs", "passes", "SA %", "RA % (union)", "PGD %", "least load %"]]
+HEADER = ["arm", "seeds", "param.", "FLOPs", "passes", "SA %", "RA % (union)", "PGD %", "least load %"]
+
+
+def table_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Two rows for a dual model, one for any other arm: mean over the seeds and, in brackets, the range."""
+    rows = []
 
     def cell(values: dict[str, float], ranged: bool = True) -> str:
         text = f"{values['mean']:.1f}"
@@ -200,10 +205,35 @@ def table(summary: dict[str, Any]) -> str:
         rows.append([arm, str(len(entry["seeds"])), *cost, f"{entry['passes']:.0f}", *accuracy, load])
         if "robust" in entry:
             robust = entry["robust"]
-            rows.append([f"  F_R of {arm}", "", "", "", "", cell(robust["sa"]), cell(robust["ra"]), "", ""])
+            rows.append([f"F_R of {arm}", "", "", "", "", cell(robust["sa"]), cell(robust["ra"]), "", ""])
+    return rows
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The table for the terminal."""
+    rows = [HEADER, *table_rows(summary)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def render_table(results: dict[str, Any]) -> str:
+    """The table in Markdown, what each arm is, and the gain of the dial at the recommended alpha."""
+    arms = results["arms"]
+    lines = [markdown_table(HEADER, table_rows(arms)), ""]
+    lines += [f"- {name}: {arm['about']}." for name, arm in arms.items() if arm["about"]]
+    for name, arm in arms.items():
+        if "robust" in arm:
+            gain, loss, alphas = arm["gain_sa"]["mean"], arm["loss_ra"]["mean"], ", ".join(map(str, arm["alpha"]))
+            lines.append(f"- {name} at alpha {alphas}: SA {gain:+.1f}, RA {-loss:+.1f} points against its F_R.")
+    return "\n".join(lines)
+
+
+def keep(name: str, results: dict[str, Any]) -> None:
+    """Keep the results of a study in the repository, and put the table into the README."""
+    RESULTS.mkdir(exist_ok=True)
+    write_text(RESULTS / f"study_{name}.json", json.dumps(results, indent=1) + "\n")
+    replace_section(f"study_{name}", render_table(results))
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -215,6 +245,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="factor on training and test images")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="CPU threads per run; default: the cores shared out")
+    parser.add_argument("--render", action="store_true", help="run nothing: keep the results there are")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/study-<name>")
     args = parser.parse_args(arguments)
     for name in ("jobs", "scale"):
@@ -233,10 +264,14 @@ def main(arguments: list[str] | None = None) -> int:
             if study["settings"].get(name):
                 study["settings"][name] = round(study["settings"][name] * args.scale)
         runs = plan(study, args.arms or list(study["arms"]), args.seeds or study["seeds"])
+        output_dir = args.output_dir or Path("outputs") / f"study-{path.stem}"
+        if args.render:
+            keep(path.stem, json.loads((output_dir / "results.json").read_text()))
+            return 0
         threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
-        work = Study(study, runs, args.output_dir or Path("outputs") / f"study-{path.stem}", args.jobs, threads)
+        work = Study(study, runs, output_dir, args.jobs, threads)
         work.work()
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
     print((work.output_dir / "table.txt").read_text())
