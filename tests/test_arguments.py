@@ -19,7 +19,7 @@ def parser():
 def test_no_argument_means_the_digits_recipe(parser):
     data, model, training, run = parser.parse([])
     assert (run.recipe, data.dataset_name, training.method) == ("digits", "digits", "jtdmoe")
-    assert training.eps == 0.15 and model.width == "16,32,64,64" and not training.horizontal_flip
+    assert training.eps == 0.15 and model.width == "16,32,64,32" and not training.horizontal_flip
     assert training.output_dir == "outputs/digits-jtdmoe"
 
 
