@@ -14,9 +14,9 @@ from hf_dualmoe.evaluation import RobustnessReport
 TRAINING = Path(__file__).parents[1] / "training"
 # GroupNorm: BatchNorm statistics are those of each process's own images
 SETTINGS = (
-    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 10 --num_experts 2 --width 8,8,8,16 "
-    "--shared_stages 0 --router linear --attack_steps 2 --eval_attack_steps 1 --num_train_epochs 1 --optim sgd "
-    "--learning_rate 0.05 --logging_steps 1 --disable_tqdm true --backbone_kwargs"
+    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 10 --num_experts 2 --router_top_k 1 "
+    "--width 8,8,8,16 --training_attack pgd --shared_stages 0 --router linear --attack_steps 2 --eval_attack_steps 1 "
+    "--num_train_epochs 1 --optim sgd --learning_rate 0.05 --logging_steps 1 --disable_tqdm true --backbone_kwargs"
 ).split() + ['{"norm_layer": "groupnorm1"}']
 
 

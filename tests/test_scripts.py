@@ -13,7 +13,8 @@ from hf_dualmoe.evaluation import RobustnessReport
 
 TRAINING = Path(__file__).parents[1] / "training"
 QUICK = (
-    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 20 --num_experts 2 --width 8,8,8,16 "
+    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 20 --num_experts 2 --router_top_k 1 "
+    "--width 8,8,8,16 --training_attack pgd --eval_strategy epoch --save_strategy epoch --second_term ce "
     "--attack_steps 1 --eval_attack_steps 1 --num_train_epochs 2 --per_device_train_batch_size 32 --disable_tqdm true"
 ).split()
 

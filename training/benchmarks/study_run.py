@@ -3,11 +3,13 @@
 `study.py` starts this in a process of its own for each run: python study_run.py STUDY.json ARM SEED FOLDER
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,21 +19,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForImageClassification
 
+from hf_dualmoe import DualMoEForImageClassification
+from hf_dualmoe.attacks import PGD
+from hf_dualmoe.data import DataSplits, to_unit_range
+from hf_dualmoe.dial import choose_alpha, sweep_alpha
+from hf_dualmoe.environment import write_text
+from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
+from hf_dualmoe.trainer import RobustTrainer
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))  # the scripts of training/ are no package
-
-import run as training  # noqa: E402
-
-from hf_dualmoe import DualMoEForImageClassification  # noqa: E402
-from hf_dualmoe.attacks import PGD  # noqa: E402
-from hf_dualmoe.data import DataSplits, to_unit_range  # noqa: E402
-from hf_dualmoe.dial import choose_alpha, sweep_alpha  # noqa: E402
-from hf_dualmoe.environment import write_text  # noqa: E402
-from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness  # noqa: E402
-from hf_dualmoe.trainer import RobustTrainer  # noqa: E402
-
 UNION = ("worst_case",)  # beside SA and PGD of the whole model, which every evaluation measures
 COUNTED_IMAGES = 16  # batch on which the arithmetic of a training step is counted
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script of training/ as a module; on the import path its evaluate.py would hide the evaluate library."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+training = load_script(HERE.parent / "run.py")
 
 
 class FlopCounter(TorchDispatchMode):
