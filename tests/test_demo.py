@@ -314,6 +314,18 @@ def test_class_names_cannot_inject_markup(digits_demo):
     assert plain("a_b\n# c") == "a\\_b \\# c"
 
 
+@pytest.mark.parametrize(
+    ("attacked", "words"), [((0, 2, 1), "most weight on 0."), ((2, 0, 1), "moved from expert 0 to expert 2.")]
+)
+def test_where_all_experts_are_mixed_the_first_one_counts(digits_demo, attacked, words):
+    scene = hand_made(digits_demo)
+    for seen, order in ((scene.clean_look, (0, 1, 2)), (scene.attacked_look, attacked)):
+        seen.routes["F_R"] = Route(order, (0.5, 0.3, 0.2))
+    text = explain(digits_demo, scene, 0.75)
+    assert "The router of F_R mixes all experts, with most weight" in text and words in text
+    assert ("flipped" in answers_html(digits_demo, scene, 0.75)) == (attacked[0] != 0)
+
+
 def test_cards_show_answers_routes_and_flips(digits_demo):
     page = answers_html(digits_demo, hand_made(digits_demo), 0.75)
     cards = dict(re.findall(r'id="card-([^"]+)">(.*?)</section>', page))

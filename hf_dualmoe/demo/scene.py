@@ -318,8 +318,11 @@ def check_settings(demo: DemoModel, settings: AttackSettings) -> None:
 
 
 def flipped(scene: Scene, part: str) -> bool:
-    """Whether the attack sent the image to other experts of a part."""
-    return scene.clean_look.routes[part].experts != scene.attacked_look.routes[part].experts
+    """Whether the attack sent the image to other experts of a part; where it uses all, whether the first changed."""
+    clean, attacked = (look.routes[part] for look in (scene.clean_look, scene.attacked_look))
+    if len(clean.experts) == len(clean.probs):
+        return clean.experts[0] != attacked.experts[0]
+    return clean.experts != attacked.experts
 
 
 def kept_alphas(demo: DemoModel, scene: Scene, steps: int = 100) -> list[float]:

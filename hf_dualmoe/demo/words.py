@@ -98,8 +98,12 @@ def change_of(demo: DemoModel, part: str, clean: Tensor, attacked: Tensor) -> st
 
 def route_change(scene: Scene, part: str) -> str:
     """One sentence: was the image sent to another expert?"""
-    before, after = (look.routes[part].experts for look in (scene.clean_look, scene.attacked_look))
+    routes = [look.routes[part] for look in (scene.clean_look, scene.attacked_look)]
+    before, after = (route.experts for route in routes)
     whose = "" if part == "the model" else f" of {part}"
+    if len(after) == len(routes[1].probs):
+        moved = f"moved from expert {before[0]} to expert {after[0]}" if flipped(scene, part) else f"on {after[0]}"
+        return f"The router{whose} mixes all experts, with most weight {moved}."
     if flipped(scene, part):
         return f"The route{whose} **flipped** from {experts(before)} to {experts(after)}."
     return f"The route{whose} stayed at {experts(after)}."
