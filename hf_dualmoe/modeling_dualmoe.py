@@ -666,7 +666,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
     def _refill_from_fresh_backbone(self, module: nn.Module) -> None:
         """Give a part of a backbone the non-persistent buffers of a fresh one.
 
-        timm 1.0.20 has no `init_non_persistent_buffers`; drop this once the oldest supported timm has it.
+        timm 1.0.22 has no `init_non_persistent_buffers`; drop this once the oldest supported timm has it.
         """
         whole_names = {id(m): name for part in self._backbone_parts() for name, m in part.named_modules()}
         if id(module) not in whole_names:
