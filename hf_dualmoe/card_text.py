@@ -346,11 +346,17 @@ def choice_text(report: RobustnessReport) -> str:
 
 
 def routing_text(metrics: dict[str, Any]) -> str:
-    """Load of the experts and share of routes that an attack changes."""
+    """Weight of the experts in the outputs and share of first choices that an attack changes."""
     load, flips = metrics.get("expert_load", {}), number(metrics.get("route_flip_rate"))
     parts = [f"{name} images: {', '.join(f'{v:g}' for v in values)} %" for name, values in load.items()]
-    text = f"Share of images per expert, {'; '.join(parts)}." if parts else ""
-    return text + (f" The attack changes the expert of {flips:.2f} % of the images." if flips is not None else "")
+    text = (
+        f"Weight of the experts in the outputs (with hard routing, share of images), {'; '.join(parts)}."
+        if parts
+        else ""
+    )
+    return text + (
+        f" The attack changes the first choice of expert for {flips:.2f} % of the images." if flips is not None else ""
+    )
 
 
 def controls_table(report: RobustnessReport) -> str:

@@ -45,7 +45,7 @@ class Evaluation(Measurer):
         self.at = f" at alpha={model.config.alpha!r}" if self.dual else ""
         self.standing: Tensor | None = None  # (N,) bool: right when clean and under all attacks on the whole model
         self.own: dict[str, float] = {}  # RA in % under each of them alone
-        self.routes: list[Tensor] = []  # of the mixture: (N,) first choices, clean and attacked
+        self.routed: list[Found] = []  # of the mixture: first choices and loads, clean and attacked
 
     def write(self) -> None:
         """Bring `results.json` up to date."""
@@ -66,7 +66,7 @@ class Evaluation(Measurer):
         if clean is not None and attacked is not None:
             masks[self.key] = clean.tensors["right"] & attacked.tensors["right"]
             if classifier is self.moe:
-                self.routes = [clean.tensors["route"], attacked.tensors["route"]]
+                self.routed = [clean, attacked]
         return masks
 
     def add_whole(self, name: str, robust: Tensor) -> None:
@@ -136,16 +136,16 @@ class Evaluation(Measurer):
         self.write()
 
     def routing(self) -> None:
-        """Share of images per expert clean and attacked, and share whose first choice changes, all in %."""
-        if not self.routes:
+        """Weight of each expert in the outputs, clean and attacked, and share of first choices that change, in %."""
+        if not self.routed:
             return
-        seen = (self.routes[0] >= 0) & (self.routes[1] >= 0)  # -1: the image failed
-        clean, attacked = (route[seen] for route in self.routes)
-        load = {
-            name: [round(100 * n / len(r), 2) for n in r.bincount(minlength=self.moe.config.num_experts).tolist()]
-            for name, r in (("clean", clean), ("attacked", attacked))
-        }
-        self.report.metrics |= {"expert_load": load, "route_flip_rate": percent(clean != attacked)}
+        experts = range(self.moe.config.num_experts)
+        sums = [[found.sums[f"load_{i}"] for i in experts] for found in self.routed]
+        clean, attacked = ([round(100 * load / sum(loads), 2) for load in loads] for loads in sums)
+        first, then = (found.tensors["route"] for found in self.routed)
+        seen = (first >= 0) & (then >= 0)  # -1: the image failed
+        flips = percent(first[seen] != then[seen])
+        self.report.metrics |= {"expert_load": {"clean": clean, "attacked": attacked}, "route_flip_rate": flips}
         self.write()
 
     def component_attacks(self) -> None:

@@ -23,6 +23,7 @@ from .attacks import PGD
 from .component_attacks import has_experts
 from .data import ImageTensorDataset, to_unit_range
 from .environment import write_text
+from .modeling_dualmoe import gate_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -286,15 +287,22 @@ def correct_mask(
 
 
 def classify(classifier: Classifier, attack: PGD | None = None) -> Work:
-    """Work that finds which images are right (after an attack), and of a mixture their first choice of expert."""
+    """Work that finds which images are right (after an attack), and of a mixture the routes and loads."""
 
-    def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Any]:
         if attack is not None:
             images = attack(classifier, images, labels, ids=ids)
-        routed = {"route": classifier.route(images).argmax(dim=1)} if has_experts(classifier) else {}
+        routed = routing(classifier, images) if has_experts(classifier) else {}
         return {"right": is_right(classifier, images, labels), **routed}
 
     return work
+
+
+def routing(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Of a mixture: the first choice of expert for each image, and the sums of the experts' weights in the outputs."""
+    scores = model.route(images)
+    loads = gate_weights(scores, model.config.router_top_k).sum(dim=0, dtype=torch.float64)
+    return {"route": scores.argmax(dim=1), **{f"load_{i}": load for i, load in enumerate(loads.tolist())}}
 
 
 # --- measurements ----------------------------------------------------------------------------------------------------

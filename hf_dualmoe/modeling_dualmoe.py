@@ -85,15 +85,22 @@ class DualMoEImageClassifierOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
+def gate_weights(router_logits: Tensor, top_k: int) -> Tensor:
+    """Weight (B, E) of each expert in the output: softmax of the top-k of the router logits (B, E), 0 elsewhere."""
+    values, index = router_logits.float().topk(top_k, dim=1)
+    return torch.zeros_like(router_logits, dtype=values.dtype).scatter(1, index, values.softmax(dim=1))
+
+
 def load_balancing_loss(router_logits: Tensor, top_k: int = 1, all_processes: bool = False) -> Tensor:
     """Balance loss of the Switch Transformer (https://arxiv.org/abs/2101.03961, Eq. 4-6): E * sum_i f_i * P_i.
 
-    f_i is the share of the top-k choices that fall on expert i and P_i its mean router probability; 1 when balanced.
+    P_i is the mean router probability of expert i. f_i is its load, the mean weight that it has in the output: for
+    top-1 the share of images sent to it, as in the paper; with all experts in use P_i itself. 1 when balanced.
 
     Args:
         router_logits: (B, E) before softmax.
         top_k: Experts used per image.
-        all_processes: Count f over the batches of all processes, as one process with the whole batch would; all must
+        all_processes: Take f over the batches of all processes, as one process with the whole batch would; all must
             call.
 
     Returns:
@@ -101,14 +108,11 @@ def load_balancing_loss(router_logits: Tensor, top_k: int = 1, all_processes: bo
     """
     if router_logits.shape[0] == 0:
         return router_logits.sum()
-    num_experts = router_logits.shape[1]
-    probs = router_logits.float().softmax(dim=1)
-    chosen = probs.topk(top_k, dim=1).indices.flatten()
-    share = torch.bincount(chosen, minlength=num_experts) / chosen.numel()  # (E,)
+    load = gate_weights(router_logits.detach(), top_k).mean(dim=0)  # (E,)
     if all_processes and dist.is_available() and dist.is_initialized():
-        dist.all_reduce(share)
-        share = share / dist.get_world_size()
-    return num_experts * (share * probs.mean(dim=0)).sum()
+        dist.all_reduce(load)
+        load = load / dist.get_world_size()
+    return router_logits.shape[1] * (load * router_logits.float().softmax(dim=1).mean(dim=0)).sum()
 
 
 def check_pixel_values(pixel_values: Tensor, num_channels: int, image_size: int | None) -> None:
@@ -850,8 +854,12 @@ class MoEForImageClassification(RobustPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """k > 1: log-probabilities (B, C) of the renormalised mixture, and the indices (B, k) of its experts."""
         batch_size, top_k = len(hidden), self.config.router_top_k
-        log_gate, index = router_logits.log_softmax(dim=1).topk(top_k, dim=1)
-        log_gate = log_gate - log_gate.logsumexp(dim=1, keepdim=True)
+        values, index = router_logits.topk(top_k, dim=1)
+        if top_k == len(self.experts) and forced is None:  # all experts see all rows: nothing to sort
+            by_expert = torch.stack([self._run_expert(i, hidden) for i in range(top_k)], dim=1)
+            log_gate = router_logits.log_softmax(dim=1)
+            return (log_gate[:, :, None] + by_expert.float().log_softmax(dim=2)).logsumexp(dim=1), index
+        log_gate = values.log_softmax(dim=1)
         used = torch.ones_like(index, dtype=torch.bool)
         if forced is not None:  # a forced row uses its first slot only, with weight 1
             index = torch.where(forced[:, None], expert_index[:, None], index)
@@ -1104,6 +1112,7 @@ __all__ = [
     "MoEForImageClassification",
     "MoEImageClassifierOutput",
     "apply_logit_map",
+    "gate_weights",
     "load_balancing_loss",
     "mix_logits",
 ]

@@ -144,7 +144,7 @@ def plot_eps_curve(report: RobustnessReport, path: str | os.PathLike) -> None:
 
 
 def plot_expert_load(report: RobustnessReport, path: str | os.PathLike) -> None:
-    """Draw the share of images that each expert gets, clean against attacked, as grouped bars.
+    """Draw the weight of each expert in the outputs, clean against attacked, as grouped bars.
 
     Args:
         report: Report with an `expert_load` among its metrics.
@@ -164,7 +164,9 @@ def plot_expert_load(report: RobustnessReport, path: str | os.PathLike) -> None:
         if count <= 12:
             axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9, color=GREY)
     axes.axhline(100 / count, color=GREY, linestyle=":", label="even load")
-    axes.set(xticks=range(count), ylim=(0, 1.25 * highest), ylabel="images sent to the expert, %", xlabel="expert")
+    axes.set(
+        xticks=range(count), ylim=(0, 1.25 * highest), ylabel="weight of the expert in the outputs, %", xlabel="expert"
+    )
     flips = report.metrics["route_flip_rate"]
     axes.set_title(
         f"Load of the experts on {report.dataset['name']}; the attack changes {flips:.0f} % of routes", fontsize=11

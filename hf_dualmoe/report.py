@@ -20,8 +20,10 @@ class RobustnessReport:
         threat: `norm`, `eps` (in [0, 1] pixel units) and the attacks with their settings.
         metrics: `sa` and `ra_<attack>` in %, of the whole model, with 95 % Wilson `intervals`; `ra_worst_case` is
             pointwise over all attacks on the whole model, and `worst_case` has its members' own accuracies;
-            `components` has `sa` and `ra_pgd<steps>` for F_S and F_R; `expert_load` in % per expert on clean and
-            attacked images, and `route_flip_rate` in %; `eps_curve` one {"eps", "ra_pgd<steps>"} per radius.
+            `components` has `sa` and `ra_pgd<steps>` for F_S and F_R; `expert_load` the mean weight of each expert in
+            the outputs, in %, on clean and attacked images (with top-1 routing, the share of images that it gets), and
+            `route_flip_rate` the share of first choices that differ between them, in %; `eps_curve` one {"eps",
+            "ra_pgd<steps>"} per radius.
         alpha_sweep: One {"alpha", "sa", "ra_<attack>"} per position of the dial, each attacked at that position.
         controls: Results of other models for comparison, by name.
         sanity: Name of a check -> {"passed", "message"}.

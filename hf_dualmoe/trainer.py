@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from .attack_primitives import frozen, logits_of
+from .component_attacks import has_experts
 from .data import augment, collate, to_unit_range
 from .losses import LossOutput, at_loss, jtdmoe_loss, rt_er_loss, standard_loss, trades_loss
+from .modeling_dualmoe import gate_weights
 from .training_args import RobustTrainingArguments
 
 EMA_WEIGHTS_NAME = "ema.safetensors"
@@ -163,13 +165,13 @@ class RobustTrainer(Trainer):
             clean = raw(images)
             self._add("train_sa", 100.0 * (clean.logits.argmax(dim=1) == labels))
             robust = getattr(raw, "robust", raw)
-            index = clean.get("robust_expert_index", clean.get("expert_index"))
-            if index is None or index.ndim != 1:
+            if not has_experts(robust):
                 return
-            for i in range(robust.config.num_experts):
-                self._add(f"expert_load_{i}", 100.0 * (index == i))
+            scores = robust.route(images)
+            for i, load in enumerate(gate_weights(scores, robust.config.router_top_k).unbind(dim=1)):
+                self._add(f"expert_load_{i}", 100.0 * load)
             if output.attacked_images is not None:
-                flipped = robust.route(output.attacked_images).argmax(dim=1) != index
+                flipped = robust.route(output.attacked_images).argmax(dim=1) != scores.argmax(dim=1)
                 self._add("route_flip_rate", 100.0 * flipped)
 
     def _add(self, name: str, values: Tensor) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.attacks import frozen
-from hf_dualmoe.modeling_dualmoe import apply_logit_map, create_backbone, load_balancing_loss, mix_logits
+from hf_dualmoe.modeling_dualmoe import apply_logit_map, create_backbone, gate_weights, load_balancing_loss, mix_logits
 
 
 def normalize(model, images):
@@ -511,8 +511,9 @@ GATES = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.3, 0.2], [0.2, 0.7, 0.1], [0.1, 0
     ("k", "expected"),
     [
         (1, 3 * (2 / 4 * 0.35 + 1 / 4 * 0.3625 + 1 / 4 * 0.2875)),
-        (2, 3 * (3 / 8 * 0.35 + 4 / 8 * 0.3625 + 1 / 8 * 0.2875)),
-        (3, 1.0),
+        # rows of top-2 weights: (2/3, 1/3, 0), (5/8, 3/8, 0), (2/9, 7/9, 0), (0, 1/6, 5/6)
+        (2, 3 * (109 / 288 * 0.35 + 119 / 288 * 0.3625 + 5 / 24 * 0.2875)),
+        (3, 3 * (0.35**2 + 0.3625**2 + 0.2875**2)),
     ],
     ids=["k=1", "k=2", "k=E"],
 )
@@ -527,16 +528,25 @@ def test_load_balancing_loss_is_one_at_balance_and_num_experts_at_collapse():
     assert load_balancing_loss(torch.zeros(0, 4)).item() == 0
 
 
-def test_load_balancing_loss_pushes_towards_balance():
+def test_gate_weights_are_those_of_the_mixture():
+    logits = GATES.log()
+    assert gate_weights(logits, 1).tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    torch.testing.assert_close(gate_weights(logits, 2)[0], torch.tensor([2 / 3, 1 / 3, 0]))
+    torch.testing.assert_close(gate_weights(logits, 3), GATES)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_load_balancing_loss_pushes_towards_balance(k):
     logits = torch.randn(64, 4, generator=torch.Generator().manual_seed(9)) + torch.tensor([2.0, 0, 0, 0])
     logits.requires_grad_(True)
-    before = load_balancing_loss(logits)
+    before = load_balancing_loss(logits, k)
     gradient = torch.autograd.grad(before, logits)[0].sum(dim=0)
     assert gradient[0] > 0 and (gradient[1:] < 0).all()
     for _ in range(50):
-        logits = (logits - 20 * torch.autograd.grad(load_balancing_loss(logits), logits)[0]).detach().requires_grad_()
-    assert load_balancing_loss(logits) < before - 0.3
-    assert logits.argmax(dim=1).bincount(minlength=4)[0] < 35
+        step = torch.autograd.grad(load_balancing_loss(logits, k), logits)[0]
+        logits = (logits - 20 * step).detach().requires_grad_()
+    assert load_balancing_loss(logits, k) < before - 0.3 * (before.item() - 1)
+    assert gate_weights(logits, k).mean(dim=0)[0] < 0.55
 
 
 @pytest.mark.parametrize("k", [1, 2])
