@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+README = HERE / "README.md"
 
 
 def section(name: str, table: str) -> str:

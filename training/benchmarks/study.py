@@ -8,9 +8,11 @@ python training/benchmarks/study.py --study digits --render                 # ke
 
 A study is a YAML file: settings of `training/run.py` that all arms share, the arms with what they change, the seeds,
 and a budget. The budget counts forward+backward passes of one plain backbone per training image, those of the attack
-included; an arm whose steps need more arithmetic gets fewer of them. Each run is a process of its own with a log. A
-run whose run.json is there is not repeated, and one that was stopped goes on from its checkpoint. `results.json` has
-all runs and their mean and range per arm; it is written after each run.
+included; an arm whose steps need more arithmetic gets fewer of them. An arm may change `settings`, have a budget of
+its own (`passes`), a `lever` of levers.py, or start its experts from the one network of another arm (`init_from`),
+whose passes then count as its own. Each run is a process of its own with a log. A run whose run.json is there is not
+repeated, and one that was stopped goes on from its checkpoint. `results.json` has all runs and their mean and range
+per arm; it is written after each run.
 """
 
 import argparse
@@ -27,19 +29,23 @@ from threading import Lock
 from typing import Any
 
 import yaml
+from levers import lever_trainer
 from readme_tables import RESULTS, markdown_table, replace_section
 
 from hf_dualmoe.environment import write_text
 
 HERE = Path(__file__).parent
 KEYS = {"dataset_name", "passes", "seeds", "settings", "evaluation", "arms"}
-ARM_KEYS = {"about", "settings", "same_steps_as", "match_parameters", "standard", "robust"}
+OPTIONAL_KEYS = {"reference"}  # an arm that the tables show the differences to
+PARTS = ("standard", "robust", "init_from")  # of an arm: other arms whose trained models it needs
+REFERENCES = ("same_steps_as", "match_parameters", *PARTS)
+ARM_KEYS = {"about", "settings", "passes", "lever", "lever_args", *REFERENCES}
 POLL = 0.5  # seconds between two looks at a running process
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed; `parts` are runs whose models it joins."""
+    """One arm with one seed; `parts` are runs whose models it joins or starts from."""
 
     arm: str
     seed: int
@@ -60,35 +66,98 @@ def read_study(path: Path) -> dict[str, Any]:
         known = ", ".join(sorted(p.stem for p in (HERE / "studies").glob("*.yaml")))
         raise ValueError(f"study={str(path)!r} is neither a file nor one of {known}.")
     study = yaml.safe_load(path.read_text())
-    if wrong := sorted(set(study) ^ KEYS):
+    if wrong := sorted((set(study) - OPTIONAL_KEYS) ^ KEYS):
         raise ValueError(f"study {path.name}: unknown or missing keys {', '.join(wrong)}.")
-    for name, arm in study["arms"].items():
-        if unknown := sorted(set(arm) - ARM_KEYS):
-            raise ValueError(f"study {path.name}, arm {name}: unknown keys {', '.join(unknown)}.")
-        for key in ("same_steps_as", "match_parameters", "standard", "robust"):
-            if key in arm and arm[key] not in study["arms"]:
-                raise ValueError(f"study {path.name}, arm {name}: {key}={arm[key]!r} is not an arm.")
-        if ("standard" in arm) != ("robust" in arm):
-            raise ValueError(f"study {path.name}, arm {name}: standard and robust go together.")
+    if study.get("reference", next(iter(study["arms"]))) not in study["arms"]:
+        raise ValueError(f"study {path.name}: reference={study['reference']!r} is not an arm.")
+    for name in study["arms"]:
+        try:
+            check_arm(study, name)
+        except ValueError as error:
+            raise ValueError(f"study {path.name}, arm {name}: {error}") from error
     return study
+
+
+def check_arm(study: dict[str, Any], name: str) -> None:
+    """Refuse an arm that cannot be trained, before anything is.
+
+    Raises:
+        ValueError: A key is unknown or does not go with another, or an arm that is referred to is missing or unfit.
+    """
+    arm = study["arms"][name]
+    if unknown := sorted(set(arm) - ARM_KEYS):
+        raise ValueError(f"unknown keys {', '.join(unknown)}.")
+    for key in REFERENCES:
+        if key in arm and arm[key] not in study["arms"]:
+            raise ValueError(f"{key}={arm[key]!r} is not an arm.")
+    if ("standard" in arm) != ("robust" in arm):
+        raise ValueError("standard and robust go together.")
+    if "standard" in arm and (wrong := sorted(set(arm) - {"about", "standard", "robust"})):
+        raise ValueError(f"it joins trained models, so that {', '.join(wrong)} have no meaning.")
+    if "lever_args" in arm and "lever" not in arm:
+        raise ValueError("lever_args needs a lever.")
+    if "lever" in arm:
+        lever_trainer(arm["lever"], arm.get("lever_args"))
+    check_no_circle(study["arms"], name)
+    check_budget(study, name)
+
+
+def check_no_circle(arms: dict[str, Any], name: str, above: tuple[str, ...] = ()) -> None:
+    """Raise a ValueError if an arm refers to itself, at last."""
+    if name in above:
+        raise ValueError(f"{' -> '.join((*above, name))} is a circle.")
+    for key in REFERENCES:
+        if arms[name].get(key) in arms:
+            check_no_circle(arms, arms[name][key], (*above, name))
+
+
+def check_budget(study: dict[str, Any], name: str) -> None:
+    """Raise a ValueError unless an arm has one budget, and its init_from is one network that leaves some of it."""
+    arm = study["arms"][name]
+    if "same_steps_as" in arm and ("passes" in arm or "init_from" in arm):
+        raise ValueError("same_steps_as sets the steps; it does not go with passes or init_from.")
+    if not arm.get("passes", 1) > 0:
+        raise ValueError(f"passes={arm['passes']!r} must be > 0.")
+    if "init_from" not in arm:
+        return
+    source = arm["init_from"]
+    entry = study["arms"][source]
+    settings = {**study["settings"], **entry.get("settings", {})}
+    if "standard" in entry or settings.get("method") == "jtdmoe" or settings.get("num_experts") != 1:
+        raise ValueError(f"init_from={source!r} must be an arm with num_experts: 1.")
+    passes, before = (study["arms"][each].get("passes", study["passes"]) for each in (name, source))
+    if not before < passes:
+        raise ValueError(f"init_from={source!r} costs {before} of {passes} passes: give it fewer passes of its own.")
+    if "same_steps_as" in entry:
+        raise ValueError(f"init_from={source!r} must have a budget of its own, not same_steps_as.")
 
 
 def plan(study: dict[str, Any], arms: list[str], seeds: list[int]) -> list[Run]:
     """The runs, seed by seed, so that a study that is stopped early has whole seeds.
 
     Raises:
-        ValueError: An arm is unknown, or joins models of arms that are not asked for.
+        ValueError: An arm is unknown, or needs models of arms that are not asked for.
     """
     runs = []
     for seed in seeds:
         for name in arms:
             if name not in study["arms"]:
                 raise ValueError(f"arms: {name!r} is not one of {', '.join(study['arms'])}.")
-            parts = [study["arms"][name][key] for key in ("standard", "robust") if key in study["arms"][name]]
+            parts = parts_of(study, name)
             if missing := sorted(set(parts) - set(arms)):
-                raise ValueError(f"arms: {name!r} joins models of {', '.join(missing)}: ask for them too.")
+                raise ValueError(f"arms: {name!r} needs the models of {', '.join(missing)}: ask for them too.")
             runs.append(Run(name, seed, tuple(f"{part}-seed{seed}" for part in parts)))
-    return sorted(runs, key=lambda run: (run.seed, bool(run.parts)))
+    return sorted(runs, key=lambda run: (run.seed, depth(study, run.arm)))  # else a run could wait for one after it
+
+
+def parts_of(study: dict[str, Any], arm: str) -> list[str]:
+    """Arms whose trained models an arm needs."""
+    return [study["arms"][arm][key] for key in PARTS if key in study["arms"][arm]]
+
+
+def depth(study: dict[str, Any], arm: str) -> int:
+    """How many arms must be trained one after the other before an arm can be."""
+    return max((1 + depth(study, part) for part in parts_of(study, arm)), default=0)
 
 
 class Study:
@@ -118,11 +187,11 @@ class Study:
             list(pool.map(self.one, self.runs))
 
     def one(self, run: Run) -> None:
-        """One run, unless its result is there; waits for the runs that it joins."""
+        """One run, unless its result is there; waits for the runs whose models it needs."""
         while any(self.result(part) is None and part not in self.failed for part in run.parts):
             time.sleep(POLL)
         if any(part in self.failed for part in run.parts):
-            self.failed[run.name] = "a model that it joins is missing"
+            self.failed[run.name] = "a model that it needs is missing"
         elif self.result(run.name) is None:
             self.start(run)
         self.write()
@@ -181,10 +250,38 @@ def summarise(results: list[dict[str, Any]], study: dict[str, Any]) -> dict[str,
                 for points in zip(*(result["sweep"] for result in own), strict=True)
             ]
         summary[arm] = entry
+    if "reference" in study:
+        compare(summary, results, study["reference"])
     return summary
 
 
+def compare(summary: dict[str, Any], results: list[dict[str, Any]], reference: str) -> None:
+    """Add to each entry the differences in SA and RA to the reference with the same seed, over the seeds of both."""
+    base = {result["seed"]: result for result in results if result["arm"] == reference}
+    for arm, entry in summary.items():
+        pairs = [
+            (result, base[result["seed"]]) for result in results if result["arm"] == arm and result["seed"] in base
+        ]
+        if not pairs:
+            continue
+        entry["against"] = {name: spread([own[name] - other[name] for own, other in pairs]) for name in ("sa", "ra")}
+        if "robust" in entry:
+            entry["robust"]["against"] = {
+                name: spread([own["robust"][name] - other[name] for own, other in pairs]) for name in ("sa", "ra")
+            }
+
+
 HEADER = ["arm", "seeds", "param.", "FLOPs", "passes", "SA %", "RA % (union)", "PGD %", "least load %"]
+COMPARED = ["SA +-", "RA +-"]  # two columns more, in points, where the study has a reference
+
+
+def header(summary: dict[str, Any]) -> list[str]:
+    """The head of the table."""
+    return HEADER + (COMPARED if is_compared(summary) else [])
+
+
+def is_compared(summary: dict[str, Any]) -> bool:
+    return any("against" in entry for entry in summary.values())
 
 
 def table_rows(summary: dict[str, Any]) -> list[list[str]]:
@@ -195,6 +292,11 @@ def table_rows(summary: dict[str, Any]) -> list[list[str]]:
         text = f"{values['mean']:.1f}"
         return f"{text} ({values['min']:.1f} to {values['max']:.1f})" if ranged else text
 
+    def differences(entry: dict[str, Any]) -> list[str]:
+        if not is_compared(summary):
+            return []
+        return [f"{entry['against'][name]['mean']:+.1f}" if "against" in entry else "-" for name in ("sa", "ra")]
+
     for arm, entry in summary.items():
         cost = [
             f"{entry['parameters'] / 1e3:.0f}k",
@@ -202,16 +304,19 @@ def table_rows(summary: dict[str, Any]) -> list[list[str]]:
         ]
         accuracy = [cell(entry["sa"]), cell(entry["ra"]), cell(entry["ra_pgd"], False)]
         load = f"{entry['least_load']:.0f}" if "least_load" in entry else "-"
-        rows.append([arm, str(len(entry["seeds"])), *cost, f"{entry['passes']:.0f}", *accuracy, load])
+        rows.append(
+            [arm, str(len(entry["seeds"])), *cost, f"{entry['passes']:.0f}", *accuracy, load, *differences(entry)]
+        )
         if "robust" in entry:
             robust = entry["robust"]
             rows.append([f"F_R of {arm}", "", "", "", "", cell(robust["sa"]), cell(robust["ra"]), "", ""])
+            rows[-1] += differences(robust)
     return rows
 
 
 def table(summary: dict[str, Any]) -> str:
     """The table for the terminal."""
-    rows = [HEADER, *table_rows(summary)]
+    rows = [header(summary), *table_rows(summary)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
@@ -220,7 +325,7 @@ def table(summary: dict[str, Any]) -> str:
 def render_table(results: dict[str, Any]) -> str:
     """The table in Markdown, what each arm is, and the gain of the dial at the recommended alpha."""
     arms = results["arms"]
-    lines = [markdown_table(HEADER, table_rows(arms)), ""]
+    lines = [markdown_table(header(arms), table_rows(arms)), ""]
     lines += [f"- {name}: {arm['about']}." for name, arm in arms.items() if arm["about"]]
     for name, arm in arms.items():
         if "robust" in arm:

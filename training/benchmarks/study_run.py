@@ -8,12 +8,14 @@ import json
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import yaml
+from levers import lever_trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -29,7 +31,6 @@ from hf_dualmoe.trainer import RobustTrainer
 
 HERE = Path(__file__).parent
 UNION = ("worst_case",)  # beside SA and PGD of the whole model, which every evaluation measures
-COUNTED_IMAGES = 16  # batch on which the arithmetic of a training step is counted
 
 
 def load_script(path: Path) -> ModuleType:
@@ -64,6 +65,7 @@ class StudyRun:
     def __init__(self, study: dict[str, Any], arm: str, seed: int, folder: Path):
         self.study, self.arm, self.seed, self.folder = study, arm, seed, folder
         self.entry = study["arms"][arm]
+        self.costs: dict[str, float] = {}  # see step_passes
         folder.mkdir(parents=True, exist_ok=True)
         data_args, model_args, _, _ = self.parse(self.study["settings"])
         self.data: DataSplits = training.load_data(data_args, model_args, seed)
@@ -97,12 +99,17 @@ class StudyRun:
 
     # --- budget --------------------------------------------------------------------------------------------------
 
-    def step_flops(self, settings: dict[str, Any]) -> float:
+    def trainer_class(self, arm: str) -> type[RobustTrainer]:
+        """What trains an arm: `RobustTrainer`, or that of its lever."""
+        entry = self.study["arms"][arm]
+        return lever_trainer(entry["lever"], entry.get("lever_args")) if "lever" in entry else RobustTrainer
+
+    def step_flops(self, settings: dict[str, Any], trainer_class: type[RobustTrainer] = RobustTrainer) -> float:
         """Floating-point operations per image of one training step: attack, loss and backward."""
         _, _, args, _ = self.parse({**settings, "bf16": False})
-        trainer = RobustTrainer(self.build(settings), args, train_dataset=self.data.train)
+        trainer = trainer_class(self.build(settings), args, train_dataset=self.data.train)
         trainer.state.global_step = 1  # the first step of a training also logs, which costs a forward
-        rows = torch.arange(min(COUNTED_IMAGES, len(self.data.train)))
+        rows = torch.arange(min(args.per_device_train_batch_size, len(self.data.train)))
         batch = {
             "pixel_values": to_unit_range(self.data.train.images[rows]).to(args.device),
             "labels": self.data.train.labels[rows].to(args.device),
@@ -112,19 +119,33 @@ class StudyRun:
             trainer.compute_loss(trainer.model, batch).backward()
         return counter.total / len(rows)
 
+    @cached_property
     def pass_flops(self) -> float:
         """The unit of the budget: operations per image of forward and backward through one plain backbone."""
         return self.step_flops({**self.study["settings"], "method": "standard", "num_experts": 1, "shared_stages": 0})
 
-    def steps(self) -> tuple[int, float]:
-        """Training steps that the budget allows, and the passes per training image that they cost."""
-        unit = self.pass_flops()
-        timed = self.entry.get("same_steps_as", self.arm)
-        per_image = self.step_flops(self.settings_of(timed)) / unit
-        batch = self.study["settings"]["per_device_train_batch_size"]
-        count = max(1, round(self.study["passes"] * len(self.data.train) / (per_image * batch)))
-        own = self.step_flops(self.settings_of(self.arm)) / unit
-        return count, own * count * batch / len(self.data.train)
+    def passes_before(self, arm: str) -> float:
+        """Passes per training image of the model that an arm starts from, and of those before it; 0 from scratch."""
+        source = self.study["arms"][arm].get("init_from")
+        return self.steps(source)[1] if source else 0.0
+
+    def steps(self, arm: str | None = None) -> tuple[int, float]:
+        """Training steps that the budget of an arm allows, and the passes per training image that it costs in all."""
+        arm = arm or self.arm
+        entry, before, cost = self.study["arms"][arm], self.passes_before(arm), self.step_passes(arm)
+        if "same_steps_as" in entry:
+            count, _ = self.steps(entry["same_steps_as"])
+        else:
+            count = max(1, round((entry.get("passes", self.study["passes"]) - before) / cost))
+        return count, before + cost * count
+
+    def step_passes(self, arm: str) -> float:
+        """What one step of an arm costs, in passes over all training images."""
+        if arm not in self.costs:
+            share = self.study["settings"]["per_device_train_batch_size"] / len(self.data.train)
+            flops = self.step_flops(self.settings_of(arm), self.trainer_class(arm))
+            self.costs[arm] = flops / self.pass_flops * share
+        return self.costs[arm]
 
     # --- work ----------------------------------------------------------------------------------------------------
 
@@ -134,26 +155,34 @@ class StudyRun:
             return self.join()
         settings = self.settings_of(self.arm)
         count, passes = self.steps()
+        known = {name: settings[name] for name in ("method", "width", "num_experts") if name in settings}
+        known |= {name: self.entry[name] for name in ("lever", "lever_args", "init_from") if name in self.entry}
+        if "init_from" in self.entry:
+            known["passes_from"] = round(self.passes_before(self.arm), 2)
+            settings["init_experts_from"] = str(self.model_of(self.entry["init_from"]))
         self.parse({**settings, "max_steps": count})  # leaves recipe.yaml
-        command = [sys.executable, str(HERE.parent / "run.py"), "--recipe", str(self.folder / "recipe.yaml")]
+        script = [str(HERE.parent / "run.py")]
+        if "lever" in self.entry:
+            script = [str(HERE / "levers.py"), self.entry["lever"], json.dumps(self.entry.get("lever_args", {}))]
+        command = [sys.executable, *script, "--recipe", str(self.folder / "recipe.yaml")]
         command += ["--seed", str(self.seed), "--output_dir", str(self.folder), "--report", "none"]
         started = time.perf_counter()
         subprocess.run(command, check=True)
-        known = {name: settings[name] for name in ("method", "width", "num_experts") if name in settings}
         return {**known, "steps": count, "passes": round(passes, 2), "seconds": time.perf_counter() - started}
+
+    def model_of(self, arm: str) -> Path:
+        """Where the trained model of another arm with the same seed is."""
+        return self.folder.parent / f"{arm}-seed{self.seed}" / "model"
 
     def join(self) -> dict[str, Any]:
         """A dual model of the trained models of two arms."""
         parts = {
-            name: AutoModelForImageClassification.from_pretrained(
-                self.folder.parent / f"{self.entry[name]}-seed{self.seed}" / "model"
-            )
+            name: AutoModelForImageClassification.from_pretrained(self.model_of(self.entry[name]))
             for name in ("standard", "robust")
         }
         DualMoEForImageClassification.from_models(**parts, alpha=0.75).save_pretrained(self.folder / "model")
         trained = [
-            json.loads((self.folder.parent / f"{self.entry[n]}-seed{self.seed}" / "run.json").read_text())
-            for n in ("standard", "robust")
+            json.loads((self.model_of(self.entry[n]).parent / "run.json").read_text()) for n in ("standard", "robust")
         ]
         return {"method": "joined", "steps": 0, "passes": sum(t["training"]["passes"] for t in trained)}
 

@@ -1,0 +1,235 @@
+"""Write the README's "Results" section from the results of the studies; no number in it is typed.
+
+python training/benchmarks/results_page.py
+
+Reads results/study_*.json, which `study.py --render` keeps, and results/public_numbers.json with what others published.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from readme_tables import HERE, RESULTS, markdown_table, replace_section
+
+README = HERE.parents[1] / "README.md"
+PICTURE = "dials.png"
+TITLES = {"cifar10": "CIFAR-10, 5,000 training images, L∞ 8/255", "digits": "Digits, L∞ 0.15"}
+MEASURES = {"sa": "SA", "ra": "RA"}
+
+Arms = dict[str, dict[str, Any]]
+
+
+def read(name: str) -> dict[str, Any]:
+    """The kept results of a study.
+
+    Raises:
+        FileNotFoundError: There are none yet.
+    """
+    path = RESULTS / f"study_{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run the study {name!r}, then study.py --study {name} --render.")
+    return json.loads(path.read_text())
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def differences(results: dict[str, Any], arm: str, other: str, measure: str) -> list[float]:
+    """By how many points an arm lies above another in `measure`, for each seed that both have."""
+    values = {
+        name: {run["seed"]: run[measure] for run in results["runs"] if run["arm"] == name} for name in (arm, other)
+    }
+    return [values[arm][seed] - values[other][seed] for seed in sorted(values[arm].keys() & values[other].keys())]
+
+
+def in_words(values: list[float]) -> str:
+    """Mean difference with its range; "no clear difference" where the seeds disagree on the sign."""
+    if not values:
+        return "not measured"
+    text = f"{mean(values):+.1f}"
+    if len(values) == 1:
+        return f"{text} (one seed)"
+    text += f" ({min(values):+.1f} to {max(values):+.1f})"
+    return text if min(values) > 0 or max(values) < 0 else f"{text}, no clear difference"
+
+
+def compared(results: dict[str, Any], arm: str, other: str) -> str:
+    """Accuracies of an arm against another's."""
+    parts = [f"{title} {in_words(differences(results, arm, other, key))}" for key, title in MEASURES.items()]
+    return ", ".join(parts)
+
+
+def lead_of_curve(curve: list[dict], other: list[dict]) -> float | None:
+    """Mean lead in SA points of one trade-off curve over another, over the range of RA that both reach.
+
+    Args:
+        curve, other: Points with `sa` and `ra` in %.
+
+    Returns:
+        None where they share no range.
+    """
+
+    def frontier(points: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        best: list[tuple[float, float]] = []  # from the most robust point on: each must gain SA
+        for point in sorted(points, key=lambda p: (-p["ra"], -p["sa"])):
+            if not best or point["sa"] > best[-1][1]:
+                best.append((point["ra"], point["sa"]))
+        ra, sa = np.array(best[::-1]).T
+        return ra, sa
+
+    (ra, sa), (other_ra, other_sa) = frontier(curve), frontier(other)
+    low, high = max(ra[0], other_ra[0]), min(ra[-1], other_ra[-1])
+    if low >= high:
+        return None
+    grid = np.linspace(low, high, 101)
+    return float((np.interp(grid, ra, sa) - np.interp(grid, other_ra, other_sa)).mean())
+
+
+# --- parts of the page -----------------------------------------------------------------------------------------------
+
+
+def main_table(arms: Arms) -> str:
+    """One row per arm, dual models with their F_R below."""
+    header = ["", "seeds", "parameters", "cost of an answer", "SA %", "RA %, adaptive union", "RA %, PGD-10"]
+
+    def cell(values: dict[str, float]) -> str:
+        return f"{values['mean']:.1f} ({values['min']:.1f} to {values['max']:.1f})"
+
+    rows = []
+    for name, arm in arms.items():
+        cost = [str(len(arm["seeds"])), f"{arm['parameters'] / 1e3:.0f}k", f"{arm['relative_flops']:.2f}x"]
+        rows.append([name, *cost, cell(arm["sa"]), cell(arm["ra"]), f"{arm['ra_pgd']['mean']:.1f}"])
+        if "robust" in arm:
+            rows.append([f"F_R of {name}", "", "", "", cell(arm["robust"]["sa"]), cell(arm["robust"]["ra"]), ""])
+    return markdown_table(header, rows)
+
+
+def targets(results: dict[str, Any]) -> list[list[str]]:
+    """What was aimed at, what came out, and whether that is enough."""
+    arms = results["arms"]
+    sa, ra = (mean(differences(results, "rt_er", "single", key)) for key in MEASURES)
+    rows = [
+        ["RT-ER mixture against one network: RA and SA at least equal", f"RA {ra:+.1f}, SA {sa:+.1f}", ra >= 0 <= sa]
+    ]
+    gain, loss = (arms["jtdmoe"][name]["mean"] for name in ("gain_sa", "loss_ra"))
+    rows.append(
+        ["JTDMoE at its alpha against its F_R: SA +3 for at most 1.5 RA", f"SA {gain:+.1f}, RA {-loss:+.1f}"]
+        + [gain >= 3 and loss <= 1.5]
+    )
+    least = arms["rt_er"].get("least_load", 0.0)
+    rows.append(["no expert of the RT-ER mixture with less than 5 % of the load", f"least {least:.0f} %", least >= 5])
+    lead = lead_of_curve(arms["jtdmoe"]["sweep"], arms["separate_dual"]["sweep"])
+    found = "no common range of RA" if lead is None else f"SA {lead:+.1f} at equal RA"
+    rows.append(["JTDMoE's dial above that of the pair trained apart", found, lead is not None and lead > 0])
+    return [[aim, value, "yes" if met else "**no**"] for aim, value, met in rows]
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """Differences that say what works, in points, mean and range over the seeds."""
+    pairs = [
+        ("rt_er", "single", "Mixed thin experts against one network of equal cost"),
+        ("rt_er_hard", "moe_at", "The second-expert term with hard routing against plain adversarial training of it"),
+        ("rt_er", "rt_er_hard", "Mixing all (thin) experts against hard routing among full ones"),
+        ("rt_er_hard", "rt_er_paper", "Shared trunk, CE term and balance against the paper's form of RT-ER"),
+        ("moe_trades", "moe_at", "TRADES against adversarial training, hard routing"),
+        ("dense_ensemble", "single", "Four full last stages, all mixed, against one network"),
+        ("wide_single", "single", "A wider network with the mixture's parameters against the one network"),
+        ("jtdmoe", "separate_dual", "Joint training against joining two models trained apart, each at its alpha"),
+    ]
+    return [
+        f"- {title}: {compared(results, arm, other)}."
+        for arm, other, title in pairs
+        if arm in results["arms"] and other in results["arms"]
+    ]
+
+
+def levers_table(results: dict[str, Any]) -> str:
+    """What each lever changes, against the study's reference arm, most robust first."""
+    reference = results["study"]["reference"]
+    rows = []
+    for name, arm in results["arms"].items():
+        base = "jtdmoe" if arm.get("robust") and "jtdmoe" in results["arms"] else reference
+        changes = [in_words(differences(results, name, base, key)) for key in MEASURES]
+        if name == base:
+            changes = [f"{arm[key]['mean']:.1f} %" for key in MEASURES]
+        load = f"{arm['least_load']:.0f}" if "least_load" in arm else "-"
+        rows.append([arm["about"], *changes, load])
+    return markdown_table(["lever", "SA, points", "RA (union), points", "least load %"], rows)
+
+
+def public_table() -> str:
+    """Numbers that others have published, for scale."""
+    rows = json.loads((RESULTS / "public_numbers.json").read_text())["rows"]
+    cells = [[row["what"], row["clean"], row["robust"], row["source"]] for row in rows]
+    return markdown_table(["CIFAR-10, L∞ 8/255 unless said otherwise", "clean %", "robust %", "source"], cells)
+
+
+def draw(studies: dict[str, dict[str, Any]], path: Path) -> None:
+    """Trade-off of the dual models along the dial, one panel per study, with the single network as a cross."""
+    figure, panels = plt.subplots(
+        1, len(studies), figsize=(5.2 * len(studies), 4), layout="constrained", squeeze=False
+    )
+    for axes, (name, results) in zip(panels[0], studies.items(), strict=True):
+        for arm, color, marker in (("separate_dual", "#8a8a8a", "s"), ("jtdmoe", "#1f6fb4", "o")):
+            points = results["arms"].get(arm, {}).get("sweep", [])
+            label = {"separate_dual": "trained apart", "jtdmoe": "JTDMoE"}[arm]
+            axes.plot([p["ra"] for p in points], [p["sa"] for p in points], marker=marker, color=color, label=label)
+            for point in points:
+                axes.annotate(
+                    f"{point['alpha']:g}", (point["ra"], point["sa"]), (4, 4), textcoords="offset points", fontsize=8
+                )
+        axes.set(title=TITLES[name], xlabel="RA %, PGD-10, held-out images", ylabel="SA %, held-out images")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def page() -> str:
+    """The whole section in Markdown."""
+    studies = {name: read(name) for name in TITLES}
+    lines = []
+    for name, results in studies.items():
+        seeds = max(len(arm["seeds"]) for arm in results["arms"].values())
+        images = max(run["num_images"] for run in results["runs"])
+        lines += [
+            f"### {TITLES[name]}",
+            f"{results['study']['passes']} passes of a plain backbone per training image for every method, "
+            f"{images:,} test images, up to {seeds} seeds (mean, range in brackets).",
+            main_table(results["arms"]),
+            "In points, mean and range over the seeds:",
+            "\n".join(findings(results)),
+            markdown_table(["aim", "found", "met"], targets(results)),
+        ]
+    draw(studies, RESULTS / PICTURE)
+    lines.append(f"![Trade-off of the dual models along the dial](training/benchmarks/results/{PICTURE})")
+    levers = read("digits_levers")
+    lines += [
+        "### Levers, on digits",
+        f"{levers['study']['passes']} passes, seeds {', '.join(map(str, levers['study']['seeds']))}. "
+        "The first row is the reference; the others are differences to it (dual models: to the first dual model).",
+        levers_table(levers),
+        "### For scale: what others have published",
+        public_table(),
+    ]
+    return "\n\n".join(lines)
+
+
+def main() -> int:
+    try:
+        replace_section("results", page(), README)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"results_page.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
