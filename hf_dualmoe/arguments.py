@@ -167,7 +167,7 @@ IMAGES = "crop_padding horizontal_flip"
 TRAINING = (
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim optim_args "
     "label_smoothing_factor ema_decay per_device_train_batch_size per_device_eval_batch_size "
-    "gradient_accumulation_steps gradient_checkpointing max_grad_norm seed"
+    "gradient_accumulation_steps gradient_checkpointing max_grad_norm on_nan_loss max_skipped_steps seed"
 )
 OUTPUT = (
     "output_dir eval_strategy save_strategy save_total_limit logging_steps metric_for_best_model report_to "
@@ -196,7 +196,11 @@ class RecipeParser(HfArgumentParser):
         self.add_argument(
             "--recipe", help=f"Recipe to start from: a .yaml file, or one of {', '.join(self.named)}.", default=None
         )
-        self.add_argument("--fresh", action="store_true", help="Start over in an output_dir that holds a run.")
+        self.add_argument(
+            "--fresh",
+            action="store_true",
+            help="Start over in an output_dir that holds a run; its checkpoints are deleted.",
+        )
         self.add_argument(
             "--choose_alpha",
             action="store_true",

@@ -4,29 +4,25 @@ Each step crafts attacked images on the unwrapped, frozen model and then makes o
 so that accumulation, mixed precision, distributed training and resuming work as in any other Trainer.
 """
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo, HfApi
-from safetensors.torch import load_model, save_model
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction
 
 from .attack_primitives import frozen, logits_of
 from .component_attacks import has_experts
 from .data import augment, collate, to_unit_range
 from .losses import LossOutput, at_loss, jtdmoe_loss, rt_er_loss, standard_loss, trades_loss
 from .modeling_dualmoe import gate_weights
+from .nonfinite import copy_buffers
+from .resumable import EmaCallback, ResumableTrainer
 from .training_args import RobustTrainingArguments
-
-EMA_WEIGHTS_NAME = "ema.safetensors"
 
 
 def robust_accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -40,7 +36,7 @@ def robust_accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return metrics
 
 
-class RobustTrainer(Trainer):
+class RobustTrainer(ResumableTrainer):
     """Train a classifier by one of the objectives of `losses.py`.
 
     Args:
@@ -52,6 +48,9 @@ class RobustTrainer(Trainer):
 
     Raises:
         ValueError: The model does not fit the method.
+
+    `train` also raises FloatingPointError (a loss that is NaN or infinite, see `on_nan_loss`) and CheckpointError (a
+    checkpoint cannot be written, or the one to resume from is damaged).
     """
 
     def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
@@ -65,12 +64,7 @@ class RobustTrainer(Trainer):
         )
         self.objective = self._create_objective()
         self.evaluation_attack = args.evaluation_attack()
-        self._sums: dict[str, list[Tensor]] = {}
         self.card_metadata: dict[str, Any] = {}
-        self.ema: ModelEmaV3 | None = None
-        if args.ema_decay > 0:
-            self.ema = ModelEmaV3(self.model, decay=args.ema_decay)
-            self.add_callback(EmaCallback(self.ema))
 
     def _create_objective(self) -> partial:
         """The loss function of the chosen method, with all its settings but the attack."""
@@ -99,11 +93,15 @@ class RobustTrainer(Trainer):
         self._share_buffers(raw)
         attack = {}
         if self.args.method != "standard":
-            attack = {"attack": self.args.create_training_attack(self._eps_scale())}
+            attack = {"attack": keep_finite(self.args.create_training_attack(self._eps_scale()))}
         images, labels = inputs["pixel_values"], inputs["labels"]
         with self.accelerator.autocast():  # parts of the model that the attack calls alone
             output = self.objective(raw, images, labels, forward=model, **attack)
+        terms = {f"loss_{name}": term for name, term in output.terms.items()}
+        self.watch.note(self.state.global_step + 1, {"loss": output.loss, **terms})
         self._record(raw, images, labels, output)
+        if getattr(self.args, "activation_checkpointing", self.args.gradient_checkpointing):  # renamed in 5.23
+            self._forward_buffers = copy_buffers(raw)
         return (output.loss, output) if return_outputs else output.loss
 
     def _raw_model(self) -> nn.Module:
@@ -174,22 +172,6 @@ class RobustTrainer(Trainer):
                 flipped = robust.route(output.attacked_images).argmax(dim=1) != scores.argmax(dim=1)
                 self._add("route_flip_rate", 100.0 * flipped)
 
-    def _add(self, name: str, values: Tensor) -> None:
-        values = (
-            values.detach().double().flatten() if values.device.type != "mps" else values.detach().float().flatten()
-        )
-        added = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
-        self._sums[name] = self._sums[name] + added if name in self._sums else added
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the means since the last training log, over all processes."""
-        if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
-            self._sums.clear()
-            logs.update({name: round(s / n, 4) for name, (s, n) in zip(names, sums.tolist(), strict=True)})
-        super().log(logs, *args, **kwargs)
-
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def prediction_step(
@@ -212,50 +194,6 @@ class RobustTrainer(Trainer):
                 return loss, clean, labels
             attacked = logits_of(raw, self.evaluation_attack(raw, images, labels))
         return loss, (clean, attacked), labels
-
-    def evaluation_loop(self, *args, **kwargs):
-        """Evaluate the averaged weights where there are any."""
-        with self._averaged_weights():
-            return super().evaluation_loop(*args, **kwargs)
-
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Let the model hold the moving average for the block, then the trained weights again."""
-        if self.ema is None or not self.is_in_train:
-            yield
-            return
-        trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(self.ema.module.state_dict())
-        try:
-            yield
-        finally:
-            self.model.load_state_dict(trained)
-
-    # --- checkpoints: the moving average is saved beside the trained weights -----------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.ema is not None and self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            save_model(self.ema.module, os.path.join(folder, EMA_WEIGHTS_NAME))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ema is not None:
-            self._load_average(resume_from_checkpoint, self.ema.module)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.ema is not None:
-            self._load_average(self.state.best_model_checkpoint, self.ema.module)
-
-    def _load_average(self, folder: str, model: nn.Module) -> None:
-        path = os.path.join(folder, EMA_WEIGHTS_NAME)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{path} is missing: this checkpoint was written without ema_decay (now {self.args.ema_decay})."
-            )
-        load_model(model, path)
 
     # --- the Hub -----------------------------------------------------------------------------------------------------
 
@@ -334,19 +272,17 @@ class RobustTrainer(Trainer):
         """Send nothing while training: checkpoints hold pickles."""
 
 
-class EmaCallback(TrainerCallback):
-    """Update the moving average after each optimizer step; at the end of training the model takes it over."""
+def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The attack, with the clean pixel wherever its result is not finite.
 
-    def __init__(self, ema: ModelEmaV3):
-        self.ema = ema
+    A model whose gradients are not finite is judged by its loss (`on_nan_loss`), not refused for its images.
+    """
 
-    def on_step_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
-        """Move the average towards the trained weights."""
-        self.ema.update(model)
+    def finite_attack(model: nn.Module, images: Tensor, labels: Tensor, **kwargs) -> Tensor:
+        attacked = attack(model, images, labels, **kwargs)
+        return torch.where(attacked.isfinite(), attacked, images)
 
-    def on_train_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
-        """Leave the averaged weights (of the best checkpoint, where that was loaded) in the model."""
-        model.load_state_dict(self.ema.module.state_dict())
+    return finite_attack
 
 
 def check_model_fits_method(model: nn.Module, method: str) -> None:

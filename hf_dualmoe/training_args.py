@@ -10,6 +10,7 @@ from .attack_primitives import check_eps
 from .attacks import PGD
 from .environment import pixel_radius
 from .nfgsm import NFGSM
+from .nonfinite import POLICIES
 
 METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe")
 TRAINING_ATTACKS = ("pgd", "nfgsm")
@@ -27,7 +28,7 @@ class RobustTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the objective and its attack; defaults are the paper's.
 
     Defaults that differ from the parent: columns are kept (images are made in the collator), labels are called
-    "labels", and the run logs every 50 steps.
+    "labels", the run logs every 50 steps, and losses that are not finite are not hidden from the log.
     """
 
     # Objective
@@ -105,7 +106,24 @@ class RobustTrainingArguments(TrainingArguments):
         },
     )
 
+    # Numbers that are not finite
+    on_nan_loss: str = field(
+        default="stop",
+        metadata={
+            "help": "A loss, term or gradient that is NaN or infinite: stop (at the next log or checkpoint, naming "
+            "step and terms) or skip that update on all processes (costs a wait for the device in each step).",
+            "choices": POLICIES,
+        },
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "With on_nan_loss=skip: stop after so many skipped updates in a row, >= 0."}
+    )
+
     # Changed defaults of the parent
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave NaN and infinite losses out of the log; waits for the device each step."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop dataset columns that the model's forward does not take."}
     )
@@ -138,6 +156,8 @@ class RobustTrainingArguments(TrainingArguments):
         self._check("eps_warmup_ratio", 0 <= self.eps_warmup_ratio <= 1, "in [0, 1]")
         self._check("crop_padding", self.crop_padding >= 0, ">= 0")
         self._check("attack_steps", self.attack_steps >= 1, "at least 1")
+        self._check("on_nan_loss", self.on_nan_loss in POLICIES, f"one of {', '.join(POLICIES)}")
+        self._check("max_skipped_steps", self.max_skipped_steps >= 0, ">= 0")
         self._check("eval_attack_steps", self.eval_attack_steps >= 0, ">= 0")
         step_size = self.attack_step_size
         self._check("attack_step_size", step_size is None or step_size > 0, "> 0, in the unit of eps")

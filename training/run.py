@@ -16,13 +16,20 @@ from typing import Any
 
 import timm
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.arguments import DataArguments, ModelArguments, RecipeParser
 from hf_dualmoe.attacks import PGD
+from hf_dualmoe.checkpoints import (
+    CheckpointError,
+    explain_failed_write,
+    last_good_checkpoint,
+    list_checkpoints,
+    remove_checkpoint,
+)
 from hf_dualmoe.data import DataSplits, load_splits
 from hf_dualmoe.dial import choose_alpha, sweep_alpha
+from hf_dualmoe.environment import write_text
 from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
 from hf_dualmoe.hub import hide_tokens, publish_folder
 from hf_dualmoe.model_card import PLOTS, write_model_card
@@ -39,6 +46,7 @@ SETTINGS = {  # what each method uses
     "rt_er": (*ATTACK, "beta", "second_term", "second_attack"),
     "jtdmoe": (*ATTACK, "beta", "second_term", "second_attack", "train_alpha"),
 }
+FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter")  # may change when a run is gone on with
 
 
 def main() -> None:
@@ -51,21 +59,42 @@ def main() -> None:
         data = load_data(data_args, model_args, args.seed)
         check_dial_request(args.method, run)
         model = create_model(model_args, args, data)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
         parser.error(str(error))
 
     trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "settings.json").write_text(settings_of(data_args, model_args, args))
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
+        if run.fresh and not args.resume_from_checkpoint:  # or a later start would go on from them
+            for folder in list_checkpoints(output_dir).values():
+                remove_checkpoint(folder)
+        write_text(output_dir / "settings.json", settings_of(data_args, model_args, args))
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
+        save_and_report(trainer, data, data_args, model_args, args, run)
+    except (CheckpointError, FloatingPointError) as error:
+        sys.exit(f"run.py: error: {hide_tokens(str(error), args.hub_token)}")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
+
+def save_and_report(
+    trainer: RobustTrainer,
+    data: DataSplits,
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    args: RobustTrainingArguments,
+    run: argparse.Namespace,
+) -> None:
+    """Write the trained model, its report, plots and card into `model/` of the output folder; publish on request."""
+    output_dir = Path(args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     if trainer.is_world_process_zero():
         folder = output_dir / "model"
         for name in ("results.json", *PLOTS):  # of earlier weights
             (folder / name).unlink(missing_ok=True)
-        model.eval().save_pretrained(folder)  # before the report: nothing trained is lost
+        with explain_failed_write("The trained model", output_dir):
+            model.eval().save_pretrained(folder)  # before the report: nothing trained is lost
         choice = turn_dial(model, data, args, run) if run.choose_alpha else {}
         model.save_pretrained(folder)
         if run.report != "none":
@@ -78,8 +107,6 @@ def main() -> None:
         print(f"\nSaved to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
         if args.push_to_hub:
             attempt("publishing", lambda: publish(folder, args, trainer.hub_model_id))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 def check_dial_request(method: str, run: argparse.Namespace) -> None:
@@ -100,7 +127,7 @@ def check_dial_request(method: str, run: argparse.Namespace) -> None:
 
 def settings_of(data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments) -> str:
     """What makes two runs the same, as JSON; where they write and how they report is left out."""
-    ours = {name: getattr(args, name) for name in RobustTrainingArguments.__annotations__}
+    ours = {name: getattr(args, name) for name in RobustTrainingArguments.__annotations__ if name not in FREE}
     shared = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "optim", "seed")
     shared += ("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "optim_args")
     training = ours | {name: getattr(args, name) for name in shared}
@@ -109,20 +136,30 @@ def settings_of(data_args: DataArguments, model_args: ModelArguments, args: Robu
 
 
 def find_checkpoint(output_dir: Path, settings: str, fresh: bool) -> str | None:
-    """The checkpoint to go on from when the same run was started in `output_dir` before.
+    """The newest whole checkpoint to go on from when the same run was started in `output_dir` before.
 
     Raises:
-        ValueError: The folder holds a run with other settings, and `fresh` does not say to start over.
+        ValueError: The folder holds a run with other settings, or checkpoints of an unknown one, and `fresh` does not
+            say to start over.
+        CheckpointError: It holds checkpoints, none of which can be used.
     """
     recorded = output_dir / "settings.json"
-    if fresh or not recorded.is_file():
+    if fresh:
+        return None
+    if not recorded.is_file():
+        if list_checkpoints(output_dir):
+            raise ValueError(
+                f"output_dir={str(output_dir)!r} holds checkpoints but no settings.json that says of which run; "
+                "choose another --output_dir, or start over in it with --fresh."
+            )
         return None
     if recorded.read_text() != settings:
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds a run with other settings; choose another --output_dir, or start "
             "over in it with --fresh."
         )
-    return get_last_checkpoint(str(output_dir))
+    found = last_good_checkpoint(output_dir)
+    return str(found) if found else None
 
 
 def load_data(data_args: DataArguments, model_args: ModelArguments, seed: int) -> DataSplits:
