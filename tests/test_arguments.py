@@ -44,7 +44,7 @@ def test_every_recipe_parses_and_builds_a_config(parser, recipe):
     _, model, training, _ = parser.parse(["--recipe", recipe])
     assert training.load_best_model_at_end and training.report_to in ([], ["none"], "none")
     config = model.moe_config(load_splits("digits"))
-    assert config.num_experts == 4 and config.id2label[9] == "9"
+    assert config.num_experts == (1 if recipe.endswith("_single") else 4) and config.id2label[9] == "9"
     assert training.create_training_attack().eps == training.eps
 
 
@@ -58,7 +58,10 @@ def test_a_recipe_of_ones_own(parser, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("methodd: at", "unknown settings methodd"), (None, "neither a file nor one of cifar10_resnet18, digits")],
+    [
+        ("methodd: at", "unknown settings methodd"),
+        (None, "neither a file nor one of cifar10_resnet18, cifar10_resnet18_single, digits"),
+    ],
 )
 def test_bad_recipes_are_named(parser, tmp_path, content, message):
     path = tmp_path / "bad.yaml"
