@@ -94,6 +94,11 @@ class PassCounter(nn.Module):
         self.training = False  # nothing of its own to train; the model's mode is the caller's
         self.forward_rows = self.gradient_rows = 0
 
+    @property
+    def counted_model(self) -> Classifier:
+        """The classifier itself; what is done to it beside the attack does not count."""
+        return self.model
+
     def forward(self, images: Tensor) -> Tensor:
         self.forward_rows += len(images)
         self.gradient_rows += len(images) if images.requires_grad and torch.is_grad_enabled() else 0

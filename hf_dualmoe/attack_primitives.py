@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batchnorm_folding import folded
+
 NORMS = ("linf", "l2")
 RANGE_TOLERANCE = 1e-5  # x * (1 / 255) rounds to just above 1
 
@@ -62,6 +64,8 @@ def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
 class Attack:
     """The call that all attacks share; a subclass says in `_attack` how, and in its docstring what comes back."""
 
+    folds_batchnorm = True  # pays from the second pass on
+
     def __call__(self, model: Classifier, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
         """Attack images; the model comes back as it was.
 
@@ -78,7 +82,8 @@ class Attack:
             ValueError: Images or labels have the wrong shape, dtype or values, or do not suit the attack.
         """
         check_batch(images, labels)
-        with torch.inference_mode(False), torch.no_grad(), frozen(model):
+        held = folded(model if self.folds_batchnorm else None, images)
+        with torch.inference_mode(False), torch.no_grad(), frozen(model), held:
             # clones leave inference mode, if it was on
             return self._attack(model, images.detach().clone(), labels.clone(), ids)
 
@@ -276,7 +281,9 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One forward and input-gradient pass.
 
-    The objective is summed, not averaged: a gradient scaled by 1 / B flushes to zero in half precision.
+    Safe in half precision: the gradient of a confident image is tiny and would be flushed to zero on its way through a
+    float16 network. So it starts there at a size of about 1, image by image, and gets its own size back at the end;
+    both by powers of two, which in single precision changes no bit.
 
     Returns:
         Gradient (B, ...), logits (B, C) and objective (B,), all detached.
@@ -284,6 +291,12 @@ def value_and_gradient(
     with torch.enable_grad():
         perturbed = perturbed.detach().requires_grad_(True)
         logits = logits_of(model, perturbed)
-        value = objective(logits, labels, reference)
-        gradient = torch.autograd.grad(value.sum(), perturbed)[0]
-    return gradient, logits.detach(), value.detach()
+        leaf = logits.detach().requires_grad_(True)
+        value = objective(leaf, labels, reference)
+        slope = torch.autograd.grad(value.sum(), leaf)[0]
+        size = slope.abs().amax(dim=1)
+        usable = torch.isfinite(size) & (size > 0)
+        exponent = torch.frexp(size.where(usable, torch.ones_like(size))).exponent.clamp(-100, 100)
+        gradient = torch.autograd.grad(logits, perturbed, torch.ldexp(slope, -exponent[:, None]))[0]
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return torch.ldexp(gradient, per_image(exponent, gradient)), logits.detach(), value.detach()

@@ -147,6 +147,7 @@ class FGSM(Attack):
     eps: float = 8 / 255
     norm: str = "linf"
     objective: str = "ce"
+    folds_batchnorm = False  # a single pass
 
     def __post_init__(self):
         self._as_pgd()

@@ -1,0 +1,111 @@
+"""What many devices would give: memory of an RT-ER step, traffic per step and expected efficiency, on paper.
+
+    python training/benchmarks/speed_scale.py --width 1 --batch_size 128 --gpus 1 8 64
+
+Counted on this machine: parameters, arithmetic per image, and the bytes that a forward keeps for the backward; the
+latter on two small batches, which predict a third. Assumed, as arguments: what a device achieves and what the links
+carry. Memory of a step: 4 bytes * parameters * (weight + gradient + momentum + weight folded for the attack) + kept
+bytes per image * images in the loss (three per training image). Traffic: each process sends and receives
+2 * (N - 1) / N times the gradients. Nothing of it is taken to overlap with the backward, so the efficiency is a floor.
+"""
+
+import argparse
+import json
+
+import torch
+import torch.nn.functional as F
+from speed_timing import create_moe, create_parser, even_routes, random_batch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_dualmoe.attack_primitives import ce_objective, frozen, value_and_gradient
+from hf_dualmoe.environment import describe_environment
+
+COPIES = 4  # of the parameters: weights, gradients, momentum, weights folded for the attack
+ROWS = 3  # images in the loss per training image: attacked, clean, attacked second expert
+
+
+def kept_bytes(model: nn.Module, batch_size: int, args: argparse.Namespace) -> int:
+    """Bytes that a forward in training mode keeps for the backward, beside the parameters."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # else its address could be given again
+        return tensor
+
+    images, labels = random_batch(args, batch_size)
+    routes = even_routes(batch_size, model.config.num_experts, args.device)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        F.cross_entropy(model.train()(images, expert_index=routes).logits, labels)
+    return sum(kept.values())
+
+
+def memory_fit(model: nn.Module, args: argparse.Namespace) -> dict:
+    """Kept bytes per image and per step from two batches, and how well they predict a third one twice as large."""
+    sizes = [args.probe_batch, 2 * args.probe_batch, 4 * args.probe_batch]
+    found = [kept_bytes(model, size, args) for size in sizes]
+    per_image = (found[1] - found[0]) / (sizes[1] - sizes[0])
+    predicted = found[0] + per_image * (sizes[2] - sizes[0])
+    return {"per_image": per_image, "batch": sizes[2], "measured": found[2], "error": predicted / found[2] - 1}
+
+
+def flops_per_image(model: nn.Module, args: argparse.Namespace) -> float:
+    """Arithmetic of one RT-ER step per training image: two attacks, then forward and backward of three images."""
+    images, labels = random_batch(args, args.probe_batch)
+    routes = even_routes(len(images), model.config.num_experts, args.device)
+    # times 1: the counter cannot follow a leaf into a module
+    with FlopCounterMode(display=False) as attack, torch.no_grad(), frozen(model):
+        value_and_gradient(lambda x: model(x * 1, expert_index=routes), images, labels, ce_objective)
+    with FlopCounterMode(display=False) as loss:
+        F.cross_entropy(model.train()(images, expert_index=routes).logits, labels).backward()
+    return (2 * args.steps * attack.get_total_flops() + ROWS * loss.get_total_flops()) / len(images)
+
+
+def plan(parameters: int, flops: float, gpus: int, args: argparse.Namespace) -> dict:
+    """One line of the plan: traffic and time of a step on `gpus` devices."""
+    traffic = 2 * (gpus - 1) / gpus * 4 * parameters
+    link = args.link_gb_per_second if gpus <= args.gpus_per_machine else args.network_gb_per_second
+    compute, exchange = flops * args.batch_size / (args.achieved_tflops * 1e12), traffic / (link * 1e9)
+    efficiency = compute / (compute + exchange)
+    line = {"gpus": gpus, "gb_per_step": traffic / 1e9, "compute_s": compute, "exchange_s": exchange}
+    return line | {"efficiency": efficiency, "images_per_second": gpus * args.batch_size / (compute + exchange)}
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = create_parser(__doc__, "speed_scale")
+    add = parser.add_argument
+    add("--num_experts", type=int, default=4)
+    add("--steps", type=int, default=10)
+    add("--probe_batch", type=int, default=8, help="images of the smallest batch that is counted")
+    add("--gpus", type=int, nargs="+", default=[1, 8, 64])
+    add("--gpus_per_machine", type=int, default=8)
+    add("--achieved_tflops", type=float, default=100.0, help="assumed arithmetic rate of a device, in 1e12 per second")
+    add("--link_gb_per_second", type=float, default=300.0, help="assumed, between devices of a machine")
+    add("--network_gb_per_second", type=float, default=40.0, help="assumed, per device between machines")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    model = create_moe(args, args.num_experts)
+    parameters, memory = sum(p.numel() for p in model.parameters()), memory_fit(model, args)
+    flops = flops_per_image(model, args)
+    peak = 4 * parameters * COPIES + memory["per_image"] * ROWS * args.batch_size
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "render")}
+    result = {"settings": settings, "environment": describe_environment(args.device), "parameters": parameters}
+    result |= {"kept": memory, "gflops_per_image": flops / 1e9, "predicted_step_gb": peak / 1e9}
+    result["plan"] = [plan(parameters, flops, gpus, args) for gpus in args.gpus]
+    print(
+        f"{parameters / 1e6:.1f}M parameters, {flops / 1e9:.1f} GFLOPs per image and step, {peak / 1e9:.2f} GB a step"
+    )
+    print(f"kept bytes of a batch of {memory['batch']} predicted within {100 * memory['error']:+.1f} %")
+    for line in result["plan"]:
+        print(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
