@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .attack_primitives import kl_objective, logits_of
 from .attacks import frozen
+from .batchnorm_folding import folded
 
 SECOND_TERMS = ("kl", "ce")
 SECOND_ATTACKS = ("own", "shared")
@@ -169,13 +170,21 @@ class RTERBatch:
 
     Args:
         attacked: (B, C, H, W) images that attack the whole mixture.
-        images: (N, C, H, W) all images of one forward: attacked, clean (KL only), attacked second expert.
-        expert_index: (N,) the expert of each, -1 where the router decides.
+        images: (N, C, H, W) all images of one forward: attacked, clean (KL only), and those that attack the second
+            expert, where they are others.
+        expert_index: (N,) the expert of each, -1 where the router decides; None: it decides all.
+        extra_expert_index: (N,) where the attack is shared, the second expert for the attacked images, -1 for others.
     """
 
     attacked: Tensor
     images: Tensor
-    expert_index: Tensor
+    expert_index: Tensor | None = None
+    extra_expert_index: Tensor | None = None
+
+    @property
+    def experts(self) -> dict[str, Tensor | None]:
+        """Which experts to run, as arguments of the model's forward."""
+        return {"expert_index": self.expert_index, "extra_expert_index": self.extra_expert_index}
 
 
 def craft_rt_er(
@@ -194,29 +203,44 @@ def craft_rt_er(
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
-    with frozen(model):
+    with frozen(model), folded(model, images):
         with torch.no_grad():
             second = second_expert(model.route(images))
         attacked = attack(model, images, labels)
-        attacked_second = attacked
+        routed = torch.full_like(second, -1)
+        clean = [(images, second)] if second_term == "kl" else []
         if second_attack == "own":
             attacked_second = attack(lambda x: model(x, expert_index=second), images, labels)
-    routed = torch.full_like(second, -1)
-    clean = [(images, second)] if second_term == "kl" else []
-    parts = [(attacked, routed), *clean, (attacked_second, second)]
-    return RTERBatch(attacked, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+            parts = [(attacked, routed), *clean, (attacked_second, second)]
+            return RTERBatch(attacked, *(torch.cat(part) for part in zip(*parts, strict=True)))
+    if not clean:
+        return RTERBatch(attacked, attacked, extra_expert_index=second)
+    whole, experts = torch.cat([attacked, images]), torch.cat([routed, second])
+    return RTERBatch(attacked, whole, experts, extra_expert_index=torch.cat([second, routed]))
 
 
 def rt_er_terms(
-    logits: Tensor, labels: Tensor, *, beta: float, second_term: str, label_smoothing: float = 0.0
+    logits: Tensor,
+    extra_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    beta: float,
+    second_term: str,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The RT-ER loss from the logits (N, classes) of an `RTERBatch`: loss, named terms, whole-model logits."""
+    """The RT-ER loss of an `RTERBatch`: loss, named terms, whole-model logits.
+
+    Args:
+        logits: (N, classes) of the batch's images.
+        extra_logits: (N, classes) of the extra experts; None where the second expert has attacked images of its own.
+    """
     parts = logits.split(len(labels))
+    attacked_second = parts[-1] if extra_logits is None else extra_logits[: len(labels)]
     robust_ce = cross_entropy(parts[0], labels, label_smoothing)
     if second_term == "kl":
-        expert = kl_divergence(parts[2], parts[1])
+        expert = kl_divergence(attacked_second, parts[1])
     else:
-        expert = cross_entropy(parts[1], labels, label_smoothing)
+        expert = cross_entropy(attacked_second, labels, label_smoothing)
     return robust_ce + beta * expert, {"robust_ce": robust_ce, f"expert_{second_term}": expert}, parts[0]
 
 
@@ -242,7 +266,8 @@ def rt_er_loss(
         attack: Called as `attack(classifier, images, labels)`, once for the mixture and once for the second expert.
         beta: Weight of the expert term (paper: 6).
         second_term: "kl" (paper) or "ce": CE(f_s(x + delta_s), y), which needs no clean image.
-        second_attack: "own" (paper), or "shared": use delta for delta_s, at half the cost.
+        second_attack: "own" (paper), or "shared": use delta for delta_s, at half the cost; the trunk then sees these
+            images once, and with all experts mixed the second expert costs nothing more.
 
     Other arguments are those of `standard_loss`.
 
@@ -250,10 +275,9 @@ def rt_er_loss(
         ValueError: The model has a single expert, or an option is unknown.
     """
     batch = craft_rt_er(model, images, labels, attack=attack, second_term=second_term, second_attack=second_attack)
-    output = (forward or model)(batch.images, expert_index=batch.expert_index)
-    loss, terms, attacked_logits = rt_er_terms(
-        output.logits, labels, beta=beta, second_term=second_term, label_smoothing=label_smoothing
-    )
+    output = (forward or model)(batch.images, **batch.experts)
+    settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}
+    loss, terms, attacked_logits = rt_er_terms(output.logits, output.extra_logits, labels, **settings)
     return _finish(model, output, loss, terms, **_report(batch.attacked, attacked_logits, output))
 
 
@@ -293,10 +317,9 @@ def jtdmoe_loss(
     )
     with torch.no_grad(), frozen(model.robust):
         clean_robust_logits = logits_of(model.robust, images)
-    output = (forward or model)(images, robust_pixel_values=batch.images, expert_index=batch.expert_index)
-    lower, terms, attacked_logits = rt_er_terms(
-        output.robust_logits, labels, beta=beta, second_term=second_term, label_smoothing=label_smoothing
-    )
+    output = (forward or model)(images, robust_pixel_values=batch.images, **batch.experts)
+    settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}
+    lower, terms, attacked_logits = rt_er_terms(output.robust_logits, output.robust_extra_logits, labels, **settings)
     mixed = model.mix(output.standard_logits, clean_robust_logits, alpha)
     upper = cross_entropy(mixed, labels, label_smoothing)
     terms["dual_ce"] = upper

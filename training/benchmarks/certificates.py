@@ -1,55 +1,59 @@
 """Certified accuracy of 1-Lipschitz networks, mixtures of them, and dual models with a free standard model.
 
 python training/benchmarks/certificates.py --dataset_name digits
-python training/benchmarks/certificates.py --dataset_name path/to/cifar10 --seeds 0 1 2     # on a GPU
+python training/benchmarks/certificates.py --dataset_name path/to/cifar10 --preset cifar10_cpu --use_cpu
+python training/benchmarks/certificates.py --dataset_name path/to/cifar10                   # on a GPU
 python training/benchmarks/certificates.py --dataset_name digits --arms single mixture      # some arms only
+python training/benchmarks/certificates.py --dataset_name digits --render                   # keep the results
 
-Arms: `single` (one 1-Lipschitz network), `mixture` (hard-routed mixture of four), `mixture_trained` (the same, also
-trained for route margins), `mixture_soft` (dense mixture of four), `standard` (a free ResNet, F_S). All robust arms
-are trained for logit margins. Every arm takes the same number of steps; a hard-routed mixture costs one network per
-image. The dual models join `standard` with each robust arm along alpha. Certificates are L2 proofs on test images. A
-trained model and a finished measurement are not made again. `results.json` has each run, mean and standard deviation
-over seeds, and whether a dual model keeps 95 % of its F_R's certified accuracy at the first radius while it gains SA;
-`curves.png` has the whole curves.
+Arms: `single` (one 1-Lipschitz network), `mixture` (hard-routed mixture of four), `mixture_free` (with so little load
+balancing that it may use one expert only), `mixture_trained` (also trained for route margins), `mixture_soft` (dense
+mixture of four), `mixture_soft_gate` (also trained for a gate of small Lipschitz constant), `standard` (a free ResNet,
+F_S). All robust arms but `single_plain` are trained for logit margins. Every arm takes the same number of steps; a
+hard-routed mixture costs one network per image. The dual models join `standard` with each robust arm along alpha.
+Certificates are L2 proofs on test images. Which alpha to use is chosen on held-out images: the lowest that keeps 95 %
+of F_R's certified accuracy at the first radius there. A trained model and a finished measurement are not made again.
+`results.json` has each run, mean and standard deviation over seeds; `curves.png` has the curves.
 """
 
 import argparse
 import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
+from certificates_report import gains, plot, render, render_table, summarise
 from transformers import set_seed
 
 from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClassification
-from hf_dualmoe.certification_report import CertificationReport, certify_dataset
+from hf_dualmoe.certification_report import certify_dataset
 from hf_dualmoe.certified_training import certified_loss
-from hf_dualmoe.data import DataSplits, load_splits
+from hf_dualmoe.data import DataSplits, load_splits, to_unit_range
 from hf_dualmoe.environment import describe_environment, write_text
-from hf_dualmoe.plots import new_axes
 from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
 
 ALPHAS = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
-KEPT = 0.95  # of F_R's certified accuracy at the first radius: the goal
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "radii": [0.1, 0.25, 0.5],
+        "train_radius": 0.5,
         "backbone": "lipschitz_mlp",
-        "backbone_kwargs": {"hidden_sizes": [256, 256], "logit_scale": 8.0},
-        "standard": {"backbone": "resnet18", "stem": "cifar", "width": [16, 32, 64, 64]},
-        "epochs": 60,
+        "backbone_kwargs": {"hidden_sizes": [128, 128], "logit_scale": 32.0},
+        "standard": {"backbone": "resnet18", "stem": "cifar", "width": [8, 16, 32, 32]},
+        "epochs": 40,
         "batch_size": 128,
         "learning_rate": 2e-3,
         "augmentation": {"crop_padding": 0, "horizontal_flip": False},
     },
     "cifar10": {
         "radii": [36 / 255, 72 / 255, 108 / 255],
+        "train_radius": 108 / 255,
         "backbone": "lipschitz_cnn",
-        "backbone_kwargs": {"channels": [32, 128, 256], "depth": 2, "hidden_size": 1024, "logit_scale": 8.0},
+        "backbone_kwargs": {"channels": [32, 128, 256], "depth": 2, "hidden_size": 1024, "logit_scale": 32.0},
         "standard": {"backbone": "resnet18", "stem": "cifar"},
         "epochs": 60,
         "batch_size": 256,
@@ -57,11 +61,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augmentation": {"crop_padding": 4, "horizontal_flip": True},
     },
 }
+PRESETS["cifar10_cpu"] = {
+    **PRESETS["cifar10"],
+    "backbone_kwargs": {"channels": [16, 32, 64, 128], "depth": 1, "hidden_size": 128, "logit_scale": 32.0},
+    "standard": {"backbone": "resnet18", "stem": "cifar", "width": [8, 16, 32, 64]},
+    "epochs": 8,
+    "max_train_samples": 10_000,
+    "num_images": 2_000,
+    "arms": ["single", "mixture", "mixture_trained", "standard"],
+    "augmentation": {"crop_padding": 2, "horizontal_flip": True},
+}
 ARMS: dict[str, dict[str, Any]] = {
-    "single": {"num_experts": 1, "margin_weight": 1.0},
-    "mixture": {"num_experts": 4, "margin_weight": 1.0},
-    "mixture_trained": {"num_experts": 4, "margin_weight": 1.0, "route_weight": 0.3},
-    "mixture_soft": {"num_experts": 4, "router_top_k": 4, "margin_weight": 1.0, "gate_weight": 0.01},
+    "single_plain": {"num_experts": 1, "margin_weight": 0.0},
+    "single": {"num_experts": 1},
+    "mixture_free": {"num_experts": 4},
+    "mixture": {"num_experts": 4, "router_aux_loss_coef": 1.0},
+    "mixture_trained": {"num_experts": 4, "router_aux_loss_coef": 1.0, "route_weight": 0.3},
+    "mixture_soft": {"num_experts": 4, "router_top_k": 4},
+    "mixture_soft_gate": {"num_experts": 4, "router_top_k": 4, "gate_weight": 0.01},
     "standard": {"num_experts": 1},
 }
 
@@ -73,41 +90,57 @@ def create_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dataset_name", default="digits", help="digits, or CIFAR-10: a Hub id, a folder or a parquet file.")
     add("--preset", choices=PRESETS, help="Settings; default: digits for digits, cifar10 otherwise.")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="What to train.")
+    add("--arms", nargs="+", choices=ARMS, help="What to train; default: those of the preset, or all.")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of initialisation, batches and augmentation.")
     add("--epochs", type=float, help="Instead of the preset's.")
     add("--logit_scale", type=float, help="Instead of the preset's.")
-    add("--train_radius", type=float, help="Radius asked for in training, in pixel units; default: twice the first.")
+    add("--train_radius", type=float, help="Radius asked for in training, in pixel units, instead of the preset's.")
     add("--max_train_samples", type=int, help="Use fewer training images.")
-    add("--num_images", type=int, help="Certify fewer test images.")
-    add("--output_dir", type=Path, default=Path("outputs/certificates"), help="Where everything goes.")
+    add("--num_images", type=int, help="Certify fewer test images, and held-out images.")
+    add("--output_dir", type=Path, help="Where everything goes; default: outputs/certificates-<preset>.")
     add("--use_cpu", action="store_true", help="Train on the CPU even where there is a GPU.")
+    add("--render", action="store_true", help="Run nothing: keep the results there are, and the table in the README.")
     return parser
 
 
-def main() -> None:
-    args = create_parser().parse_args()
-    preset = dict(PRESETS[args.preset or ("digits" if args.dataset_name == "digits" else "cifar10")])
-    preset["epochs"] = args.epochs or preset["epochs"]
-    if args.logit_scale is not None:
-        preset["backbone_kwargs"] = {**preset["backbone_kwargs"], "logit_scale": args.logit_scale}
-    preset["train_radius"] = args.train_radius or 2 * preset["radii"][0]
-    limit = {} if args.dataset_name == "digits" else {"max_train_samples": args.max_train_samples}
-    data = load_splits(args.dataset_name, **limit)
+def main(arguments: list[str] | None = None) -> int:
+    args = create_parser().parse_args(arguments)
+    name = args.preset or ("digits" if args.dataset_name == "digits" else "cifar10")
+    args.output_dir = args.output_dir or Path("outputs") / f"certificates-{name}"
+    if args.render:
+        return render(name, args.output_dir)
+    preset = settings_of(name, args)
+    data = load_splits(args.dataset_name, max_train_samples=preset.get("max_train_samples"))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     check_same_settings(args.output_dir / "settings.json", {"dataset_name": args.dataset_name, **preset})
+    arms = args.arms or preset.get("arms", list(ARMS))
     runs: list[dict[str, Any]] = []
     for seed in args.seeds:
-        models = {arm: train(arm, seed, preset, data, args) for arm in args.arms}
+        models = {arm: train(arm, seed, preset, data, args) for arm in arms}
         for arm, (model, seconds) in models.items():
-            runs.append(measure(arm, model, seed, preset, data, args) | {"train_seconds": seconds})
+            run = measure(arm, model, seed, preset, data, args)
+            size, load = sum(p.numel() for p in model.parameters()), expert_load(model, data)
+            runs.append({**run, "parameters": size, "expert_load": load, "train_seconds": seconds})
             if arm != "standard" and "standard" in models:
                 dual = DualMoEForImageClassification.from_models(models["standard"][0], model, alpha=0.8)
                 runs.append(measure(f"dual_{arm}", dual.eval(), seed, preset, data, args))
             save(args.output_dir, runs, preset, data, args)
-    print(table(summarise(runs), preset["radii"]))
-    plot(runs, args.output_dir / "curves.png", data.name, preset["radii"])
+    results = save(args.output_dir, runs, preset, data, args)
+    print(render_table(results))
+    plot(results, args.output_dir / "curves.png")
     print(f"\nSaved to {args.output_dir}: results.json, curves.png")
+    return 0
+
+
+def settings_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """A preset with what the command line changes in it."""
+    preset = dict(PRESETS[name])
+    for key in ("epochs", "train_radius", "max_train_samples", "num_images"):
+        if getattr(args, key) is not None:
+            preset[key] = getattr(args, key)
+    if args.logit_scale is not None:
+        preset["backbone_kwargs"] = {**preset["backbone_kwargs"], "logit_scale": args.logit_scale}
+    return preset
 
 
 def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -124,17 +157,16 @@ def moe_config(arm: str, preset: dict[str, Any], data: DataSplits) -> MoEConfig:
     names = {"id2label": dict(enumerate(data.class_names))}
     names["label2id"] = {name: i for i, name in names["id2label"].items()}
     network = preset["standard"] if arm == "standard" else {k: preset[k] for k in ("backbone", "backbone_kwargs")}
-    routing = {k: v for k, v in ARMS[arm].items() if k in ("num_experts", "router_top_k")}
+    routing = {k: v for k, v in ARMS[arm].items() if not k.endswith("_weight")}
     return MoEConfig(
         **names,
         **network,
-        **routing,
+        **{"router_aux_loss_coef": 0.1, **routing},
         image_size=data.image_size,
         num_channels=data.num_channels,
         image_mean=[round(value, 4) for value in mean],
         image_std=0.5,
         router="pooled",
-        router_aux_loss_coef=0.1,
     )
 
 
@@ -169,131 +201,67 @@ def train(
     started = time.perf_counter()
     trainer.train()
     seconds = round(time.perf_counter() - started, 1)
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped).eval()
-    model.save_pretrained(folder)
+    trainer.accelerator.unwrap_model(trainer.model_wrapped).eval().save_pretrained(folder)
     (folder / "train_seconds.json").write_text(json.dumps(seconds))
-    return model, seconds
+    return MoEForImageClassification.from_pretrained(folder), seconds  # what is measured is what was saved
+
+
+@torch.no_grad()
+def expert_load(model: MoEForImageClassification, data: DataSplits) -> list[float] | None:
+    """Share of the test images, in %, for which each expert is the first choice; None for one network."""
+    if model.config.num_experts == 1:
+        return None
+    batches = data.test.images.to(model.device).split(500)
+    first = torch.cat([model.route(to_unit_range(images)).argmax(dim=1) for images in batches])
+    return (100 * first.bincount(minlength=model.config.num_experts).double() / len(first)).tolist()
 
 
 def measure(
     name: str, model: torch.nn.Module, seed: int, preset: dict[str, Any], data: DataSplits, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Certify a model on the test images; for a dual model along alpha."""
+    """Certify a model on the test images and on the held-out ones; for a dual model along alpha."""
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
     folder = args.output_dir / f"{name}-seed{seed}"
-    report: CertificationReport = certify_dataset(
-        model.to(device).eval(),
-        data.test,
-        radii=preset["radii"],
-        alphas=ALPHAS,
-        num_images=args.num_images,
-        dataset_name=data.name,
-        path=folder / "certificates.json",
-        resume_dir=folder / "certificates",
-    )
-    entries = [entry for entry in report.entries if name == "standard" or not entry["name"].endswith("alone")]
-    return {"arm": name, "seed": seed, "entries": entries, "failures": report.failures}
-
-
-# --- what comes out --------------------------------------------------------------------------------------------------
-
-
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of SA and certified accuracy, per arm and alpha, with the goal."""
-    groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
-    for run in runs:
-        for entry in run["entries"]:
-            groups.setdefault((run["arm"], entry["alpha"]), []).append(entry)
-
-    def spread(values: list[float]) -> dict[str, float | None]:
-        return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
-
-    rows = []
-    for (arm, alpha), entries in groups.items():
-        certified = [entry["certified"] for entry in entries]
-        known = all(values is not None for values in certified)
-        rows.append(
-            {
-                "arm": arm,
-                "alpha": alpha,
-                "seeds": len(entries),
-                "sa": spread([entry["sa"] for entry in entries]),
-                "certified": [spread(list(values)) for values in zip(*certified, strict=True)] if known else None,
-            }
+    run: dict[str, Any] = {"arm": name, "seed": seed, "failures": {}}
+    for key, images in (("entries", data.test), ("held_out", data.validation)):
+        limit = preset.get("num_images")
+        report = certify_dataset(
+            model.to(device).eval(),
+            images,
+            radii=preset["radii"],
+            alphas=ALPHAS,
+            num_images=None if limit is None else min(limit, len(images)),
+            dataset_name=data.name,
+            path=folder / f"certificates_{key}.json",
+            resume_dir=folder / f"measurements_{key}",
         )
-    alone = {row["arm"]: row for row in rows if row["alpha"] is None}
-    for row in rows:
-        base = alone.get(row["arm"].removeprefix("dual_"))
-        if row["alpha"] is None or base is None or not row["certified"] or not base["certified"]:
-            continue
-        if base["certified"][0]["mean"] > 0:
-            row["kept"] = row["certified"][0]["mean"] / base["certified"][0]["mean"]
-            row["sa_gain"] = row["sa"]["mean"] - base["sa"]["mean"]
-            row["goal_reached"] = row["kept"] >= KEPT and row["sa_gain"] > 0
-    return rows
+        run[key] = [entry for entry in report.entries if not entry["name"].endswith("alone")]
+        run["failures"] |= report.failures
+    run["held_out"] = [{k: entry[k] for k in ("alpha", "sa", "certified")} for entry in run["held_out"]]
+    return run
 
 
 def save(
     folder: Path, runs: list[dict[str, Any]], preset: dict[str, Any], data: DataSplits, args: argparse.Namespace
-) -> None:
-    """Bring results.json up to date."""
+) -> dict[str, Any]:
+    """Bring results.json up to date; its content."""
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
+    limit = preset.get("num_images") or len(data.test)
     results = {
-        "dataset": {
-            "name": data.name,
-            "train_images": len(data.train),
-            "test_images": args.num_images or len(data.test),
-        },
+        "dataset": {"name": data.name, "train_images": len(data.train), "test_images": min(limit, len(data.test))},
         "norm": "l2",
         "radii": preset["radii"],
         "settings": preset,
-        "arms": {name: ARMS[name] for name in args.arms},
-        "seeds": args.seeds,
+        "arms": {name: ARMS[name] for name in dict.fromkeys(run["arm"] for run in runs) if name in ARMS},
+        "seeds": sorted({run["seed"] for run in runs}),
         "summary": summarise(runs),
+        "gains": gains(runs),
         "runs": runs,
         "environment": describe_environment(device),
     }
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-
-
-def table(rows: list[dict[str, Any]], radii: list[float]) -> str:
-    """The summary as text."""
-    lines = [f"{'arm':<24}{'alpha':>7}{'SA %':>15}" + "".join(f"{f'L2 {r:.3f}':>15}" for r in radii) + f"{'kept':>8}"]
-    for row in rows:
-        values = [row["sa"], *(row["certified"] or [None] * len(radii))]
-        cells = ["-" if value is None else spread_text(value) for value in values]
-        kept = f"{100 * row['kept']:.1f} %" if "kept" in row else ""
-        alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
-        lines.append(f"{row['arm']:<24}{alpha:>7}" + "".join(f"{cell:>15}" for cell in cells) + f"{kept:>8}")
-    return "\n".join(lines)
-
-
-def spread_text(value: dict[str, float | None]) -> str:
-    """A mean, with its standard deviation where there are several seeds."""
-    return f"{value['mean']:.2f}" + ("" if value["std"] is None else f" ± {value['std']:.2f}")
-
-
-def plot(runs: list[dict[str, Any]], path: Path, name: str, radii: list[float]) -> None:
-    """Certified accuracy against the radius: each arm without a dial, one line per seed."""
-    figure, axes = new_axes(7.2, 4.4)
-    arms = [arm for arm in dict.fromkeys(run["arm"] for run in runs) if not arm.startswith("dual_")]
-    colours = dict(zip(arms, ("#3b6fb6", "#d1495b", "#2e8b57", "#e08e0b", "#555555"), strict=False))
-    for run in runs:
-        for entry in run["entries"] if run["arm"] in colours else ():
-            if entry["curve"]:
-                x, y = entry["curve"]["radius"], entry["curve"]["accuracy"]
-                label = run["arm"] if run["seed"] == runs[0]["seed"] else None
-                axes.plot([*x, x[-1]], [*y, 0], color=colours[run["arm"]], linewidth=1.2, alpha=0.8, label=label)
-    for radius in radii:
-        axes.axvline(radius, color="#bbbbbb", linewidth=0.8, zorder=0)
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("L2 radius, pixel units in [0, 1]")
-    axes.set_ylabel("certified accuracy, %")
-    axes.set_title(f"Certified accuracy on {name}, one line per seed")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path)
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

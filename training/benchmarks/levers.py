@@ -271,10 +271,9 @@ def attacked_jtdmoe_loss(
         mild = small(lambda x: model(x, alpha=alpha), images, labels)
         with torch.no_grad():
             robust_logits = model.robust(mild).logits
-    output = (forward or model)(mild, robust_pixel_values=batch.images, expert_index=batch.expert_index)
-    lower, terms, attacked_logits = rt_er_terms(
-        output.robust_logits, labels, beta=beta, second_term=second_term, label_smoothing=label_smoothing
-    )
+    output = (forward or model)(mild, robust_pixel_values=batch.images, **batch.experts)
+    settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}
+    lower, terms, attacked_logits = rt_er_terms(output.robust_logits, output.robust_extra_logits, labels, **settings)
     upper = cross_entropy(model.mix(output.standard_logits, robust_logits, alpha), labels, label_smoothing)
     terms |= {"dual_ce": upper, "aux": output.aux_loss}
     return LossOutput(

@@ -2,7 +2,7 @@
 
 python training/benchmarks/results_page.py
 
-Reads results/study_*.json, which `study.py --render` keeps, and results/public_numbers.json with what others published.
+Reads results/study_*.json, which `study.py --render` keeps, and results/public_numbers.json, what others published.
 """
 
 import json
