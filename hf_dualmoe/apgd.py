@@ -14,8 +14,11 @@ from .attack_primitives import (
     Classifier,
     Objective,
     ce_objective,
+    check_effort,
     check_eps,
     check_logits,
+    check_objective,
+    check_seed,
     logits_of,
     margin_objective,
     per_image,
@@ -250,12 +253,10 @@ class APGD(Attack):
 
     def __post_init__(self):
         check_eps(self.eps, self.norm)
-        if self.objective not in APGD_OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is not one of {', '.join(map(repr, APGD_OBJECTIVES))}.")
-        for name in ("steps", "restarts", "target_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1.")
-        if not 0 <= self.rho <= 1:
+        check_objective(self.objective, APGD_OBJECTIVES)
+        check_seed(self.seed)
+        check_effort(steps=self.steps, restarts=self.restarts, target_classes=self.target_classes)
+        if not isinstance(self.rho, (int, float)) or not 0 <= self.rho <= 1:
             raise ValueError(f"rho={self.rho!r} must be in [0, 1].")
 
     def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:

@@ -4,8 +4,9 @@ Images are floats in [0, 1] and radii count in the same units. `model` is any ca
 transformers output that carries `logits`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -99,10 +100,29 @@ def check_eps(eps: float, norm: str) -> None:
     """Raise a ValueError unless `eps` is a radius of `norm` in [0, 1] pixel units."""
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is not one of {', '.join(map(repr, NORMS))}.")
-    if not 0 <= eps < float("inf"):  # also false for NaN
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps < float("inf"):  # also false for NaN
         raise ValueError(f"eps={eps!r} must be a finite radius >= 0 in [0, 1] pixel units.")
     if norm == "linf" and eps > 1:
         raise ValueError(f"eps={eps!r} is larger than the whole pixel range [0, 1]; did you mean {eps:g}/255?")
+
+
+def check_objective(objective: str, allowed: Iterable[str]) -> None:
+    """Raise a ValueError unless `objective` is one of the `allowed` names."""
+    if not isinstance(objective, str) or objective not in allowed:
+        raise ValueError(f"objective={objective!r} is not one of {', '.join(map(repr, allowed))}.")
+
+
+def check_effort(**counts: int) -> None:
+    """Raise a ValueError that names the first argument that is no integer of at least 1."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}={count!r} must be an integer of at least 1.")
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise a ValueError unless `seed` is an integer or None."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(f"seed={seed!r} must be an integer.")
 
 
 def check_batch(images: Tensor, labels: Tensor) -> None:
@@ -294,9 +314,9 @@ def value_and_gradient(
         leaf = logits.detach().requires_grad_(True)
         value = objective(leaf, labels, reference)
         slope = torch.autograd.grad(value.sum(), leaf)[0]
-        size = slope.abs().amax(dim=1)
+        size = slope.abs().view(len(slope), -1).amax(dim=1)  # logits may be (B,): some surrogates have one value
         usable = torch.isfinite(size) & (size > 0)
         exponent = torch.frexp(size.where(usable, torch.ones_like(size))).exponent.clamp(-100, 100)
-        gradient = torch.autograd.grad(logits, perturbed, torch.ldexp(slope, -exponent[:, None]))[0]
+        gradient = torch.autograd.grad(logits, perturbed, torch.ldexp(slope, per_image(-exponent, slope)))[0]
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return torch.ldexp(gradient, per_image(exponent, gradient)), logits.detach(), value.detach()

@@ -18,8 +18,11 @@ from .attack_primitives import (
     OBJECTIVES,
     Attack,
     Classifier,
+    check_effort,
     check_eps,
     check_logits,
+    check_objective,
+    check_seed,
     checked,
     frozen,
     logits_of,
@@ -66,12 +69,11 @@ class PGD(Attack):
 
     def __post_init__(self):
         check_eps(self.eps, self.norm)
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is not one of {', '.join(map(repr, OBJECTIVES))}.")
-        for name in ("steps", "restarts"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least 1.")
-        if self.step_size is not None and not 0 < self.step_size < float("inf"):
+        check_objective(self.objective, OBJECTIVES)
+        check_effort(steps=self.steps, restarts=self.restarts)
+        check_seed(self.seed)
+        step_size = self.step_size
+        if step_size is not None and not (isinstance(step_size, (int, float)) and 0 < step_size < float("inf")):
             raise ValueError(f"step_size={self.step_size!r} must be finite and > 0, in the units of eps.")
         if self.objective == "kl" and not self.random_start and self.eps > 0:
             raise ValueError("objective='kl' has no gradient at the image itself; it needs random_start=True.")

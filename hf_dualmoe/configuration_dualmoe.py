@@ -6,10 +6,13 @@ This file travels to the Hub as remote code together with `modeling_dualmoe.py`;
 Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach*, https://arxiv.org/abs/2502.06832
 """
 
-import math
+from dataclasses import fields
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1  # raise it when an older hf_dualmoe could no longer read the config rightly
 STEMS = ("cifar", "default")
@@ -17,34 +20,123 @@ ROUTERS = ("linear", "pooled", "conv", "features")
 MIXINGS = ("probs", "logits")
 LOGIT_MAP_KEYS = {"scale", "clamp", "power"}
 
+# A config may come from a stranger. These limits are far above any sensible model, and low enough that what a config
+# asks for is refused before it exhausts the memory; `check_model_size` in modeling_dualmoe.py counts the parameters.
+MAX_SIZES = {
+    **{"image_size": 4096, "backbone_image_size": 4096, "router_pool_size": 4096},
+    **{"num_channels": 1024, "num_experts": 1024, "router_top_k": 1024, "shared_stages": 1024, "num_labels": 200_000},
+}
+MAX_WIDTH = 100  # multiplier of the stage channels
+MAX_NUMBER = 100_000  # of anything in backbone_kwargs, width, or the config of another kind of model
+MAX_ITEMS = 1_000  # in those
+MAX_NESTING = 8  # levels of dicts and lists in those
+MAX_TEXT = 200  # letters of a name, or of a value in a message
+MIN_STD = 1e-6  # in [0, 1] pixel units; dividing by less would overflow
+# keys by which a config could make timm or transformers read files, use the network or run other people's code
+LOADING_KEYS = {
+    *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "custom_load"),
+    *("use_pretrained_backbone", "trust_remote_code", "transformers_weights", "quantization_config"),
+    *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
+}
+OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+
+
+def shown(value: Any) -> str:
+    """What an error message says of a value: at most `MAX_TEXT` letters, and no endless numbers."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "an integer beyond 10**30"
+    try:
+        text = repr(value)
+    except Exception:  # an integer too long to print inside a list, or a broken __repr__
+        return f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number that fits into float32; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e38 < value < 1e38
+
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise a ValueError that names the field, the value and the choices."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(repr, allowed))}.")
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
-    """Raise a ValueError unless `value` is a number with low <= value <= high."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and value >= low and (high is None or value <= high)):
+    """Raise a ValueError unless `value` is a finite number with low <= value <= high."""
+    if not (is_number(value) and value >= low and (high is None or value <= high)):
         allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name}={value!r} must be a number {allowed}.")
+        raise ValueError(f"{name}={shown(value)} must be a number {allowed}.")
 
 
 def check_count(name: str, value: int, low: int, high: int | None = None) -> None:
     """Raise a ValueError unless `value` is an integer with low <= value <= high."""
     if not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} must be an integer.")
-    check_range(name, value, low, high)
+        raise ValueError(f"{name}={shown(value)} must be an integer.")
+    if high is not None and is_number(value) and value > high:
+        raise ValueError(f"{name}={shown(value)} must be at most {high}.")
+    check_range(name, value, low)
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise a ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={shown(value)} must be True or False.")
+
+
+def check_loads_nothing(name: str, value: Any, skip: tuple[str, ...] = (), depth: int = 0) -> None:
+    """Refuse a value that could make timm or transformers load something, or build something huge.
+
+    Args:
+        name: Its name in the config.
+        value: Plain data: text, numbers, lists and dicts of them; other objects are left alone.
+        skip: Keys of dicts that are not looked at.
+        depth: Levels above `value`.
+
+    Raises:
+        ValueError: A key of `LOADING_KEYS`, text that names something on the Hub, a number beyond `MAX_NUMBER`, more
+            than `MAX_ITEMS` items, or nested too deeply.
+    """
+    if depth > MAX_NESTING:
+        raise ValueError(f"{name} is nested too deeply.")
+    if isinstance(value, (int, float)) and not -MAX_NUMBER <= value <= MAX_NUMBER:  # NaN too
+        raise ValueError(f"{name}={shown(value)} must be a number in [-{MAX_NUMBER}, {MAX_NUMBER}].")
+    if isinstance(value, str) and value.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        raise ValueError(f"{name}={shown(value)} would load another model; a config cannot.")
+    elif isinstance(value, (list, tuple, dict)):
+        if len(value) > MAX_ITEMS:
+            raise ValueError(f"{name} has {len(value)} items; at most {MAX_ITEMS} are allowed.")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            harmless = item is None or item is False or (isinstance(item, str) and item in OWN_IMPLEMENTATIONS)
+            if key in skip:
+                continue
+            if key in LOADING_KEYS and not harmless:
+                raise ValueError(f"{name}[{key!r}]={shown(item)} is not allowed: a config cannot load files or code.")
+            check_loads_nothing(f"{name}[{shown(key)}]", item, skip, depth + 1)
+
+
+def check_labels_maps(id2label: Any, label2id: Any) -> None:
+    """Raise a ValueError unless `id2label` names the labels 0, 1, ... and `label2id` gives their numbers, or None."""
+    for name, value in (("id2label", id2label), ("label2id", label2id)):
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{name}={shown(value)} must be a dict, or None.")
+        if value is not None and len(value) > MAX_SIZES["num_labels"]:
+            raise ValueError(f"{name} has {len(value)} labels; at most {MAX_SIZES['num_labels']} are allowed.")
+    if id2label is not None and {str(key) for key in id2label} != {str(i) for i in range(len(id2label))}:
+        raise ValueError(f"id2label={shown(id2label)} must name the labels 0, 1, 2, ... without a gap.")
+    if id2label is not None and not (id2label and all(isinstance(name, str) for name in id2label.values())):
+        raise ValueError(f"id2label={shown(id2label)} must name at least one label, each with a text.")
+    if label2id is not None and not all(is_number(number) for number in label2id.values()):
+        raise ValueError(f"label2id={shown(label2id)} must give each label its number.")
 
 
 def check_format_version(version: int) -> None:
     """Refuse a config that a newer release wrote: reading it half-right would give a silently wrong model."""
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"format_version={version!r}: this config was written by a newer hf_dualmoe; this one reads versions up "
-            f"to {FORMAT_VERSION}. Upgrade hf_dualmoe, or use trust_remote_code=True to load the model's own code."
+            f"format_version={shown(version)}: this config was written by a newer hf_dualmoe; this one reads versions "
+            f"up to {FORMAT_VERSION}. Upgrade hf_dualmoe, or use trust_remote_code=True to load the model's own code."
         )
 
 
@@ -53,19 +145,47 @@ def check_normalisation(name: str, mean: list[float] | None, std: list[float] | 
     if (mean is None) != (std is None):
         raise ValueError(f"{name}_mean={mean!r} and {name}_std={std!r} must be given together.")
     for field, values in ((f"{name}_mean", mean), (f"{name}_std", std)):
+        if values is not None and not isinstance(values, (list, tuple)):
+            raise ValueError(f"{field}={shown(values)} must be a list of numbers.")
         if values is not None and len(values) != num_channels:
             raise ValueError(f"{field} has {len(values)} values but num_channels={num_channels}.")
-        if values is not None and not all(math.isfinite(value) for value in values):
-            raise ValueError(f"{field}={values!r} must be finite.")
-    if std is not None and min(std) <= 0:
-        raise ValueError(f"{name}_std={std!r} must be > 0 in every channel.")
+        if values is not None and not all(is_number(value) for value in values):
+            raise ValueError(f"{field}={shown(values)} must be finite numbers.")
+    if std is not None and min(std) < MIN_STD:
+        raise ValueError(f"{name}_std={shown(std)} must be > 0 (at least {MIN_STD}) in every channel.")
 
 
 class ValidatedConfig(PreTrainedConfig):
-    """A config whose values are also checked when `from_pretrained` overrides them."""
+    """A config whose values are also checked when `from_pretrained` overrides them.
+
+    Keys that are no field are left out, with a warning: transformers itself would set any key of a config.json as an
+    attribute, methods among them.
+    """
+
+    OTHER_KEYS = (  # of a config.json, that are no field of the class
+        *("model_type", "auto_map", "num_labels", "torch_dtype", "output_attentions", "_name_or_path", "name_or_path"),
+        *("_commit_hash", "attn_implementation", "experts_implementation", "custom_pipelines"),
+    )
+
+    def __post_init__(self, **kwargs):
+        known = {*self.OTHER_KEYS, *(field.name for field in fields(type(self)))}
+        if unknown := [key for key in kwargs if key not in known]:
+            names = ", ".join(map(shown, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+            logger.warning(f"{type(self).__name__} has no field {names}; ignored.")
+        kwargs = {key: value for key, value in kwargs.items() if key in known}
+        if kwargs.get("num_labels") is not None:
+            check_count("num_labels", kwargs["num_labels"], 1, MAX_SIZES["num_labels"])
+        check_labels_maps(self.id2label, self.label2id)
+        if str(self.dtype).removeprefix("torch.") not in ("None", "float32", "float64", "float16", "bfloat16"):
+            raise ValueError(f"dtype={shown(self.dtype)} must be 'float32', 'float64', 'float16', 'bfloat16' or None.")
+        super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        for key in LOADING_KEYS & set(config_dict):
+            check_loads_nothing("config", {key: config_dict[key]})
+        if kwargs.get("num_labels") is not None:
+            check_count("num_labels", kwargs["num_labels"], 1, MAX_SIZES["num_labels"])
         result = super().from_dict(config_dict, **kwargs)  # sets overrides as attributes, after __post_init__
         (result[0] if isinstance(result, tuple) else result)._check_fields()
         return result
@@ -134,29 +254,47 @@ class MoEConfig(ValidatedConfig):
         check_format_version(self.format_version)
         check_choice("stem", self.stem, STEMS)
         check_choice("router", self.router, ROUTERS)
-        for name in ("image_size", "num_channels", "num_experts", "router_pool_size"):
-            check_count(name, getattr(self, name), 1)
-        check_count("shared_stages", self.shared_stages, 0)
+        if not isinstance(self.backbone, str) or len(self.backbone) > MAX_TEXT:
+            raise ValueError(f"backbone={shown(self.backbone)} must be the name of a timm model.")
+        if not isinstance(self.backbone_kwargs, (dict, type(None))):
+            raise ValueError(f"backbone_kwargs={shown(self.backbone_kwargs)} must be a dict, or None.")
+        check_loads_nothing("backbone_kwargs", self.backbone_kwargs)
+        for name in ("image_size", "num_channels", "num_experts", "router_pool_size", "router_top_k"):
+            check_count(name, getattr(self, name), 1, MAX_SIZES[name])
+        check_count("shared_stages", self.shared_stages, 0, MAX_SIZES["shared_stages"])
         check_range("router_aux_loss_coef", self.router_aux_loss_coef, 0)
+        check_flag("output_router_logits", self.output_router_logits)
         if self.backbone_image_size is not None:
-            check_count("backbone_image_size", self.backbone_image_size, 1)
-        check_count("router_top_k", self.router_top_k, 1)
+            check_count("backbone_image_size", self.backbone_image_size, 1, MAX_SIZES["backbone_image_size"])
         if self.router_top_k > self.num_experts:
             raise ValueError(f"router_top_k={self.router_top_k} must not exceed num_experts={self.num_experts}.")
         if self.router == "features" and self.shared_stages == 0:
             raise ValueError(
                 "router='features' reads the shared trunk: it needs shared_stages >= 1, got shared_stages=0."
             )
-        if isinstance(self.width, (int, float)):
-            if self.width <= 0:
-                raise ValueError(f"width={self.width!r} must be a multiplier > 0, a list of stage channels, or None.")
+        self._check_width()
         self.image_mean = self._per_channel("image_mean")
         self.image_std = self._per_channel("image_std")
         check_normalisation("image", self.image_mean, self.image_std, self.num_channels)
 
+    def _check_width(self) -> None:
+        width = self.width
+        if isinstance(width, (list, tuple)):
+            check_loads_nothing("width", width)
+            valid = all(isinstance(channels, int) and not isinstance(channels, bool) for channels in width)
+        else:
+            valid = width is None or (is_number(width) and 0 < width <= MAX_WIDTH)
+        if not valid:
+            allowed = f"a multiplier > 0 (at most {MAX_WIDTH}), a list of stage channels, or None"
+            raise ValueError(f"width={shown(width)} must be {allowed}.")
+
     def _per_channel(self, name: str) -> list[float]:
         value = getattr(self, name)
-        return [float(value)] * self.num_channels if isinstance(value, (int, float)) else [float(v) for v in value]
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = [value] * self.num_channels
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}={shown(value)} must be a number, or a list of one number per channel.")
+        return [float(v) if is_number(v) else v for v in value]
 
 
 class DualMoEConfig(ValidatedConfig):
@@ -202,7 +340,7 @@ class DualMoEConfig(ValidatedConfig):
         self.robust = self._component("robust")
         if self.id2label is None and kwargs.get("num_labels") is None:
             kwargs.pop("num_labels", None)  # transformers would build no labels at all from an explicit None
-            self.id2label = dict(self.robust.id2label)
+            self.id2label = dict(self.robust.id2label or {})
             self.label2id = {name: i for i, name in self.id2label.items()}
         self._check_fields()
         super().__post_init__(**kwargs)
@@ -225,21 +363,35 @@ class DualMoEConfig(ValidatedConfig):
         value = getattr(self, name)
         if value is None:
             return MoEConfig()
-        if not isinstance(value, dict):
+        if isinstance(value, PreTrainedConfig):
             return value
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}={shown(value)} must be a config, the dict of one, or None.")
+        check_loads_nothing(name, value, skip=("id2label", "label2id", "pretrained_cfg"))
+        check_labels_maps(value.get("id2label"), value.get("label2id"))
         model_type = value.get("model_type", MoEConfig.model_type)
-        config_class = MoEConfig if model_type == MoEConfig.model_type else type(AutoConfig.for_model(model_type))
-        return config_class.from_dict(value)  # some classes translate what `to_dict` wrote
+        if not isinstance(model_type, str):
+            raise ValueError(f"{name}['model_type']={shown(model_type)} must be text.")
+        try:
+            config_class = MoEConfig if model_type == MoEConfig.model_type else type(AutoConfig.for_model(model_type))
+            return config_class.from_dict(value)  # some classes translate what `to_dict` wrote
+        except Exception as error:  # each config class of transformers checks in its own way, or not at all
+            raise ValueError(f"{name} is no usable config of model_type={shown(model_type)}: {error}") from error
 
     def _check_logit_map(self, name: str) -> None:
         logit_map = getattr(self, name)
         if logit_map is None:
             return
+        if not isinstance(logit_map, dict):
+            raise ValueError(f"{name}={shown(logit_map)} must be a dict, or None.")
         if unknown := set(logit_map) - LOGIT_MAP_KEYS:
-            raise ValueError(f"{name} has unknown keys {sorted(unknown)}; allowed: {sorted(LOGIT_MAP_KEYS)}.")
-        for key in ("scale", "power"):
-            if not logit_map.get(key, 1.0) > 0:
-                raise ValueError(f"{name}[{key!r}]={logit_map[key]!r} must be > 0.")
+            unknown = ", ".join(map(shown, unknown))
+            raise ValueError(f"{name} has unknown keys {unknown}; allowed: {sorted(LOGIT_MAP_KEYS)}.")
+        for key, value in logit_map.items():
+            if not is_number(value):
+                raise ValueError(f"{name}[{key!r}]={shown(value)} must be a finite number.")
+            if key != "clamp" and not value > 0:
+                raise ValueError(f"{name}[{key!r}]={shown(value)} must be > 0.")
 
     @property
     def image_size(self) -> int | None:

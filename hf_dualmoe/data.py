@@ -5,8 +5,10 @@ test sets. Images stay uint8 until `to_unit_range` makes them float in [0, 1]; n
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +28,7 @@ __all__ = [
     "ImageTensorDataset",
     "augment",
     "collate",
+    "count_duplicates",
     "load_digits_splits",
     "load_splits",
     "to_unit_range",
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+LOOK = 1024  # bytes of an image that a search for duplicates looks at first
 
 
 class ImageTensorDataset(Dataset):
@@ -163,6 +167,8 @@ class DataSplits:
     Args:
         name: what `load_splits` was asked for.
         skipped: train / validation / test -> row numbers in its source split of the undecodable images left out.
+        missing_classes: train / validation / test -> names of the classes without an image there.
+        duplicates: validation / test -> number of images that are in train too, to the pixel.
 
     Raises:
         ValueError: the sets differ in class names or image shape.
@@ -173,6 +179,8 @@ class DataSplits:
     test: ImageTensorDataset
     name: str
     skipped: dict[str, list[int]] = field(default_factory=dict)
+    missing_classes: dict[str, list[str]] = field(default_factory=dict)
+    duplicates: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         for role, other in (("validation", self.validation), ("test", self.test)):
@@ -269,6 +277,13 @@ def load_splits(
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"on_bad_image={on_bad_image!r}; allowed are 'raise' and 'skip'")
     limits = {"train": max_train_samples, "validation": max_validation_samples, "test": max_test_samples}
+    for role, limit in limits.items():
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+            raise ValueError(f"max_{role}_samples={limit!r}; allowed are integers >= 1, and None")
+    if not isinstance(validation_fraction, (int, float)):
+        raise ValueError(f"validation_fraction={validation_fraction!r}; allowed is 0 < validation_fraction < 1")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r}; allowed are integers with 0 <= seed < 2**32")
     asked = {"train": train_split, "validation": validation_split, "test": test_split}
     if name == "digits":
         given = {"config_name": config_name, "image_column": image_column, "label_column": label_column}
@@ -285,7 +300,49 @@ def load_splits(
             skipped[role] = bad
         if images.shape[1] == 3:
             num_channels = 3  # a later split may begin with a grey image
-    return DataSplits(**sets, name=name, skipped=skipped)
+    return _with_doubts(DataSplits(**sets, name=name, skipped=skipped))
+
+
+def count_duplicates(train: Tensor, others: Tensor) -> int:
+    """Counts the images of `others` whose pixels are, all of them, those of an image of `train`.
+
+    A first look at the middle `LOOK` bytes of each image leaves few to be hashed as a whole.
+
+    Args:
+        train, others: uint8, shapes (N, C, H, W) and (M, C, H, W).
+    """
+    train_rows, other_rows = train.flatten(1).numpy(), others.flatten(1).numpy()
+    start = max(0, (train_rows.shape[1] - LOOK) // 2)
+    looks = [[hash(row[start : start + LOOK].tobytes()) for row in rows] for rows in (train_rows, other_rows)]
+    alike = set(looks[0]) & set(looks[1])
+    whole = [
+        [
+            blake2b(row.tobytes(), digest_size=16).digest()
+            for row, look in zip(rows, seen, strict=True)
+            if look in alike
+        ]
+        for rows, seen in zip((train_rows, other_rows), looks, strict=True)
+    ]
+    return sum(Counter(whole[1])[digest] for digest in set(whole[0]))
+
+
+def _with_doubts(splits: DataSplits) -> DataSplits:
+    """Notes, in place, which classes a set lacks and how many images it shares with train, and warns of both."""
+    for role in ("train", "validation", "test"):
+        data = getattr(splits, role)
+        counts = torch.bincount(data.labels, minlength=splits.num_labels).tolist()
+        missing = [name for name, count in zip(splits.class_names, counts, strict=True) if count == 0]
+        if missing:
+            splits.missing_classes[role] = missing
+            shown = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
+            text = "%s has no image of %d of the %d classes: %s"
+            logger.warning(text, role, len(missing), splits.num_labels, shown)
+        shared = 0 if role == "train" else count_duplicates(splits.train.images, data.images)
+        if shared:
+            splits.duplicates[role] = shared
+            text = "%d of the %d %s images are in train too, to the pixel: accuracy on them says nothing of new images"
+            logger.warning(text, shared, len(data), role)
+    return splits
 
 
 def _stratified(labels: np.ndarray, n: int, seed: int, argument: str) -> np.ndarray:
@@ -321,7 +378,7 @@ def _limited_digits(given: Mapping[str, Any], limits: Mapping[str, int | None], 
         if limit is not None:
             data = getattr(splits, role)
             setattr(splits, role, data.subset(_stratified(data.labels.numpy(), limit, seed, f"max_{role}_samples")))
-    return splits
+    return _with_doubts(splits)
 
 
 def _load_source(
@@ -445,7 +502,9 @@ def _decode_part(
     tables = source.select(part.rows).with_format("arrow").iter(batch_size=256)
     encoded = (image for table in tables for image in table.column(0).to_pylist())
     try:
-        images, failures = decode_images(encoded, len(part.rows), image_size=image_size, num_channels=num_channels)
+        images, failures = decode_images(
+            encoded, len(part.rows), image_size=image_size, num_channels=num_channels, rows=part.rows
+        )
     except ValueError as error:
         raise ValueError(f"split {part.split!r}: {error}") from error
     bad = part.rows[list(failures)].tolist()

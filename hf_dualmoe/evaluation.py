@@ -187,7 +187,7 @@ def check_settings(model, eps, norm, alphas, parts, floors, autoattack_version) 
         check_alphas(alphas)
     given = {name: floor for name, floor in floors.items() if floor is not None}
     for name, floor in given.items():
-        if not 0 <= floor <= 100:
+        if not isinstance(floor, (int, float)) or not 0 <= floor <= 100:
             raise ValueError(f"{name}={floor!r} must be an accuracy in %, in [0, 100].")
         if not (is_dual(model) and "dial" in parts):
             raise ValueError(f"{name}={floor!r} chooses the dial of a dual model; there is none to measure here.")

@@ -16,6 +16,7 @@ from .apgd import check_classes, wrong_classes
 from .attack_primitives import (
     Attack,
     Classifier,
+    check_effort,
     check_eps,
     check_logits,
     logits_of,
@@ -101,9 +102,12 @@ class FAB(Attack):
 
     def __post_init__(self):
         check_eps(self.eps, self.norm)
-        for name in ("steps", "target_classes", "eta"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1.")
+        check_effort(steps=self.steps, target_classes=self.target_classes)
+        for name in ("eta", "alpha_max", "beta"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number.")
+        if not self.eta >= 1:
+            raise ValueError(f"eta={self.eta!r} must be at least 1.")
         if not (0 <= self.alpha_max < 1 and 0 < self.beta < 1):
             raise ValueError(f"alpha_max={self.alpha_max!r} must be in [0, 1) and beta={self.beta!r} in (0, 1).")
 

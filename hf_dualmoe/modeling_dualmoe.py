@@ -10,6 +10,7 @@ Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model A
 import copy
 import difflib
 import math
+import numbers
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ import torch.nn.functional as F
 from timm.models import ResNet, is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import AutoModelForImageClassification, CLIPImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
@@ -36,6 +41,10 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 RANGE_TOLERANCE = 1e-5  # x * (1 / 255) rounds to just above 1
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# what a config from a stranger may ask for before it is refused: far above any published vision model
+MAX_PARAMETERS = 20_000_000_000  # of all experts
+MAX_TENSORS = 10_000  # of one network
 HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision")
 
 
@@ -50,6 +59,7 @@ class MoEImageClassifierOutput(ModelOutput):
         expert_index: (B,) the expert used for k = 1; (B, k), highest score first, for k > 1.
         aux_loss: Scalar load-balancing loss, unweighted, over the rows that the router decided; None where no loss is
             asked for under `no_grad`: `pipeline` can only split a batch of outputs that have a row per image.
+        extra_logits: (B, C) of the experts `extra_expert_index`, 0 in rows without one; only where asked for.
     """
 
     loss: Tensor | None = None
@@ -57,6 +67,7 @@ class MoEImageClassifierOutput(ModelOutput):
     router_logits: Tensor | None = None
     expert_index: Tensor | None = None
     aux_loss: Tensor | None = None
+    extra_logits: Tensor | None = None
 
 
 @dataclass
@@ -72,6 +83,7 @@ class DualMoEImageClassifierOutput(ModelOutput):
         standard_expert_index, robust_expert_index: As in `MoEImageClassifierOutput`; None for a component without
             experts.
         aux_loss: Scalar sum of the load-balancing losses, each weighted with its router_aux_loss_coef; None as there.
+        robust_extra_logits: `extra_logits` of F_R.
     """
 
     loss: Tensor | None = None
@@ -83,6 +95,7 @@ class DualMoEImageClassifierOutput(ModelOutput):
     standard_expert_index: Tensor | None = None
     robust_expert_index: Tensor | None = None
     aux_loss: Tensor | None = None
+    robust_extra_logits: Tensor | None = None
 
 
 def gate_weights(router_logits: Tensor, top_k: int) -> Tensor:
@@ -221,8 +234,12 @@ def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs) 
         kwargs["channels"] = stage_channels(config.width)
     try:
         backbone = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"backbone={name!r} does not accept the arguments {kwargs}: {error}") from error
+    except Exception as error:  # timm checks little itself: wrong arguments end in all kinds of errors
+        if pretrained and not isinstance(error, (TypeError, AssertionError)):
+            raise  # of the download
+        raise ValueError(
+            f"backbone={name!r} does not accept the arguments {kwargs} (see backbone_kwargs): {error}"
+        ) from error
     if is_resnet:
         adapt_resnet_stem(backbone, config, stem_channels=None if config.width is None else kwargs["channels"][0])
     return backbone
@@ -461,7 +478,7 @@ def create_lipschitz_backbone(config: MoEConfig, pretrained: bool = False) -> nn
         return LIPSCHITZ_BACKBONES[name](config.num_channels, config.num_labels, size, **config.backbone_kwargs)
     except TypeError as error:
         raise ValueError(
-            f"backbone={name!r} does not accept the arguments {config.backbone_kwargs}: {error}"
+            f"backbone={name!r} does not accept the arguments backbone_kwargs={config.backbone_kwargs}: {error}"
         ) from error
 
 
@@ -571,8 +588,98 @@ def single_row_mode(module: nn.Module, num_rows: int) -> Iterator[None]:
             part.grad_checkpointing = True
 
 
+@contextmanager
+def limited_size(copies: int = 1) -> Iterator[None]:
+    """Build a model on the meta device, without memory, and give up as soon as it is beyond all measure.
+
+    Args:
+        copies: How many such models there will be.
+
+    Raises:
+        ValueError: More than `MAX_PARAMETERS` numbers, or `MAX_TENSORS` tensors per copy.
+    """
+    numbers = tensors = 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal numbers, tensors
+        numbers += copies * (0 if tensor is None else tensor.numel())
+        tensors += 1
+        if numbers > MAX_PARAMETERS or tensors > MAX_TENSORS:
+            raise ValueError(
+                f"The config asks for a model of more than {MAX_PARAMETERS:,} parameters or {MAX_TENSORS:,} tensors."
+            )
+
+    hooks = [
+        register(count)
+        for register in (register_module_parameter_registration_hook, register_module_buffer_registration_hook)
+    ]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_model_size(config: MoEConfig) -> None:
+    """Raise a ValueError where a mixture would have an absurd size; nothing is allocated."""
+    with limited_size(copies=config.num_experts):
+        create_backbone(config)
+    inputs = {"linear": config.image_size**2, "pooled": config.router_pool_size**2}.get(config.router, 0)
+    if config.num_channels * inputs * config.num_experts > MAX_PARAMETERS:
+        raise ValueError(f"router={config.router!r} would have more than {MAX_PARAMETERS:,} parameters.")
+
+
+def check_weight_files(model: nn.Module, files: list[str] | None) -> None:
+    """Refuse weights that are no safetensors, or far too small for the model, before the model takes any memory.
+
+    Raises:
+        ValueError: As above.
+    """
+    if files is None:
+        return
+    if others := [os.path.basename(file) for file in files if not file.endswith(".safetensors")]:
+        raise ValueError(f"{others[0]} is not loaded: only safetensors are, since other weight files can run code.")
+    numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+    size = sum(os.path.getsize(file) for file in files)
+    if numbers > 4 * size + 10**8:
+        raise ValueError(f"The config asks for {numbers:,} numbers, but the weight files have {size:,} bytes only.")
+
+
+def check_loaded_weights(model: nn.Module, info: dict, ignore_mismatched_sizes: bool) -> None:
+    """Refuse a loaded model whose weights do not fit the config or are damaged.
+
+    Args:
+        model: The model as loaded.
+        info: What `from_pretrained` reports of the loading.
+        ignore_mismatched_sizes: Whether weights of another shape may be replaced by new ones.
+
+    Raises:
+        ValueError: Weights are missing, unexpected, of another shape, NaN or infinite.
+    """
+    mismatched = [] if ignore_mismatched_sizes else sorted(info["mismatched_keys"])
+    replaced = {key for key, *_ in info["mismatched_keys"]}
+    wrong = {
+        "missing": sorted(set(info["missing_keys"]) - replaced),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": [f"{key} {tuple(found)} instead of {tuple(own)}" for key, found, own in mismatched],
+    }
+    if any(wrong.values()):
+        reasons = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            for kind, names in wrong.items()
+            if names
+        ]
+        raise ValueError(f"The weights do not fit the config: {'; '.join(reasons)}.")
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype in FLOATS and tensor.numel() > 0 and not tensor.is_meta:
+            if not all(math.isfinite(value) for value in torch.aminmax(tensor)):
+                raise ValueError(f"The weight {name} holds values that are NaN or infinite.")
+
+
 class RobustPreTrainedModel(PreTrainedModel):
-    """What the two models share: initialisation that keeps timm's, and saving that needs nothing else to load."""
+    """What the two models share: initialisation that keeps timm's, saving that needs nothing else to load, and loading
+    that refuses what does not fit."""
 
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
@@ -604,6 +711,36 @@ class RobustPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if hasattr(module, "set_grad_checkpointing"):
                 module.set_grad_checkpointing(enable)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+        """Load a model; as `PreTrainedModel.from_pretrained`, but from safetensors only, complete and undamaged ones.
+
+        Takes the arguments of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: A field of the config is out of range, the model would be absurdly large, or the weights are
+                damaged or do not fit the config.
+            OSError: There are no weights in safetensors format.
+        """
+        if not kwargs.pop("use_safetensors", True):
+            raise ValueError("use_safetensors=False is not allowed: other weight files can run code.")
+        with_info = kwargs.pop("output_loading_info", False)
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+        options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs, **options)
+        except Exception as error:
+            if type(error).__name__ == "SafetensorError":
+                raise ValueError(f"The weights are not a valid safetensors file: {error}") from error
+            raise
+        check_loaded_weights(model, info, ignore_mismatched_sizes)
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, *args, **kwargs):
+        check_weight_files(model, checkpoint_files)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save weights, config, the two code files and an image processor, for all Auto classes and `pipeline`.
@@ -654,6 +791,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
     config: MoEConfig
 
     def __init__(self, config: MoEConfig):
+        check_model_size(config)
         super().__init__(config)
         self.normalize = Normalize(config.image_mean, config.image_std)
         self.trunk = Trunk(config)
@@ -784,6 +922,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
         labels: Tensor | None = None,
         expert_index: Tensor | None = None,
         output_router_logits: bool | None = None,
+        extra_expert_index: Tensor | None = None,
     ) -> MoEImageClassifierOutput:
         """Classify images.
 
@@ -793,14 +932,19 @@ class MoEForImageClassification(RobustPreTrainedModel):
             expert_index: (B,) int64: the expert to use for each image instead of the router's choice; -1 leaves the
                 choice to the router. So one batch can serve several terms of a loss.
             output_router_logits: Whether to return the router logits; default: the config's.
+            extra_expert_index: (B,) int64: an expert whose own logits to return as well, -1 = none. It shares the
+                trunk's work with the rest.
 
         Raises:
             ValueError: Wrong shape, dtype or values of an argument.
         """
         hidden, router_logits = self._encode(pixel_values)
-        forced = self._forced_rows(expert_index, len(pixel_values))
+        forced = self._forced_rows("expert_index", expert_index, len(pixel_values))
+        extra = self._forced_rows("extra_expert_index", extra_expert_index, len(pixel_values))
         mix = self._hard_route if self.config.router_top_k == 1 else self._soft_route
-        logits, index = mix(hidden, router_logits, expert_index, forced)
+        logits, index, extra_logits = mix(
+            hidden, router_logits, expert_index, forced, None if extra is None else extra_expert_index
+        )
         aux_loss = load_balancing_loss(
             router_logits if forced is None else router_logits[~forced],
             self.config.router_top_k,
@@ -813,33 +957,36 @@ class MoEForImageClassification(RobustPreTrainedModel):
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if labels is None and not torch.is_grad_enabled():
             aux_loss = None
-        return MoEImageClassifierOutput(loss, logits, router_logits if wanted else None, index, aux_loss)
+        return MoEImageClassifierOutput(loss, logits, router_logits if wanted else None, index, aux_loss, extra_logits)
 
-    def _forced_rows(self, expert_index: Tensor | None, batch_size: int) -> Tensor | None:
-        """(B,) bool: the rows whose expert the caller chose; None where the router decides all."""
-        if expert_index is None:
+    def _forced_rows(self, name: str, index: Tensor | None, batch_size: int) -> Tensor | None:
+        """(B,) bool: the rows for which the argument `name` names an expert; None where it was not given."""
+        if index is None:
             return None
-        if expert_index.shape != (batch_size,) or expert_index.dtype != torch.int64:
+        if index.shape != (batch_size,) or index.dtype != torch.int64:
             raise ValueError(
-                f"expert_index has shape {tuple(expert_index.shape)} and dtype {expert_index.dtype}; "
+                f"{name} has shape {tuple(index.shape)} and dtype {index.dtype}; "
                 f"expected ({batch_size},) and torch.int64."
             )
         if not torch.compiler.is_compiling():
-            low, high = (int(v) for v in torch.aminmax(expert_index))
+            low, high = (int(v) for v in torch.aminmax(index))
             if low < -1 or high >= len(self.experts):
-                raise ValueError(
-                    f"expert_index lies in [{low}, {high}]; expected -1 or values below {len(self.experts)}."
-                )
-        return expert_index >= 0
+                raise ValueError(f"{name} lies in [{low}, {high}]; expected -1 or values below {len(self.experts)}.")
+        return index >= 0
 
     def _hard_route(
-        self, hidden: Tensor, router_logits: Tensor, expert_index: Tensor | None, forced: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """k = 1: logits (B, C) of one expert per image, and its index (B,)."""
+        self,
+        hidden: Tensor,
+        router_logits: Tensor,
+        expert_index: Tensor | None,
+        forced: Tensor | None,
+        extra: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """k = 1: logits (B, C) of one expert per image, its index (B,), and the logits (B, C) of the extra experts."""
         index = router_logits.argmax(dim=1)
         if forced is not None:
             index = torch.where(forced, expert_index, index)
-        logits = self._dispatch(hidden, index)
+        logits, extra_logits = self._run_experts(hidden, index, None, extra)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.router.parameters()):
             # exp(log a - stopgrad(log a)) = a / stopgrad(a): exactly 1, with the gradient of log a
             log_gate = router_logits.log_softmax(dim=1).gather(1, index[:, None])
@@ -847,18 +994,27 @@ class MoEForImageClassification(RobustPreTrainedModel):
             if forced is not None:
                 weight = torch.where(forced[:, None], torch.ones_like(weight), weight)
             logits = logits * weight.to(logits.dtype)
-        return logits, index
+        return logits, index, extra_logits
 
     def _soft_route(
-        self, hidden: Tensor, router_logits: Tensor, expert_index: Tensor | None, forced: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """k > 1: log-probabilities (B, C) of the renormalised mixture, and the indices (B, k) of its experts."""
+        self,
+        hidden: Tensor,
+        router_logits: Tensor,
+        expert_index: Tensor | None,
+        forced: Tensor | None,
+        extra: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """k > 1: log-probabilities (B, C) of the mixture, its experts (B, k), logits (B, C) of the extra ones."""
         batch_size, top_k = len(hidden), self.config.router_top_k
         values, index = router_logits.topk(top_k, dim=1)
         if top_k == len(self.experts) and forced is None:  # all experts see all rows: nothing to sort
             by_expert = torch.stack([self._run_expert(i, hidden) for i in range(top_k)], dim=1)
             log_gate = router_logits.log_softmax(dim=1)
-            return (log_gate[:, :, None] + by_expert.float().log_softmax(dim=2)).logsumexp(dim=1), index
+            logits = (log_gate[:, :, None] + by_expert.float().log_softmax(dim=2)).logsumexp(dim=1)
+            if extra is None:
+                return logits, index, None
+            chosen = by_expert[torch.arange(batch_size, device=hidden.device), extra.clamp_min(0)]
+            return logits, index, chosen * (extra >= 0)[:, None]
         log_gate = values.log_softmax(dim=1)
         used = torch.ones_like(index, dtype=torch.bool)
         if forced is not None:  # a forced row uses its first slot only, with weight 1
@@ -868,10 +1024,23 @@ class MoEForImageClassification(RobustPreTrainedModel):
             log_gate = torch.where(forced[:, None], only_first, log_gate)
         slot = used.flatten().nonzero().squeeze(1)
         rows = torch.arange(batch_size, device=hidden.device).repeat_interleave(top_k)
-        expert_log_probs = self._dispatch(hidden, index.flatten()[slot], rows[slot]).float().log_softmax(dim=1)
+        expert_logits, extra_logits = self._run_experts(hidden, index.flatten()[slot], rows[slot], extra)
+        expert_log_probs = expert_logits.float().log_softmax(dim=1)
         by_slot = expert_log_probs.new_zeros(batch_size * top_k, expert_log_probs.shape[1])
         by_slot = by_slot.index_copy(0, slot, expert_log_probs).view(batch_size, top_k, -1)
-        return (log_gate[:, :, None] + by_slot).logsumexp(dim=1), index
+        return (log_gate[:, :, None] + by_slot).logsumexp(dim=1), index, extra_logits
+
+    def _run_experts(
+        self, hidden: Tensor, expert_of: Tensor, rows: Tensor | None, extra: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_dispatch`, and with it one more expert `extra` (B,) for each row, -1 = none: (N, C) and (B, C) logits."""
+        if extra is None:
+            return self._dispatch(hidden, expert_of, rows), None
+        wanted = (extra >= 0).nonzero().squeeze(1)
+        rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
+        outputs = self._dispatch(hidden, torch.cat([expert_of, extra[wanted]]), torch.cat([rows, wanted]))
+        logits, found = outputs.split([len(expert_of), len(wanted)])
+        return logits, found.new_zeros(len(hidden), found.shape[1]).index_copy(0, wanted, found)
 
     def _dispatch(self, hidden: Tensor, expert_of: Tensor, rows: Tensor | None = None) -> Tensor:
         """Run each expert once on its group of rows.
@@ -1006,6 +1175,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         expert_index: Tensor | None = None,
         robust_pixel_values: Tensor | None = None,
         output_router_logits: bool | None = None,
+        extra_expert_index: Tensor | None = None,
     ) -> DualMoEImageClassifierOutput:
         """Classify images with both models and mix.
 
@@ -1018,12 +1188,17 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             robust_pixel_values: (B', C, H, W) other images for F_R: training shows F_S clean and F_R attacked images
                 in one call, so that DDP sees one forward; there is then no mixture and `logits` is None.
             output_router_logits: Whether to return the router logits.
+            extra_expert_index: As in `MoEForImageClassification.forward`, for F_R.
 
         Raises:
             ValueError: Wrong shape, dtype or values of an argument.
         """
         alpha = self.config.alpha if alpha is None else alpha
         check_alpha(alpha)
+        if isinstance(alpha, Tensor) and alpha.numel() != 1 and alpha.shape != (len(pixel_values), 1):
+            raise ValueError(
+                f"alpha has shape {tuple(alpha.shape)}; expected one number, or ({len(pixel_values)}, 1)."
+            )
         own_images = robust_pixel_values is None
         robust_labels = labels if own_images else None
         standard = self._run("standard", pixel_values, labels, None, output_router_logits)
@@ -1033,6 +1208,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             robust_labels,
             expert_index,
             output_router_logits,
+            extra_expert_index,
         )
         aux_loss = self._weighted_aux_loss("standard", standard) + self._weighted_aux_loss("robust", robust)
         logits, loss = None, None
@@ -1051,6 +1227,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             standard_expert_index=standard.get("expert_index"),
             robust_expert_index=robust.get("expert_index"),
             aux_loss=None if labels is None and not torch.is_grad_enabled() else aux_loss,
+            robust_extra_logits=robust.get("extra_logits"),
         )
 
     def mix(self, standard_logits: Tensor, robust_logits: Tensor, alpha: float | Tensor | None = None) -> Tensor:
@@ -1067,11 +1244,12 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         labels: Tensor | None,
         expert_index: Tensor | None,
         output_router_logits: bool | None,
+        extra_expert_index: Tensor | None = None,
     ) -> ModelOutput:
         model = getattr(self, name)
         if has_experts(model):  # labels only tell it that its balance loss is wanted
-            return model(pixel_values, labels, expert_index, output_router_logits)
-        if expert_index is not None:
+            return model(pixel_values, labels, expert_index, output_router_logits, extra_expert_index)
+        if expert_index is not None or extra_expert_index is not None:
             raise ValueError(f"expert_index was given, but the {name} model has no experts.")
         check_pixel_values(pixel_values, getattr(model.config, "num_channels", 3), None)
         return model(getattr(self, f"normalize_{name}")(pixel_values).to(model.dtype))
@@ -1086,7 +1264,12 @@ def check_alpha(alpha: float | Tensor) -> None:
     """Raise a ValueError unless alpha is a number, or a tensor of numbers, in [0, 1]."""
     if isinstance(alpha, Tensor) and torch.compiler.is_compiling():
         return
-    low, high = (float(v) for v in torch.aminmax(torch.as_tensor(alpha).detach()))
+    if isinstance(alpha, bool) or not isinstance(alpha, (Tensor, numbers.Real)):
+        raise ValueError(f"alpha has type {type(alpha).__name__}; it must be a number in [0, 1], or a tensor of them.")
+    alpha_values = torch.as_tensor(alpha).detach()
+    if alpha_values.numel() == 0 or alpha_values.is_complex():
+        raise ValueError(f"alpha has shape {tuple(alpha_values.shape)} and dtype {alpha_values.dtype}.")
+    low, high = (float(v) for v in torch.aminmax(alpha_values))
     if not (low >= 0 and high <= 1):  # also false for NaN
         shown = f" has values in [{low:.4g}, {high:.4g}]; they" if isinstance(alpha, Tensor) else f"={alpha!r}"
         raise ValueError(f"alpha{shown} must be in [0, 1].")
@@ -1103,6 +1286,8 @@ def create_component(config: PreTrainedConfig, dual_config: DualMoEConfig) -> Pr
         config.num_labels = dual_config.num_labels
     if config.model_type == MoEConfig.model_type:
         return MoEForImageClassification(config)
+    with limited_size():
+        AutoModelForImageClassification.from_config(config)
     return AutoModelForImageClassification.from_config(config)
 
 

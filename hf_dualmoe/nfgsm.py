@@ -13,6 +13,7 @@ from .attack_primitives import (
     Attack,
     Classifier,
     check_eps,
+    check_objective,
     checked,
     image_noise,
     logits_of,
@@ -44,10 +45,9 @@ class NFGSM(Attack):
 
     def __post_init__(self):
         check_eps(self.eps, "linf")
-        if not 0 <= self.noise < float("inf"):
+        if not isinstance(self.noise, (int, float)) or not 0 <= self.noise < float("inf"):
             raise ValueError(f"noise={self.noise!r} must be finite and >= 0, in units of eps.")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is not one of {', '.join(map(repr, OBJECTIVES))}.")
+        check_objective(self.objective, OBJECTIVES)
         if self.objective == "kl" and self.noise == 0 and self.eps > 0:
             raise ValueError("objective='kl' has no gradient at the image itself; it needs noise > 0.")
 

@@ -15,13 +15,16 @@ from torch import Tensor
 from .attack_primitives import (
     Attack,
     Classifier,
+    check_effort,
     check_eps,
     check_logits,
+    check_seed,
     l2_norm,
     logits_of,
     margin_objective,
     per_image,
     project,
+    round_inwards,
 )
 
 RUN_SEED = 7919  # distance between the seeds of two restarts on the same image
@@ -130,7 +133,9 @@ def propose_linf(images: Tensor, current: Tensor, eps: float, side: int, uniform
     n, channels = images.shape[:2]
     where = window(uniform[:, :2], side, images.shape)[:, None].expand(n, channels, -1)
     sign = signs(uniform[:, 2 : 2 + channels], images)[:, :, None]
-    changed = (images.flatten(2).gather(2, where) + eps * sign).clamp(0, 1)
+    pixels = images.flatten(2).gather(2, where)
+    wide = torch.promote_types(images.dtype, torch.float32)
+    changed = round_inwards((pixels.to(wide) + eps * sign.to(wide)).clamp(0, 1), pixels)
     return current.flatten(2).scatter(2, where, changed).view_as(current)
 
 
@@ -185,10 +190,9 @@ class Square(Attack):
 
     def __post_init__(self):
         check_eps(self.eps, self.norm)
-        for name in ("queries", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1.")
-        if not 0 < self.p_init <= 1:
+        check_effort(queries=self.queries, restarts=self.restarts)
+        check_seed(self.seed)
+        if not isinstance(self.p_init, (int, float)) or not 0 < self.p_init <= 1:
             raise ValueError(f"p_init={self.p_init!r} must be in (0, 1].")
 
     def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:

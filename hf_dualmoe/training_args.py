@@ -14,13 +14,18 @@ from .nonfinite import POLICIES
 
 METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe")
 TRAINING_ATTACKS = ("pgd", "nfgsm")
+COUNTS = ("attack_steps", "eval_attack_steps", "crop_padding", "max_skipped_steps")
+SHARES = ("beta", "trades_lambda", "train_alpha", "ema_decay", "eps_warmup_ratio")
 
 
 class PixelValue(float):
     """A length in [0, 1] pixel units that may be written as a fraction: `PixelValue("8/255")`."""
 
     def __new__(cls, value: Any) -> "PixelValue":
-        return super().__new__(cls, pixel_radius(value) if isinstance(value, str) else value)
+        try:
+            return super().__new__(cls, pixel_radius(value) if isinstance(value, str) else value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{value!r} must be a number or a fraction such as 8/255.") from error
 
 
 @dataclass
@@ -135,9 +140,15 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        self.eps = PixelValue(self.eps)
-        if self.attack_step_size is not None:
-            self.attack_step_size = PixelValue(self.attack_step_size)
+        for name in ("eps", "attack_step_size"):
+            if getattr(self, name) is not None or name == "eps":
+                try:
+                    setattr(self, name, PixelValue(getattr(self, name)))
+                except ValueError as error:
+                    raise ValueError(f"{name}={error}") from error
+        for name in (*COUNTS, *SHARES):
+            kinds = int if name in COUNTS else (int, float)
+            self._check(name, isinstance(getattr(self, name), kinds), "an integer" if name in COUNTS else "a number")
         check_eps(self.eps, self.norm)
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not one of {', '.join(map(repr, METHODS))}.")

@@ -528,6 +528,26 @@ def test_load_balancing_loss_is_one_at_balance_and_num_experts_at_collapse():
     assert load_balancing_loss(torch.zeros(0, 4)).item() == 0
 
 
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("given", [False, True], ids=["routed", "partly-forced"])
+def test_extra_experts_ride_along(k, given, make_moe, images):
+    model = make_moe("resnet", num_experts=4, router_top_k=k, shared_stages=2).eval()
+    extra = torch.tensor([-1, 0, 1, 2, 3] + [1] * (len(images) - 5))
+    index = torch.tensor([2, -1] + [-1] * (len(images) - 2)) if given else None
+    trunk_calls = []
+    model.trunk.register_forward_hook(lambda *_: trunk_calls.append(1))
+    with torch.no_grad():
+        output = model(images, expert_index=index, extra_expert_index=extra)
+        assert len(trunk_calls) == 1
+        alone = model(images, expert_index=index)
+        every, _ = model.expert_logits(images)
+    torch.testing.assert_close(output.logits, alone.logits)
+    assert alone.extra_logits is None and not output.extra_logits[0].any()
+    torch.testing.assert_close(output.extra_logits[1:], every[torch.arange(1, len(images)), extra[1:]])
+    with pytest.raises(ValueError, match=r"extra_expert_index lies in \[0, 4\]"):
+        model(images, extra_expert_index=extra.clamp_min(0) + (extra == 3))
+
+
 def test_gate_weights_are_those_of_the_mixture():
     logits = GATES.log()
     assert gate_weights(logits, 1).tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]

@@ -210,15 +210,15 @@ def page() -> str:
         ]
     draw(studies, RESULTS / PICTURE)
     lines.append(f"![Trade-off of the dual models along the dial](training/benchmarks/results/{PICTURE})")
-    levers = read("digits_levers")
-    lines += [
-        "### Levers, on digits",
-        f"{levers['study']['passes']} passes, seeds {', '.join(map(str, levers['study']['seeds']))}. "
-        "The first row is the reference; the others are differences to it (dual models: to the first dual model).",
-        levers_table(levers),
-        "### For scale: what others have published",
-        public_table(),
-    ]
+    if (RESULTS / "study_digits_levers.json").is_file():
+        levers = read("digits_levers")
+        lines += [
+            "### Levers, on digits",
+            f"{levers['study']['passes']} passes of a plain backbone per training image, but where the lever is the "
+            "length. The first row is the reference; the others are differences to it (dual models: to jtdmoe).",
+            levers_table(levers),
+        ]
+    lines += ["### For scale: what others have published", public_table()]
     return "\n\n".join(lines)
 
 
