@@ -132,6 +132,11 @@ def has_code(report: RobustnessReport | None, config: dict[str, Any]) -> bool:
     return "auto_map" in config or (ours and not config)
 
 
+def needs_package(config: dict[str, Any]) -> bool:
+    """Whether the model is ours and has no code beside it, so that only this package can load it."""
+    return config.get("model_type") in ("dual_moe", "robust_moe") and "auto_map" not in config
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +151,7 @@ def model_text(report: RobustnessReport | None, subject: CardSubject) -> dict[st
         "summary": summary(report, config),
         "caution": caution(report, alpha),
         "has_code": has_code(report, config),
+        "needs_package": needs_package(config),
         "source": pinned,
         "pinned": subject.repo_id is not None,
         "is_dual": dual,

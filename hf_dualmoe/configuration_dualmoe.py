@@ -164,7 +164,7 @@ class ValidatedConfig(PreTrainedConfig):
 
     OTHER_KEYS = (  # of a config.json, that are no field of the class
         *("model_type", "auto_map", "num_labels", "torch_dtype", "output_attentions", "_name_or_path", "name_or_path"),
-        *("_commit_hash", "attn_implementation", "experts_implementation", "custom_pipelines"),
+        *("_commit_hash", "use_cache", "attn_implementation", "experts_implementation", "custom_pipelines"),
     )
 
     def __post_init__(self, **kwargs):

@@ -195,7 +195,7 @@ def test_standard_at_is_jtdmoe_where_the_attack_vanishes(make_moe, images, label
         loss = jtdmoe_loss
         extra = {}
         if fraction:
-            loss, extra = levers.attacked_jtdmoe_loss, {"fraction": fraction}
+            loss, extra = levers.attacked_jtdmoe_loss, {"mild_attack": NFGSM(eps=0.1 * fraction)}
         torch.manual_seed(7)
         losses[fraction] = loss(model, images, labels, attack=NFGSM(eps=0.1), **settings, **extra)
     plain, vanishing, full = losses.values()
@@ -212,8 +212,9 @@ def test_standard_at_leaves_f_r_to_its_own_level(make_moe, images, labels):
     for fraction in (0.1, 1.0):
         model = two_mixtures(make_moe).train()
         torch.manual_seed(8)
-        settings = {"alpha": 0.4, "beta": 0.5, "second_term": "ce", "second_attack": "shared", "fraction": fraction}
-        levers.attacked_jtdmoe_loss(model, images, labels, attack=NFGSM(eps=0.1), **settings).loss.backward()
+        settings = {"alpha": 0.4, "beta": 0.5, "second_term": "ce", "second_attack": "shared"}
+        attacks = {"attack": NFGSM(eps=0.1), "mild_attack": NFGSM(eps=0.1 * fraction)}
+        levers.attacked_jtdmoe_loss(model, images, labels, **attacks, **settings).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         same = torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 import hf_dualmoe
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
+from hf_dualmoe.data import load_splits, to_unit_range
 
 PACKAGE = Path(hf_dualmoe.__file__).parent
 AUTO_CLASSES = {"AutoModel": AutoModel, "AutoModelForImageClassification": AutoModelForImageClassification}
@@ -298,3 +299,15 @@ def test_importing_the_package_imports_no_data_or_plotting_library():
                 external |= {name.split(".")[0] for name in names}
     assert "modeling_dualmoe" in seen and "torch" in external
     assert not external & {"datasets", "evaluate", "pyarrow", "sklearn", "matplotlib", "scipy", "pandas"}
+
+
+def test_shipped_digits_model_is_what_its_results_say():
+    folder = Path(__file__).parents[1] / "model_cards" / "digits_dual"
+    assert (folder / "model.safetensors").stat().st_size < 3_000_000
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    results = json.loads((folder / "results.json").read_text())
+    test = load_splits("digits").test
+    with torch.no_grad():
+        right = model(to_unit_range(test.images)).logits.argmax(dim=1) == test.labels
+    assert 100 * right.float().mean().item() == pytest.approx(results["metrics"]["sa"], abs=0.01)
+    assert model.config.alpha == results["model"]["alpha"]

@@ -289,5 +289,5 @@ def test_pixel_values_may_be_fractions():
     assert PixelValue("8/255") == pytest.approx(8 / 255)
     assert PixelValue(" 0.5/255 ") == pytest.approx(0.5 / 255)
     assert PixelValue("0.1") == 0.1
-    with pytest.raises(ValueError, match="could not convert"):
+    with pytest.raises(ValueError, match="must be a number or a fraction such as 8/255"):
         PixelValue("eight/255")

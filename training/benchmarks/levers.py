@@ -245,7 +245,9 @@ class StandardAT(Lever):
         super().__init__(model, args, **kwargs)
 
     def _create_objective(self) -> Callable[..., LossOutput]:
-        return partial(attacked_jtdmoe_loss, **super()._create_objective().keywords, **self.options)
+        shard = (self.args.process_index, self.args.world_size)
+        mild_attack = NFGSM(eps=self.options["fraction"] * self.args.eps, shard=shard)
+        return partial(attacked_jtdmoe_loss, mild_attack=mild_attack, **super()._create_objective().keywords)
 
 
 def attacked_jtdmoe_loss(
@@ -254,7 +256,7 @@ def attacked_jtdmoe_loss(
     labels: Tensor,
     *,
     attack: Attack,
-    fraction: float,
+    mild_attack: Attack,
     alpha: float,
     beta: float,
     second_term: str,
@@ -262,13 +264,12 @@ def attacked_jtdmoe_loss(
     forward: Callable | None = None,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """`losses.jtdmoe_loss` with CE(F_D(x + delta), y) as its upper level; delta attacks F_D within fraction * eps."""
+    """`losses.jtdmoe_loss` with CE(F_D(x + delta), y) as its upper level; delta is the `mild_attack` on F_D."""
     batch = craft_rt_er(
         model.robust, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
     )
-    small = NFGSM(eps=fraction * attack.eps, shard=attack.shard)
     with frozen(model):
-        mild = small(lambda x: model(x, alpha=alpha), images, labels)
+        mild = mild_attack(lambda x: model(x, alpha=alpha), images, labels)
         with torch.no_grad():
             robust_logits = model.robust(mild).logits
     output = (forward or model)(mild, robust_pixel_values=batch.images, **batch.experts)

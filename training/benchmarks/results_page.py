@@ -1,8 +1,9 @@
-"""Write the README's "Results" section from the results of the studies; no number in it is typed.
+"""Write the README's "Results" and "Reliability" sections from kept results; no number in them is typed.
 
 python training/benchmarks/results_page.py
 
-Reads results/study_*.json, which `study.py --render` keeps, and results/public_numbers.json, what others published.
+Reads results/study_*.json, which `study.py --render` keeps, results/public_numbers.json, what others
+published, and results/{survival,fuzz,smoke_recipes}.json.
 """
 
 import json
@@ -222,9 +223,34 @@ def page() -> str:
     return "\n\n".join(lines)
 
 
+def reliability() -> str:
+    """What was tried to break runs and loading, and what came of it."""
+    kept = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("survival", "fuzz", "smoke_recipes")}
+    survival, fuzz = kept["survival"], kept["fuzz"]
+    where = ", ".join(f"{count} in {place}" for place, count in sorted(survival["where"].items()))
+    equal = [name for name, same in survival["equal_to_the_bit"].items() if same]
+    smoked = [name for name, recipe in kept["smoke_recipes"]["recipes"].items() if "smoke" in recipe]
+    versions = ", ".join(f"{name} {version}" for name, version in survival["environment"]["packages"].items())
+    rows = [
+        ["SIGKILL during one run", f"{survival['kills']} ({where})"],
+        ["equal to the bit afterwards", f"{len(equal)} of {len(survival['equal_to_the_bit'])}: {', '.join(equal)}"],
+        ["full disk", f"ends with a message; {survival['disk_full']['intact_checkpoint']} is whole, the run goes on"],
+        ["fuzzed calls, configs, weight files and images", f"{fuzz['cases']:,}"],
+        [
+            "of these: work, refused with a clear error",
+            " / ".join(str(fuzz["outcomes"][n]) for n in ("works", "refused")),
+        ],
+        ["of these: crash, hang or write elsewhere", str(fuzz["faults"])],
+        ["full-scale recipes killed and gone on with", ", ".join(smoked)],
+        ["versions", versions],
+    ]
+    return markdown_table(["tried", "outcome"], rows).replace("| --- | ---: |", "| --- | --- |")
+
+
 def main() -> int:
     try:
         replace_section("results", page(), README)
+        replace_section("reliability", reliability(), README)
     except (ValueError, FileNotFoundError) as error:
         print(f"results_page.py: error: {error}", file=sys.stderr)
         return 2
