@@ -101,7 +101,8 @@ def main_table(arms: Arms) -> str:
     header = ["", "seeds", "parameters", "cost of an answer", "SA %", "RA %, adaptive union", "RA %, PGD-10"]
 
     def cell(values: dict[str, float]) -> str:
-        return f"{values['mean']:.1f} ({values['min']:.1f} to {values['max']:.1f})"
+        text = f"{values['mean']:.1f}"
+        return text if values["min"] == values["max"] else f"{text} ({values['min']:.1f} to {values['max']:.1f})"
 
     rows = []
     for name, arm in arms.items():
@@ -203,7 +204,7 @@ def page() -> str:
         lines += [
             f"### {TITLES[name]}",
             f"{results['study']['passes']} passes of a plain backbone per training image for every method, "
-            f"{images:,} test images, up to {seeds} seeds (mean, range in brackets).",
+            f"{images:,} test images; seeds per method in the table, {seeds} at most (mean, range in brackets).",
             main_table(results["arms"]),
             "In points, mean and range over the seeds:",
             "\n".join(findings(results)),
@@ -240,7 +241,7 @@ def reliability() -> str:
             "of these: work, refused with a clear error",
             " / ".join(str(fuzz["outcomes"][n]) for n in ("works", "refused")),
         ],
-        ["of these: crash, hang or write elsewhere", str(fuzz["faults"])],
+        ["of these: crash, hang or write elsewhere", str(len(fuzz["faults"]))],
         ["full-scale recipes killed and gone on with", ", ".join(smoked)],
         ["versions", versions],
     ]
