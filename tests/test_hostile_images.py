@@ -56,7 +56,6 @@ CONVERTED = {
     "transparent palette GIF": (encoded(palette_with_transparency(), "GIF"), 8),
     "half transparent PNG": (encoded(Image.fromarray(RGBA)), 0),
     "half transparent WebP": (encoded(Image.fromarray(RGBA), "WEBP", lossless=True, exact=True), 0),
-    "YCbCr TIFF": (encoded(gradient().convert("YCbCr"), "TIFF"), 3),
     "JPEG": (encoded(gradient(), "JPEG", quality=98, subsampling=0), 12),
     "progressive JPEG": (encoded(gradient(), "JPEG", quality=98, subsampling=0, progressive=True), 12),
     "BMP": (encoded(gradient(), "BMP"), 0),
