@@ -64,6 +64,13 @@ class ResumableTrainer(Trainer):
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """The parent's, but not for a run that is finished: it would take the next step before it looks for the end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The parent's; recomputed activations move BatchNorm's statistics once, and logs leave skipped losses out."""
         loss = super().training_step(model, inputs, num_items_in_batch)

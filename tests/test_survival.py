@@ -150,6 +150,18 @@ def test_logs_have_no_gap_where_a_checkpoint_lies_between_two(finished, tmp_path
             assert whole == again
 
 
+@pytest.mark.parametrize("max_steps", [5, 6], ids=["within an epoch", "at its end"])
+def test_a_finished_run_that_is_started_again_takes_no_step(tmp_path, max_steps):
+    first = create(tmp_path, max_steps=max_steps)
+    first.train()
+    again = create(tmp_path, max_steps=max_steps)
+    again.train(resume_from_checkpoint=str(last_good_checkpoint(tmp_path)))
+    assert again.state.global_step == max_steps
+    assert without_time(again.state.log_history[:-1]) == without_time(first.state.log_history[:-1])
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
 @pytest.mark.parametrize("moment", ["before the manifest", "before the name", "before the rotation"])
 def test_a_run_that_dies_while_it_saves_keeps_the_checkpoint_before(tmp_path, monkeypatch, moment):
     """With save_total_limit=1 the one before must outlive the writing of the next."""
