@@ -35,6 +35,8 @@ def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
     exception.
     BatchNorm statistics do not move in eval mode, and `.grad` is not written since nothing requires it; not computing
     weight gradients also makes an attack about a third cheaper.
+    Weights that FSDP (`torch.distributed.fsdp.fully_shard`) has spread over processes are gathered before: an attack
+    also calls parts of the model alone, such as its router.
 
     Args:
         model: Model to hold; a callable that is no `nn.Module` is left alone.
@@ -42,6 +44,9 @@ def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
             them as they are, so that training resumes exactly.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    for module in modules:
+        if hasattr(module, "unshard"):
+            module.unshard()
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     modes = [(module, module.training) for module in modules]
     needs_grad = [parameter for parameter in parameters if parameter.requires_grad]

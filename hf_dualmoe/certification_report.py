@@ -16,18 +16,9 @@ from .attack_primitives import frozen
 from .certification import Certificates, Certifier
 from .component_attacks import is_dual
 from .data import ImageTensorDataset
-from .environment import (
-    check_class_names,
-    check_counts,
-    check_outputs,
-    data_digest,
-    describe_environment,
-    describe_model,
-    model_digest,
-    write_text,
-)
+from .environment import check_class_names, check_counts, describe_environment, describe_model, write_text
 from .lipschitz import check_eval_mode
-from .measuring import Found, Measurer, Processes, Store
+from .measuring import Found, Measurer, Processes, device_of, measurer_of
 from .metrics import wilson_interval
 from .operator_norms import check_norm
 from .smoothing import Votes, certify_votes, check_confidence, check_sigma, robust_part, sample_votes
@@ -122,6 +113,16 @@ class Certification(Measurer):
         self.report.environment["wall_time_s"] = round(time.perf_counter() - self.started, 2)
         if self.path is not None and self.processes.is_main:
             self.report.save(self.path)
+
+    def all_proofs(self, alphas: Sequence[float]) -> None:
+        """Deterministic certificates of the model; of a dual model those of its parts and along the dial."""
+        if not is_dual(self.model):
+            self.proofs("model", self.model, (None,))
+            return
+        for title, part in (("F_S alone", "standard"), ("F_R alone", "robust")):
+            if isinstance(getattr(self.model, f"normalize_{part}"), nn.Identity):  # else it takes other images
+                self.proofs(title, getattr(self.model, part), (None,))
+        self.proofs("dual", self.model, alphas)
 
     def proofs(self, name: str, model: nn.Module, alphas: Sequence[float | None]) -> None:
         """Deterministic certificates of a model, at positions of the dial (None: it has none)."""
@@ -272,7 +273,7 @@ def certify_dataset(
     check_class_names(model, dataset.class_names, check_names)
     check_eval_mode(model)
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
-    processes, device = Processes(accelerator), next(model.parameters(), torch.zeros(0)).device
+    processes = Processes(accelerator)
     report = CertificationReport(
         model=describe_model(model),
         dataset={"name": dataset_name, "num_images": len(dataset), "class_names": dataset.class_names},
@@ -280,22 +281,12 @@ def certify_dataset(
         radii=[float(radius) for radius in radii],
         settings={"sigmas": list(sigmas), "n0": n0, "n": n, "confidence": confidence} if sigmas else {},
         seeds={"certification": seed},
-        environment={**describe_environment(device), "processes": processes.count},
+        environment={**describe_environment(device_of(model)), "processes": processes.count},
     )
+    storing = {"batch_size": batch_size, "progress": progress, "resume_dir": resume_dir, "fresh": fresh}
     with frozen(model):
-        check_outputs(model, dataset, batch_size, device)
-        settings = {"model": model_digest(model), "images": data_digest(dataset)}
-        store = processes.from_main(lambda: Store(resume_dir, settings, fresh))
-        measurer = {"dataset": dataset, "processes": processes, "store": store, "device": device}
-        run = Certification(model, report, path, **measurer, batch_size=batch_size, progress=progress)
-        dial: Sequence[float | None] = alphas if is_dual(model) else (None,)
-        if is_dual(model):
-            for title, part in (("F_S alone", "standard"), ("F_R alone", "robust")):
-                if isinstance(getattr(model, f"normalize_{part}"), nn.Identity):  # else it takes other images
-                    run.proofs(title, getattr(model, part), (None,))
-            run.proofs("dual", model, dial)
-        else:
-            run.proofs("model", model, dial)
+        run = Certification(model, report, path, **measurer_of(model, dataset, processes, **storing))
+        run.all_proofs(alphas)
         for sigma in sigmas:
             options = {"n0": n0, "n": n, "confidence": confidence, "seed": seed}
             run.smoothing(sigma, [*dict.fromkeys((1.0, *alphas))], options)

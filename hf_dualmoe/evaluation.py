@@ -7,9 +7,8 @@ each other and all noise is seeded by their numbers, so that several processes f
 import os
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from .attack_primitives import check_eps, frozen
@@ -18,17 +17,9 @@ from .autoattack import VERSIONS
 from .component_attacks import is_dual
 from .data import ImageTensorDataset
 from .dial import DialedModel
-from .environment import (
-    check_class_names,
-    check_counts,
-    check_outputs,
-    data_digest,
-    describe_environment,
-    describe_model,
-    model_digest,
-)
+from .environment import check_class_names, check_counts, describe_environment, describe_model
 from .evaluation_parts import Evaluation
-from .measuring import Processes, Store, correct_mask, percent
+from .measuring import Processes, correct_mask, device_of, measurer_of, percent
 from .report import RobustnessReport
 
 if TYPE_CHECKING:
@@ -80,8 +71,7 @@ def evaluate_robustness(
     Args:
         model: Dual model, mixture of experts, or any image classifier that takes [0, 1] images.
         dataset: Test images.
-        eps: Radius in [0, 1] pixel units.
-        norm: "linf" or "l2".
+        eps, norm: Radius in [0, 1] pixel units, and the norm that it is measured in: "linf" or "l2".
         steps: PGD steps (step size 2.5 * eps / steps, random start, best iterate kept).
         alphas: Positions of the dial to measure, each in [0, 1] (dual models only).
         batch_size: Images per forward.
@@ -113,43 +103,66 @@ def evaluate_robustness(
             `resume_dir` belongs to another evaluation.
         RuntimeError: Not even the clean images can be classified.
     """
-    parts = parts_of(level, eps)
+    parts, effort = parts_of(level, eps), sanity_effort(level, sanity_images)
     floors = {"min_sa": min_sa, "min_ra": min_ra}
     check_settings(model, eps, norm, alphas, parts, floors, autoattack_version)
     counts = {"batch_size": batch_size, "sanity_images": sanity_images, "worst_case_steps": worst_case_steps}
     check_counts({**counts, "num_images": num_images}, len(dataset))
     check_model(model, (dataset, held_out), check_names)
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
-    attack, processes = PGD(eps=eps, norm=norm, steps=steps, seed=seed), Processes(accelerator)
-    device = next(model.parameters(), torch.zeros(0)).device
+    attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)
+    storing = {"batch_size": batch_size, "progress": progress, "resume_dir": resume_dir, "fresh": fresh}
+    with frozen(model):
+        run = start(model, dataset, attack, dataset_name, path, accelerator, **storing)
+        measure(run, parts, (alphas, held_out, floors), worst_case_steps or steps, autoattack_version, effort)
+    return run.report
+
+
+def start(
+    model: nn.Module,
+    dataset: ImageTensorDataset,
+    attack: PGD,
+    dataset_name: str,
+    path: str | os.PathLike | None,
+    accelerator: "Accelerator | None",
+    **storing: Any,
+) -> Evaluation:
+    """An evaluation that has measured nothing yet; `storing` as in `measurer_of`."""
+    processes = Processes(accelerator)
     report = RobustnessReport(
         model=describe_model(model),
         dataset={"name": dataset_name, "num_images": len(dataset), "class_names": dataset.class_names},
-        threat={"norm": norm, "eps": float(eps), "attacks": {f"ra_pgd{steps}": repr(attack)}},
-        seeds={"evaluation": seed},
-        environment={**describe_environment(device), "processes": processes.count},
+        threat={"norm": attack.norm, "eps": float(attack.eps), "attacks": {f"ra_pgd{attack.steps}": repr(attack)}},
+        seeds={"evaluation": attack.seed},
+        environment={**describe_environment(device_of(model)), "processes": processes.count},
     )
-    with frozen(model):
-        check_outputs(model, dataset, batch_size, device)
-        settings = {"model": model_digest(model), "images": data_digest(dataset), "attack": repr(attack)}
-        store = processes.from_main(lambda: Store(resume_dir, settings, fresh))
-        measurer = {"dataset": dataset, "processes": processes, "store": store, "device": device}
-        run = Evaluation(model, report, attack, path, **measurer, batch_size=batch_size, progress=progress)
-        run.whole()
-        for name, measure in {
-            "components": run.components,
-            "routing": run.routing,
-            "dial": lambda: run.dial(alphas, held_out, floors),
-            "component_attacks": run.component_attacks,
-            "eps_curve": run.eps_curve,
-            "worst_case": lambda: run.worst_case(worst_case_steps or steps),
-            "autoattack": lambda: run.autoattack(autoattack_version),
-            "sanity": lambda: run.sanity(**sanity_effort(level, sanity_images)),
-        }.items():
-            if name in (*parts, "routing"):
-                measure()
-        run.finish()
-    return report
+    measurer = measurer_of(model, dataset, processes, **storing, attack=repr(attack))
+    return Evaluation(model, report, attack, path, **measurer)
+
+
+def measure(
+    run: Evaluation,
+    parts: Sequence[str],
+    dial: tuple[Sequence[float], ImageTensorDataset | None, dict[str, float | None]],
+    worst_case_steps: int,
+    autoattack_version: str | None,
+    sanity: dict[str, int],
+) -> None:
+    """Measure the whole model, then `parts` in the order of `PARTS`; `dial` has the arguments of `Evaluation.dial`."""
+    run.whole()
+    for name, take in {
+        "components": run.components,
+        "routing": run.routing,
+        "dial": lambda: run.dial(*dial),
+        "component_attacks": run.component_attacks,
+        "eps_curve": run.eps_curve,
+        "worst_case": lambda: run.worst_case(worst_case_steps),
+        "autoattack": lambda: run.autoattack(autoattack_version),
+        "sanity": lambda: run.sanity(**sanity),
+    }.items():
+        if name in (*parts, "routing"):
+            take()
+    run.finish()
 
 
 def parts_of(level: str | Sequence[str], eps: float) -> Sequence[str]:

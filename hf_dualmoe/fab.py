@@ -42,8 +42,8 @@ def box_projection(points: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Te
     """Shortest step from points in the box [0, 1] to the hyperplane <normal, step> = gap that stays in the box.
 
     The projection problem of Sec. 2: each coordinate moves by min(t * s, room) towards the hyperplane, with s = 1
-    (L-inf) or |normal| (L2). The progress <normal, step> rises with t, linearly between the values of t where a
-    coordinate hits the box, so sorting these gives the exact t.
+    (L-inf) or |normal| (L2). The progress <normal, step> is concave and piecewise linear in t, so Newton's iteration
+    from t = 0 never overshoots and ends at the exact t after a few rounds, without the sorting that it usually takes.
 
     Args:
         points: (B, ...) in [0, 1].
@@ -60,15 +60,16 @@ def box_projection(points: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Te
     room = torch.where(weight > 0, 1 - position, position)
     size = weight.abs()
     speed = torch.ones_like(size) if norm == "linf" else size
-    hits = (room / speed.clamp_min(1e-300)).where(size > 0, torch.zeros_like(room))
-    hits, order = hits.sort(dim=1)
-    rate, held = (size * speed).gather(1, order), (size * room).gather(1, order)
-    moving = rate.flip(1).cumsum(1).flip(1)  # rate of all coordinates that have not hit the box before hit i
-    stopped = held.cumsum(1) - held
-    progress = stopped + hits * moving  # at t = hits[i]
-    i = torch.searchsorted(progress.contiguous(), gap.abs()[:, None]).clamp_max(hits.shape[1] - 1)
-    t = (gap.abs()[:, None] - stopped.gather(1, i)) / moving.gather(1, i).clamp_min(1e-300)
-    t = torch.minimum(t.clamp_min(0), hits.gather(1, i))
+    hits = (room / speed.clamp_min(1e-300)).where(size > 0, torch.zeros_like(room))  # t at which the box is met
+    rate, held, aim = size * speed, size * room, gap.abs()[:, None]
+    t = torch.zeros_like(aim)
+    while True:
+        moving = hits > t
+        slope, stopped = (rate * moving).sum(dim=1, keepdim=True), (held * ~moving).sum(dim=1, keepdim=True)
+        further = torch.where(slope > 0, (aim - stopped) / slope.clamp_min(1e-300), t)
+        if not (further > t).any():  # exact, or no coordinate can move any more; also false for NaN
+            break
+        t = torch.maximum(t, further)
     step = weight.sign() * torch.minimum(t * speed, room)
     return step.to(points).view_as(points)
 

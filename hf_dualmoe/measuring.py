@@ -22,7 +22,7 @@ from .attack_primitives import Classifier, frozen, logits_of
 from .attacks import PGD
 from .component_attacks import has_experts
 from .data import ImageTensorDataset, to_unit_range
-from .environment import write_text
+from .environment import check_outputs, data_digest, model_digest, write_text
 from .modeling_dualmoe import gate_weights
 
 if TYPE_CHECKING:
@@ -393,6 +393,40 @@ class Measurer:
         found.sums["seconds"] = time.perf_counter() - started
         self.processes.from_main(lambda: self.store.save(name, found))
         return found
+
+
+def measurer_of(
+    model: nn.Module,
+    dataset: ImageTensorDataset,
+    processes: Processes,
+    *,
+    batch_size: int,
+    progress: bool,
+    resume_dir: str | os.PathLike | None,
+    fresh: bool,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Look at the model's first outputs and open the store of its measurements: the arguments of a `Measurer`.
+
+    Args:
+        model: The model that is measured, in eval mode.
+        resume_dir, fresh: Folder of the `Store`, and whether to start over in it.
+        **settings: What the numbers depend on beside the model and the images, fit for JSON.
+
+    Raises:
+        ValueError: As `check_outputs` and `Store`.
+    """
+    device = device_of(model)
+    check_outputs(model, dataset, batch_size, device)
+    settings = {"model": model_digest(model), "images": data_digest(dataset), **settings}
+    store = processes.from_main(lambda: Store(resume_dir, settings, fresh))
+    options = {"batch_size": batch_size, "device": device, "progress": progress}
+    return {"dataset": dataset, "processes": processes, "store": store, **options}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of a model are; the CPU where it has none."""
+    return next(model.parameters(), torch.zeros(0)).device
 
 
 __all__ = ["Found", "Measurer", "Processes", "Store", "correct_mask", "percent", "run_batches"]

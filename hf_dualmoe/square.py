@@ -7,7 +7,9 @@ It needs nothing but logits, so it sees through masked gradients; hard routing a
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -22,13 +24,13 @@ from .attack_primitives import (
     l2_norm,
     logits_of,
     margin_objective,
-    per_image,
     project,
     round_inwards,
 )
 
+PATIENCE = 8  # refusals in a row after which an image may be shown one more proposal at once
 RUN_SEED = 7919  # distance between the seeds of two restarts on the same image
-CHUNK = 256  # queries whose random numbers are drawn at once
+CHUNK = 512  # queries whose random numbers are drawn at once
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, in queries out of 10,000 (Sec. 5)
 SHORTEST = 1000  # queries for which the schedule is made where there are fewer: small squares have no time to add up
 
@@ -39,25 +41,15 @@ class _Streams:
     def __init__(self, ids: Tensor, seed: int, device: torch.device):
         self.generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in ids.tolist()]
         self.device = device
-        self.table = torch.empty(len(ids), 0, 0)
-        self.used = 0
 
     def draw(self, *shape: int) -> Tensor:
         """(n, *shape) fresh numbers; float64, so that floor(u * k) never reaches k."""
         rows = [torch.rand(shape, generator=g, dtype=torch.float64) for g in self.generators]
         return torch.stack(rows).to(self.device)
 
-    def next(self, width: int) -> Tensor:
-        """(n, width) numbers for the next query."""
-        if self.used == self.table.shape[1]:
-            self.table, self.used = self.draw(CHUNK, width), 0
-        self.used += 1
-        return self.table[:, self.used - 1]
-
     def keep(self, mask: Tensor) -> None:
         """Drop the images where `mask` (n,) is false."""
         self.generators = [g for g, kept in zip(self.generators, mask.tolist(), strict=True) if kept]
-        self.table = self.table[mask]
 
 
 def signs(uniform: Tensor, like: Tensor) -> Tensor:
@@ -78,6 +70,16 @@ def window_size(query: int, queries: int, p_init: float, shape: torch.Size, norm
     if norm == "l2":
         side = max(3, side) // 2 * 2 + 1
     return min(side, height, width)
+
+
+def blocks(queries: int, p_init: float, shape: torch.Size, norm: str) -> Iterator[tuple[int, int]]:
+    """(side, count) of the queries after the first, in their order: no more than CHUNK of one size at once."""
+    sides = (window_size(query, queries, p_init, shape, norm) for query in range(1, queries))
+    for side, group in groupby(sides):
+        left = sum(1 for _ in group)
+        while left > 0:
+            yield side, min(left, CHUNK)
+            left -= CHUNK
 
 
 @functools.lru_cache
@@ -161,6 +163,104 @@ def propose_l2(images: Tensor, current: Tensor, eps: float, side: int, uniform: 
     return project(images + delta.view_as(images), images, eps, "l2")
 
 
+def proposal_numbers(uniform: Tensor, side: int, shape: torch.Size) -> tuple[Tensor, int]:
+    """Which square with which signs `propose_linf` makes of numbers (..., 2 + C): (...,) int64, below the second."""
+    channels, height, width = shape[-3:]
+    rows, columns = height - side + 1, width - side + 1
+    corner = (uniform[..., :2] * torch.tensor([rows, columns], device=uniform.device)).long()
+    sign = ((uniform[..., 2:] < 0.5).long() << torch.arange(channels, device=uniform.device)).sum(dim=-1)
+    return ((corner[..., 0] * columns + corner[..., 1]) << channels) + sign, (rows * columns) << channels
+
+
+class _Search:
+    """One search on n images, each of which goes through its own list of proposals at its own pace.
+
+    It finds what asking one proposal after the other finds, with fewer and fuller batches. A proposal that an image
+    has refused since it last changed (L-inf) it would refuse again: it is passed over. Small images run out of new
+    ones, and most of a long search asks what has been answered; where more proposals are possible than there are
+    queries, nothing is remembered. Where images have left, one that refuses again and again is shown several
+    proposals at once; after the first that it takes, the others count as not asked.
+    """
+
+    def __init__(self, rows: Tensor, images: Tensor, labels: Tensor, streams: _Streams, attack: "Square"):
+        self.rows, self.images, self.labels, self.streams, self.attack = rows, images, labels, streams, attack
+        self.current, self.best = images.clone(), torch.full(labels.shape, -torch.inf, device=images.device)
+        self.side, self.size, device = 0, len(rows), rows.device
+        self.uniform = self.numbers = self.place = torch.zeros(len(rows), 0, device=device)
+        self.refused, self.streak = torch.zeros(len(rows), 0, dtype=torch.bool, device=device), torch.zeros_like(rows)
+
+    def load(self, side: int, count: int) -> None:
+        """Draw the next `count` proposals of each image, all of one size."""
+        linf = self.attack.norm == "linf"
+        self.uniform = self.streams.draw(count, (2 if linf else 5) + self.images.shape[1])
+        self.place = torch.zeros_like(self.rows)  # of an image in its list
+        if linf:
+            self.numbers, kinds = proposal_numbers(self.uniform, side, self.images.shape)
+        if linf and side != self.side:
+            kept = kinds if kinds <= self.attack.queries else 0
+            self.refused = torch.zeros(len(self.rows), kept, dtype=torch.bool, device=self.rows.device)
+        self.side = side
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """What to ask next: images (k,), by position and in order, and places in their lists (k,)."""
+        new = torch.arange(self.uniform.shape[1], device=self.place.device) >= self.place[:, None]
+        if self.refused.shape[1]:
+            new &= ~self.refused.gather(1, self.numbers)
+        active = max(1, int(new.any(dim=1).sum()))
+        several = (1 + self.streak // PATIENCE).clamp_max(self.size // active)
+        new &= new.cumsum(dim=1, dtype=torch.int32) <= several[:, None]
+        return new.nonzero(as_tuple=True)
+
+    def step(self, model: Classifier) -> Tensor | None:
+        """Ask once; (n,) who is misclassified now, None at the end of the lists."""
+        at, place = self.next()
+        if len(at) == 0:
+            return None
+        propose = propose_linf if self.attack.norm == "linf" else propose_l2
+        drawn = self.uniform[at, place]
+        proposal = propose(self.images[at], self.current[at], self.attack.eps, self.side, drawn)
+        margin, wrong = self.best[at], torch.zeros_like(at, dtype=torch.bool)
+        changes = (proposal != self.current[at]).flatten(1).any(dim=1)
+        if changes.any():
+            margin[changes], wrong[changes] = self.ask(model, proposal[changes], self.labels[at[changes]])
+        order, better = torch.arange(len(at), device=at.device), wrong | (margin > self.best[at])
+        none = torch.full_like(self.rows, len(at))
+        first = none.scatter_reduce(0, at, order.where(better, len(at)), "amin")[at]  # that the image takes
+        known, taken = order <= first, order == first
+        self.place.scatter_reduce_(0, at[known], place[known] + 1, "amax")
+        self.streak.scatter_add_(0, at, known.long())
+        self.streak[at[taken]] = 0
+        if self.refused.shape[1]:
+            self.refused[at[known], self.numbers[at[known], place[known]]] = True
+            self.refused[at[taken]] = False
+        self.current[at[taken]], self.best[at[taken]] = proposal[taken], margin[taken]
+        return torch.zeros_like(self.rows, dtype=torch.bool).index_fill(0, at[taken & wrong], True)
+
+    def ask(self, model: Classifier, proposal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Margin (k,) of proposals (k, ...), and whether they are misclassified (k,)."""
+        logits = logits_of(model, proposal)
+        return margin_objective(logits, labels), logits.argmax(dim=1) != labels
+
+    def begin(self, model: Classifier, start: Tensor) -> Tensor:
+        """Take the start (n, ...), the first query; (n,) who is misclassified by it."""
+        margin, wrong = self.ask(model, start, self.labels)
+        taken = wrong | (margin > self.best)  # false for NaN
+        self.current[taken], self.best[taken] = start[taken], margin[taken]
+        return wrong
+
+    def exhausted(self) -> Tensor:
+        """(n,) whether an image has refused every single pixel, the smallest square; nothing can change it."""
+        done = self.refused.all(dim=1)
+        return done if self.side == 1 and self.refused.shape[1] else torch.zeros_like(done)
+
+    def keep(self, mask: Tensor) -> None:
+        """Drop the images where `mask` (n,) is false."""
+        own = ("rows", "images", "labels", "current", "best", "uniform", "numbers", "place", "refused", "streak")
+        for name in own:
+            setattr(self, name, getattr(self, name)[mask])
+        self.streams.keep(mask)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Square(Attack):
     """Square attack in the L-inf or L2 ball: lowers the margin by random squares, keeping each change that helps.
@@ -172,7 +272,8 @@ class Square(Attack):
     Args:
         eps: Radius in [0, 1] pixel units.
         norm: "linf" or "l2".
-        queries: Forward passes per image and restart.
+        queries: Proposals per image and restart. One that leaves the image as it is, or that it has refused before
+            and would again (L-inf), costs no forward pass.
         p_init: Share of the image that the first squares cover, in (0, 1].
         seed: Of the random search.
         restarts: Independent searches.
@@ -212,27 +313,23 @@ class Square(Attack):
 
     def _search(self, model, images, labels, rows, streams, attacked, standing) -> None:
         """One random search; writes what it finds into `attacked` and `standing` at `rows`."""
-        start, propose = (start_linf, propose_linf) if self.norm == "linf" else (start_l2, propose_l2)
-        width = (2 if self.norm == "linf" else 5) + images.shape[1]
-        current, best = images, torch.full(labels.shape, -torch.inf, device=images.device)
-        for query in range(self.queries):
-            if query == 0:
-                proposal = start(images, self.eps, streams)
-            else:
-                side = window_size(query, self.queries, self.p_init, images.shape, self.norm)
-                proposal = propose(images, current, self.eps, side, streams.next(width))
-            logits = logits_of(model, proposal)
-            margin, wrong = margin_objective(logits, labels), logits.argmax(dim=1) != labels
-            better = wrong | (margin > best)
-            current = torch.where(per_image(better, current), proposal, current)
-            best = torch.where(better, margin, best)
-            if wrong.any():
-                attacked[rows[wrong]], standing[rows[wrong]] = current[wrong], False
-                images, labels, rows, current, best = (x[~wrong] for x in (images, labels, rows, current, best))
-                streams.keep(~wrong)
-                if len(rows) == 0:
-                    return
-        attacked[rows] = current
+        search, start = _Search(rows, images, labels, streams, self), start_linf if self.norm == "linf" else start_l2
+
+        def leave(wrong: Tensor) -> None:
+            leaving = wrong | search.exhausted()
+            if leaving.any():
+                left = search.rows[leaving]
+                attacked[left], standing[left] = search.current[leaving], ~wrong[leaving]
+                search.keep(~leaving)
+
+        leave(search.begin(model, start(images, self.eps, streams)))
+        for side, count in blocks(self.queries, self.p_init, images.shape, self.norm):
+            if len(search.rows) == 0:
+                return
+            search.load(side, count)
+            while (wrong := search.step(model)) is not None:
+                leave(wrong)
+        attacked[search.rows] = search.current
 
 
 __all__ = ["Square"]

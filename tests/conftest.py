@@ -4,8 +4,10 @@
 """
 
 import copy
+import io
 import os
 import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 HF_HOME = tempfile.TemporaryDirectory(
@@ -21,6 +23,8 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -34,6 +38,7 @@ from hf_dualmoe import (  # noqa: E402
 torch.set_num_threads(1)  # tiny tensors: two threads that wait for each other are ten times slower on a busy machine
 logging.disable_progress_bar()
 
+STUDIES = Path(__file__).parents[1] / "training" / "benchmarks" / "studies"
 BATCH, NUM_CHANNELS, IMAGE_SIZE, NUM_LABELS, NUM_EXPERTS = 13, 3, 30, 7, 4
 MEAN, STD = [0.48, 0.45, 0.4], [0.25, 0.3, 0.2]
 ARCHITECTURES = {
@@ -65,6 +70,33 @@ def shake(model: nn.Module, seed: int = 0) -> None:
             module.running_var.uniform_(0.5, 1.5, generator=generator)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def assert_same_tensors(left: nn.Module, right: nn.Module) -> None:
+    """Parameters and buffers of two models are equal to the bit."""
+    for kind in ("named_parameters", "named_buffers"):
+        expected, actual = dict(getattr(left, kind)()), dict(getattr(right, kind)())
+        assert expected.keys() == actual.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def save_and_load(model, folder, **kwargs):
+    """The model as `from_pretrained(folder, **kwargs)` gives it back."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, **kwargs)
+
+
+def solid(colour, size=(6, 6), mode="RGB") -> Image.Image:
+    """An image of one colour."""
+    return Image.new(mode, size, colour)
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options) -> dict:
+    """An image as `datasets.Image(decode=False)` gives it."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +173,26 @@ def _native_vit():
     model = ViTForImageClassification(config).eval()
     shake(model)
     return model
+
+
+@pytest.fixture
+def tiny_study(tmp_path):
+    """tiny_study(name, settings=None, **changes): a study of `training/benchmarks`, small enough for seconds.
+
+    Writes it with these settings and other changes into a file; returns its path.
+    """
+
+    def write(name: str, settings: dict | None = None, **changes) -> Path:
+        content = yaml.safe_load((STUDIES / f"{name}.yaml").read_text())
+        content["passes"] = 1
+        content["settings"] |= {"width": "8,8,8,16", "max_train_samples": 128, "max_test_samples": 30}
+        content["settings"] |= settings or {}
+        content["evaluation"] = {"steps": 1, "worst_case_steps": 1, "batch_size": 64, "alphas": [0, 0.6, 1]}
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+        return path
+
+    return write
 
 
 @pytest.fixture

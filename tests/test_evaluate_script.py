@@ -96,6 +96,16 @@ def test_single_mixture_with_other_parts(evaluate, saved, tmp_path, capsys):
     assert "ra_pgd3" in RobustnessReport.load(tmp_path / "results.json").metrics
 
 
+def test_two_models_called_model_are_reported_in_folders_of_their_own(evaluate, saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("moe", "dual"):
+        shutil.copytree(saved / name, tmp_path / name / "model")
+        assert evaluate(*QUICK, "--model", f"{name}/model", "--level", "components", "--num_images", 7) == 0
+    found = {path.parent.name: RobustnessReport.load(path) for path in tmp_path.glob("outputs/*/results.json")}
+    kinds = {"moe": "mixture of experts", "dual": "dual model"}
+    assert {name.split("-")[1]: report.model["kind"] for name, report in found.items()} == kinds
+
+
 def test_calibration_is_measured_and_written(evaluate, script, saved, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(saved / "dual", tmp_path / "model")
     before = json.loads((folder / "config.json").read_text())

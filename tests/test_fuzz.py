@@ -1,6 +1,6 @@
 """The fuzzer finds nothing at a size for every day, and would find what it looks for."""
 
-import importlib.util
+import importlib
 import inspect
 import json
 import socket
@@ -12,18 +12,24 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-SCRIPT = Path(__file__).parents[1] / "training" / "benchmarks" / "fuzz.py"
+BENCHMARKS = Path(__file__).parents[1] / "training" / "benchmarks"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the deadline of a case needs SIGALRM")
 
 
 @pytest.fixture(scope="module")
 def fuzz():
-    spec = importlib.util.spec_from_file_location("fuzz", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz"] = module  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["fuzz"]
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module("fuzz")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        sys.modules.pop("fuzz", None)
+
+
+@pytest.fixture
+def cases(fuzz):
+    """What `fuzz` draws from."""
+    return sys.modules["fuzz_cases"]
 
 
 def test_nonsense_works_or_is_refused(fuzz):
@@ -102,11 +108,11 @@ def test_the_script_writes_its_figures(fuzz, tmp_path, monkeypatch, capsys):
     assert result["environment"]["hypothesis"]
 
 
-def test_every_name_that_is_drawn_exists(fuzz):
+def test_every_name_that_is_drawn_exists(cases):
     """A misspelt argument would be refused, and so seem to be checked."""
-    drawn = {**fuzz.ATTACKS, fuzz.MoEConfig: fuzz.MOE, fuzz.DualMoEConfig: fuzz.DUAL}
-    for kind, choices in {**drawn, fuzz.RobustTrainingArguments: fuzz.TRAINING}.items():
+    drawn = {**cases.ATTACKS, cases.MoEConfig: cases.MOE, cases.DualMoEConfig: cases.DUAL}
+    for kind, choices in {**drawn, cases.RobustTrainingArguments: cases.TRAINING}.items():
         assert set(choices) - {"num_labels"} <= set(kind.__dataclass_fields__), kind
-    calls = {fuzz.evaluate_robustness: fuzz.EVALUATION, fuzz.load_splits: fuzz.SPLITS}
-    for function, choices in {**calls, fuzz.DualMoEForImageClassification.forward: fuzz.FORWARD}.items():
+    calls = {cases.evaluate_robustness: cases.EVALUATION, cases.load_splits: cases.SPLITS}
+    for function, choices in {**calls, cases.DualMoEForImageClassification.forward: cases.FORWARD}.items():
         assert set(choices) <= set(inspect.signature(function).parameters), function

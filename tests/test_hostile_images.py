@@ -1,6 +1,5 @@
 """Every kind of picture is converted by the rules of `decoding` or refused by row or file; doubts are reported."""
 
-import io
 import logging
 import os
 import struct
@@ -11,16 +10,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import encode
 from PIL import Image
 
 from hf_dualmoe.data import count_duplicates, load_splits
 from hf_dualmoe.decoding import decode_images
-
-
-def encoded(image, file_format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def gradient(size=(12, 12)):
@@ -38,7 +32,7 @@ def palette_with_transparency():
 def animated(file_format):
     frames = [Image.new("RGB", (12, 12), colour) for colour in ((10, 200, 30), (250, 0, 0), (0, 0, 250))]
     lossless = {"lossless": True} if file_format == "WEBP" else {}
-    return encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **lossless)
+    return encode(frames[0], file_format, save_all=True, append_images=frames[1:], **lossless)
 
 
 def one(image, **options):
@@ -52,16 +46,16 @@ def one(image, **options):
 
 RGBA = np.concatenate([np.asarray(gradient()), np.full((12, 12, 1), 90, np.uint8)], axis=2)
 CONVERTED = {
-    "transparent palette PNG": (encoded(palette_with_transparency()), 8),
-    "transparent palette GIF": (encoded(palette_with_transparency(), "GIF"), 8),
-    "half transparent PNG": (encoded(Image.fromarray(RGBA)), 0),
-    "half transparent WebP": (encoded(Image.fromarray(RGBA), "WEBP", lossless=True, exact=True), 0),
-    "JPEG": (encoded(gradient(), "JPEG", quality=98, subsampling=0), 12),
-    "progressive JPEG": (encoded(gradient(), "JPEG", quality=98, subsampling=0, progressive=True), 12),
-    "BMP": (encoded(gradient(), "BMP"), 0),
-    "PPM": (encoded(gradient(), "PPM"), 0),
-    "TGA": (encoded(gradient(), "TGA"), 0),
-    "compressed TIFF": (encoded(gradient(), "TIFF", compression="tiff_lzw"), 0),
+    "transparent palette PNG": (encode(palette_with_transparency()), 8),
+    "transparent palette GIF": (encode(palette_with_transparency(), "GIF"), 8),
+    "half transparent PNG": (encode(Image.fromarray(RGBA)), 0),
+    "half transparent WebP": (encode(Image.fromarray(RGBA), "WEBP", lossless=True, exact=True), 0),
+    "JPEG": (encode(gradient(), "JPEG", quality=98, subsampling=0), 12),
+    "progressive JPEG": (encode(gradient(), "JPEG", quality=98, subsampling=0, progressive=True), 12),
+    "BMP": (encode(gradient(), "BMP"), 0),
+    "PPM": (encode(gradient(), "PPM"), 0),
+    "TGA": (encode(gradient(), "TGA"), 0),
+    "compressed TIFF": (encode(gradient(), "TIFF", compression="tiff_lzw"), 0),
 }
 
 
@@ -75,7 +69,7 @@ def test_formats_and_modes_keep_the_colours(name):
 
 
 def test_cmyk_jpeg_is_converted():
-    cyan = encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=98)
+    cyan = encode(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=98)
     red, green, blue = one(cyan)[:, 4, 4].tolist()
     assert red <= 8 and green >= 247 and blue >= 247
 
@@ -85,7 +79,7 @@ def test_deep_grey_is_scaled(mode):
     values = np.linspace(0, 65535, 36).reshape(6, 6)
     dtype = {"I;16": np.uint16, "I;16B": ">u2", "I": np.int32}[mode]
     image = Image.frombytes(mode, (6, 6), values.astype(dtype).tobytes())
-    pixels = one(encoded(image, "TIFF"))
+    pixels = one(encode(image, "TIFF"))
     assert pixels.shape == (1, 6, 6) and (pixels[0].numpy() - np.floor(values) / 257).__abs__().max() <= 0.51
 
 
@@ -96,7 +90,7 @@ def test_first_frame_of_an_animation(file_format):
 
 
 def test_one_pixel_is_stretched_to_the_size_asked_for():
-    dot = encoded(Image.new("RGB", (1, 1), (9, 8, 7)))
+    dot = encode(Image.new("RGB", (1, 1), (9, 8, 7)))
     assert one(dot).tolist() == [[[9]], [[8]], [[7]]]
     assert one(dot, image_size=32).flatten(1).unique(dim=1).tolist() == [[9], [8], [7]]
 
@@ -108,7 +102,7 @@ def test_extreme_shapes_give_their_central_square(size):
     centre = (size[0] if wide else size[1]) // 2
     middle = slice(centre - min(size) // 2 - 2, centre + min(size) // 2 + 3)
     array[(slice(None), middle) if wide else middle] = (250, 120, 60)
-    pixels = one(encoded(Image.fromarray(array)), image_size=16)
+    pixels = one(encode(Image.fromarray(array)), image_size=16)
     assert pixels.shape == (3, 16, 16)
     assert (pixels.int() - torch.tensor([250, 120, 60])[:, None, None]).abs().max() <= 1
 
@@ -128,7 +122,7 @@ def png_that_claims(width, height):
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 12\n%%EndComments\nshowpage\n%%EOF\n"
-PNG, JPEG = encoded(gradient((40, 40)))["bytes"], encoded(gradient((200, 200)), "JPEG")["bytes"]
+PNG, JPEG = encode(gradient((40, 40)))["bytes"], encode(gradient((200, 200)), "JPEG")["bytes"]
 REFUSED = {
     "half a PNG": (PNG[: len(PNG) // 2], "truncated|broken"),
     "half a JPEG": (JPEG[: len(JPEG) // 2], "truncated"),
@@ -137,7 +131,7 @@ REFUSED = {
     "text": (b"<html>404</html>", r"no image that can be read \(16 bytes\)"),
     "decompression bomb": (png_that_claims(60_000, 60_000)["bytes"], "DecompressionBombError"),
     "wide bomb": (png_that_claims(2_000_000_000, 1)["bytes"], "DecompressionBombError"),
-    "floating point": (encoded(Image.new("F", (6, 6), 0.5), "TIFF")["bytes"], "floating-point"),
+    "floating point": (encode(Image.new("F", (6, 6), 0.5), "TIFF")["bytes"], "floating-point"),
     "a program in PostScript": (EPS, "no image that can be read"),
 }
 
@@ -145,7 +139,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_a_reason_and_without_losing_the_others(name):
     data, reason = REFUSED[name]
-    good = encoded(gradient())
+    good = encode(gradient())
     images, failures = decode_images([good, {"bytes": data, "path": None}, good], 3, image_size=12, num_channels=3)
     assert len(images) == 2 and torch.equal(images[0], images[1]) and list(failures) == [1]
     with pytest.raises(ValueError, match=f"none of 1 images can be decoded: .*({reason})"):
@@ -164,7 +158,7 @@ def test_pipes_and_folders_are_refused_at_once(tmp_path):
     found = []
 
     def decode():
-        good = encoded(gradient())
+        good = encode(gradient())
         found.append(decode_images([good, *({"bytes": None, "path": str(path)} for path in paths)], 4)[1])
 
     thread = threading.Thread(target=decode, daemon=True)  # reading the pipe would never end
@@ -192,7 +186,7 @@ def test_messages_name_the_file_of_an_image_folder(tmp_path):
 
 
 def numbered(i):
-    return encoded(Image.new("RGB", (6, 6), (i % 256, i // 256, 99)))
+    return encode(Image.new("RGB", (6, 6), (i % 256, i // 256, 99)))
 
 
 def save(folder, **splits):

@@ -17,16 +17,19 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 from hf_dualmoe import DualMoEForImageClassification, cli
 from hf_dualmoe.arguments import RecipeParser
 from hf_dualmoe.data import load_digits_splits
+from hf_dualmoe.environment import pixel_radius
 from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +157,6 @@ def workplace(_trained_digits, tmp_path_factory):
     report = evaluate_robustness(dual, load_digits_splits().test, **settings, dataset_name="digits", progress=False)
     report.save(saved / "results.json")
     shutil.copytree(saved, folder / "outputs" / "own_images-jtdmoe" / "model")
-    report.save(folder / "outputs" / "evaluate-model" / "results.json")
     images = tmp_path_factory.mktemp("images")
     for i in range(140):
         path = images / "to" / "images" / ("cat", "dog")[i % 2] / f"{i}.png"
@@ -194,11 +196,56 @@ def run_python(section: str) -> tuple[dict, set[str]]:
     return namespace, missing
 
 
+def check_alpha(names: dict, printed: str) -> None:
+    choice = names["choice"]
+    assert names["model"].config.alpha == choice.alpha and 0 <= choice.alpha <= 1
+    assert printed.strip() == f"{choice.alpha} {choice.sa} {choice.ra} {choice.rule}"
+
+
+def check_certificates(names: dict, printed: str) -> None:
+    proofs, votes = names["proofs"], names["votes"]
+    assert len(proofs.status) == len(votes.status) == 8 and set(votes.status) <= {"certified", "abstain"}
+    assert printed.startswith(str(proofs.status)) and proofs.confidence == 1 and votes.confidence == 0.999
+    shares = votes.certified_accuracy(names["labels"], radii=[0.1, 0.25])
+    assert 100 >= shares[0] >= shares[1] >= 0 and printed.strip().endswith(str(shares))
+
+
+def check_tools(names: dict, printed: str) -> None:
+    """What ran of it: some of the blocks need tools of other people."""
+    images, model = names["images"], names["model"]
+    with torch.no_grad():
+        torch.testing.assert_close(names["plain"](images), model(images).logits)
+    if "attacked" in names:
+        assert 0 < (names["attacked"] - images).abs().max() <= 0.15 + 1e-6
+    if "logits" in names:
+        with torch.no_grad():
+            expected = model(images, alpha=0.9).logits
+        torch.testing.assert_close(torch.tensor(names["logits"]), expected, atol=1e-3, rtol=1e-3)
+
+
+def check_parts(names: dict, printed: str) -> None:
+    assert 0 < (names["attacked"] - names["images"]).abs().max() <= 8 / 255 + 1e-6
+    assert names["loss"].item() > 0 and all(p.grad.abs().sum() > 0 for p in names["model"].parameters())
+    accuracy, table = printed.split("\n", 1)
+    assert 0 <= float(accuracy) <= 100 and "SA %" in table and "RA PGD20 %" in table
+
+
+OUTCOMES = {
+    "Choosing alpha": check_alpha,
+    "Certificates": check_certificates,
+    "Other tools": check_tools,
+    "The parts alone": check_parts,
+}
+
+
 @pytest.mark.parametrize(
     "section", [section for section in PYTHON_SECTIONS if section not in (ON_A_HUB, START, TUTORIAL)]
 )
-def test_python_blocks_run(section, inside):
-    _, missing = run_python(section)
+def test_python_blocks_run(section, inside, capsys):
+    """They raise nothing, and leave and print what the text around them says."""
+    names, missing = run_python(section)
+    assert section in OUTCOMES, f"no rule for what the Python of {section!r} should lead to"
+    OUTCOMES[section](names, capsys.readouterr().out)
     if missing:
         pytest.skip(f"ran all but the blocks that need {', '.join(sorted(missing))}")
 
@@ -255,29 +302,31 @@ def find_script(command: str) -> tuple[str, list[str]] | None:
     return None
 
 
-def check_script(command: str, arguments: list[str]) -> None:
-    """Let the real parser read the arguments; local models and data that they name must be there."""
+def check_script(command: str, arguments: list[str]) -> dict:
+    """What the real parser reads from the arguments; local models and data that they name must be there."""
     parser = create_parser(command)
     if command == "train":
-        data, _, args, run = parser.parse(arguments)
+        data, model, args, run = parser.parse(arguments)
         load_script("run.py").check_dial_request(args.method, run)
         assert data.dataset_name == "digits" or Path(data.dataset_name).is_dir()
-        return
+        return {name: value for part in (data, model, args, run) for name, value in vars(part).items()}
     args = parser.parse_args(arguments)
     assert Path(args.model, "config.json").is_file()
     assert getattr(args, "dataset_name", "digits") == "digits" or Path(args.dataset_name).is_dir()
     if command == "evaluate":
         load_script("evaluate.py").check_request(args)
+    return vars(args)
 
 
-def check_pip(words: list[str]) -> None:
+def check_pip(words: list[str]) -> dict:
     """`pip install -e ".[extras]"` with extras that pyproject has."""
     assert words[:2] == ["install", "-e"] and len(words) == 3
     extras = re.fullmatch(r"\.\[([\w,]+)\]", words[2])[1].split(",")
     assert set(extras) <= set(re.findall(r"^(\w+) = ", EXTRAS, flags=re.M))
+    return {"extras": extras}
 
 
-def check_tool(words: list[str]) -> None:
+def check_tool(words: list[str]) -> dict:
     """A tool for contributors: among the extras, and configured."""
     assert words[0] in EXTRAS
     if words[0] == "ruff":
@@ -287,31 +336,41 @@ def check_tool(words: list[str]) -> None:
     if words[0] == "pytest":
         assert words[1:] in ([], ["-m", "slow"], ["--cov=hf_dualmoe"])
         assert "pytest-cov" in EXTRAS and '["slow: ' in PROJECT
+    return {"tool": words[0]}
 
 
-def check_command(command: str) -> None:
-    """Check one command line by the rule for its first word; one without a rule fails."""
+def check_command(command: str) -> dict:
+    """Check one command line by the rule for its first word, and return what was read; one without a rule fails."""
     words = shlex.split(command)
     while re.fullmatch(r"(HF_HUB_OFFLINE|OMP_NUM_THREADS)=1", words[0]):
         del words[0]
     if found := find_script(command):
-        check_script(*found)
-    elif words[0] == "pip":
-        check_pip(words[1:])
-    elif words == ["hf", "auth", "login"]:
+        return check_script(*found)
+    if words[0] == "pip":
+        return check_pip(words[1:])
+    if words == ["hf", "auth", "login"]:
         code = "import sys; from huggingface_hub.cli.hf import main; sys.argv[0] = 'hf'; main()"
-        subprocess.run([sys.executable, "-c", code, *words[1:], "--help"], check=True, capture_output=True)
-    elif words == ["python", "tests/api_page.py"]:
+        command = [sys.executable, "-c", code, *words[1:], "--help"]
+        return {"help": subprocess.run(command, check=True, capture_output=True, text=True).stdout}
+    if words == ["python", "tests/api_page.py"]:
         assert (ROOT / words[1]).is_file()  # what it writes: test_api_page.py
-    elif words[0] in ("ruff", "pytest", "pre-commit"):
-        check_tool(words)
-    else:
-        pytest.fail(f"no rule for {command!r}")
+        return {"tool": words[1]}
+    if words[0] in ("ruff", "pytest", "pre-commit"):
+        return check_tool(words)
+    return pytest.fail(f"no rule for {command!r}")
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(command for _, command in COMMANDS))
 def test_commands_parse(command, inside):
-    check_command(command)
+    """Nothing is refused, and each `--flag value` of our scripts arrives under its name."""
+    read = check_command(command)
+    assert any(read.values())
+    _, arguments = find_script(command) or ("", [])
+    given = {word[2:]: after for word, after in pairwise([*arguments, ""]) if word.startswith("--")}
+    for name, value in given.items():
+        arrived = read[name][0] if isinstance(read[name], list) else read[name]
+        expected = True if value.startswith("--") or not value else value
+        assert arrived == expected or float(arrived) == pixel_radius(value), name
 
 
 @pytest.mark.parametrize(
@@ -333,18 +392,19 @@ def test_rules_refuse_what_is_wrong(command, inside):
         check_command(command)
 
 
-def run_command(command: str, arguments: list[str]) -> None:
-    """Run a command with small settings appended, in this process."""
+def run_command(command: str, arguments: list[str]) -> int | str:
+    """Run a command with small settings appended, in this process; its exit status, or what it says as it fails."""
     try:
         cli.main([command, *arguments, *SMALL[command].split()])
     except SystemExit as end:
-        assert not end.code
+        return end.code or 0
+    return 0
 
 
 def test_dry_runs_send_nothing(inside, capsys):
     for _, line in COMMANDS:
         if "--dry_run" in line:
-            run_command(*find_script(line))
+            assert run_command(*find_script(line)) == 0
             assert "Dry run: nothing was sent." in capsys.readouterr().out
 
 
@@ -352,6 +412,7 @@ def test_dry_runs_send_nothing(inside, capsys):
 @pytest.mark.parametrize("section", dict.fromkeys(name for name, line in COMMANDS if "--model" in line))
 def test_commands_run(section, inside, monkeypatch):
     """All commands of a section in order, but those that install, log in or need two processes."""
+    statuses = {}
     if section == TUTORIAL:
         shutil.rmtree("outputs")
     for block in (block for block in BLOCKS if block.section == section):
@@ -364,7 +425,8 @@ def test_commands_run(section, inside, monkeypatch):
             if found[0] == "demo":
                 pytest.importorskip("gradio")
                 monkeypatch.setitem(SMALL, "demo", f"--export space_{len(line)}")
-            run_command(*found)
+            statuses[line] = run_command(*found)
+    assert statuses and set(statuses.values()) == {0}, statuses
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------

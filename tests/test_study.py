@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,19 +26,9 @@ sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    """The digits study, small enough for seconds; returns a function that writes it, changed."""
-
-    def write(**changes) -> Path:
-        content = yaml.safe_load((BENCHMARKS / "studies" / "digits.yaml").read_text())
-        content["passes"] = 1
-        content["settings"] |= {"width": "8,8,8,16", "max_train_samples": 128, "max_test_samples": 30}
-        content["evaluation"] = {"steps": 1, "worst_case_steps": 1, "batch_size": 64, "alphas": [0, 0.6, 1]}
-        path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
-        return path
-
-    return write
+def tiny(tiny_study):
+    """tiny(**changes): path of the digits study, small and changed."""
+    return partial(tiny_study, "digits")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ python training/certify.py --model path/to/any/model --sigmas 0.25 --n 10000    
 """
 
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
@@ -15,25 +15,17 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.certification_report import ALPHAS, CertificationReport, certify_dataset, plot_certificates
-from hf_dualmoe.data import DataSplits, load_splits
+from hf_dualmoe.data import DataSplits
 from hf_dualmoe.environment import pixel_radius
 from hf_dualmoe.operator_norms import NORMS
+from hf_dualmoe.script_arguments import add_run_arguments, load_images, model_parser, output_folder
 
 RESULTS, PLOT = "certificates.json", "certified_accuracy.png"
 
 
 def create_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = model_parser(__doc__.splitlines()[0], ("test_split",))
     add = parser.add_argument
-    add("--model", required=True, help="Saved folder or Hub id of an image classifier of [0, 1] images.")
-    add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
-    add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
-    add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
-    for name in ("dataset_config_name", "image_column", "label_column", "test_split"):
-        add(f"--{name}", help="As in training/run.py.")
-    add("--num_images", type=int, help="Test images to use, with the class shares of the whole; default: all.")
-    add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
-    add("--ignore_class_names", action="store_true", help="Compare the number of classes only, not their names.")
     add("--norm", choices=NORMS, default="l2", help="Norm of the radius.")
     radii = [0.1, 0.25, 0.5]
     add("--radii", type=pixel_radius, nargs="+", default=radii, help="In [0, 1] pixel units, such as 36/255.")
@@ -54,11 +46,8 @@ def create_parser() -> ArgumentParser:
     add("--n0", type=int, default=100, help="Noisy copies that choose the class (smoothing).")
     add("--n", type=int, default=1000, help="Noisy copies that are counted (smoothing).")
     add("--confidence", type=float, default=0.999, help="Of each smoothing certificate.")
-    add("--batch_size", type=int, default=256, help="Images, or noisy copies, per forward.")
-    add("--seed", type=int, default=0, help="Seed of the noise and of the choice of images.")
-    add("--output_dir", help="Where to write; default: outputs/certify-<name of the model>.")
-    add("--fresh", action="store_true", help="Start over in an output_dir that holds certificates.")
-    add("--disable_tqdm", action="store_true", help="Show no progress bars.")
+    texts = {"batch": "Images, or noisy copies, per forward.", "seed": "Seed of the noise and of choices of images."}
+    add_run_arguments(parser, "certify", "certificates", **texts)
     return parser
 
 
@@ -67,11 +56,11 @@ def main() -> None:
     args = parser.parse_args()
     # launched on CPUs alone, accelerate would start unconnected processes unless told
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    args.output_dir = Path(args.output_dir or f"outputs/certify-{Path(args.model).resolve().name}")
+    args.output_dir = Path(args.output_dir or output_folder("certify", args.model, args.revision))
     try:
         options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
         model = AutoModelForImageClassification.from_pretrained(args.model, **options).to(accelerator.device)
-        report = certify(args, model, load_data(args, model), accelerator)
+        report = certify(args, model, load_images(args, model), accelerator)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
     if accelerator.is_main_process:
@@ -84,15 +73,6 @@ def main() -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     sys.exit(1 if report.failures else 0)
-
-
-def load_data(args: Namespace, model: nn.Module) -> DataSplits:
-    """The test images, at the size and with the channels that the model takes."""
-    names = ("image_column", "label_column", "test_split", "on_bad_image")
-    options = {name: getattr(args, name) for name in names}
-    if args.dataset_name != "digits":
-        options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
-    return load_splits(args.dataset_name, config_name=args.dataset_config_name, max_train_samples=1, **options)
 
 
 def certify(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> CertificationReport:

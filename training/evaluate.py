@@ -8,7 +8,7 @@ python training/evaluate.py --model path/to/model --write_calibration           
 
 import json
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,22 @@ from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.calibration import calibrate_robust_logits
-from hf_dualmoe.data import DataSplits, load_splits
+from hf_dualmoe.data import DataSplits
 from hf_dualmoe.environment import pixel_radius, write_text
 from hf_dualmoe.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, evaluate_robustness
 from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import refresh_model_card
 from hf_dualmoe.plots import attack_examples, save_plots
+from hf_dualmoe.script_arguments import add_run_arguments, load_images, model_parser, output_folder
 
 SPLITS = ("train_split", "validation_split", "test_split")
 
 
 def create_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = model_parser(__doc__.splitlines()[0], SPLITS)
     add = parser.add_argument
-    add("--model", required=True, help="Saved folder or Hub id of an image classifier of [0, 1] images.")
-    add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
-    add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
-    add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
-    for name in ("dataset_config_name", "image_column", "label_column", *SPLITS):
-        add(f"--{name}", help="As in training/run.py.")
     add("--validation_fraction", type=float, default=0.1, help="As in the training, where splits were cut from train.")
     add("--split_seed", type=int, default=42, help="--seed of the training: keeps held-out images the same.")
-    add("--num_images", type=int, help="Test images to use, with the class shares of the whole; default: all.")
-    add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
-    add("--ignore_class_names", action="store_true", help="Compare the number of classes only, not their names.")
     add("--eps", type=pixel_radius, default=8 / 255, help="Radius in [0, 1] pixel units, such as 8/255.")
     add("--norm", choices=("linf", "l2"), default="linf", help="Norm of the ball.")
     add("--steps", type=int, default=20, help="PGD steps.")
@@ -60,11 +52,8 @@ def create_parser() -> ArgumentParser:
         help="Choose F_R's logit map and alpha on held-out images (MixedNUTS) first.",
     )
     add("--write_calibration", action="store_true", help="Calibrate, and write both into the folder's config.json.")
-    add("--batch_size", type=int, default=256, help="Images per forward.")
-    add("--seed", type=int, default=0, help="Seed of attacks and choices of images.")
-    add("--output_dir", help="Where to write; default: outputs/evaluate-<name of the model>.")
-    add("--fresh", action="store_true", help="Start over in an output_dir that holds an evaluation.")
-    add("--disable_tqdm", action="store_true", help="Show no progress bars.")
+    texts = {"batch": "Images per forward.", "seed": "Seed of attacks and choices of images."}
+    add_run_arguments(parser, "evaluate", "an evaluation", **texts)
     return parser
 
 
@@ -73,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     # launched on CPUs alone, accelerate would start unconnected processes unless told
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    args.output_dir = Path(args.output_dir or f"outputs/evaluate-{Path(args.model).resolve().name}")
+    args.output_dir = Path(args.output_dir or output_folder("evaluate", args.model, args.revision))
     try:
         args.calibrate |= args.write_calibration
         check_request(args)
@@ -149,13 +138,9 @@ def write_config(folder: str, changes: dict[str, Any]) -> None:
 
 
 def load_data(args: Namespace, model: nn.Module) -> DataSplits:
-    """The images, at the size and with the channels that the model takes; of train none are needed."""
-    names = ("image_column", "label_column", *SPLITS, "validation_fraction", "on_bad_image")
-    options = {name: getattr(args, name) for name in names}
-    if args.dataset_name != "digits":
-        options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
-    config_name, seed = args.dataset_config_name, args.split_seed
-    return load_splits(args.dataset_name, config_name=config_name, max_train_samples=1, seed=seed, **options)
+    """Test images, and the held-out ones that the training left."""
+    options = {name: getattr(args, name) for name in ("train_split", "validation_split", "validation_fraction")}
+    return load_images(args, model, seed=args.split_seed, **options)
 
 
 def evaluate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> RobustnessReport:

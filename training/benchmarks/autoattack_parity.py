@@ -37,13 +37,8 @@ TOLERANCE = 1.0  # points by which ours may leave more images standing than thei
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_attacked(parser, num_images=500)
     add = parser.add_argument
-    add("--model", help="saved model folder")
-    add("--dataset", default="digits", help="as `load_splits` takes it")
-    add("--with_validation", action="store_true", help="attack images of the validation split too, not of test only")
-    add("--num_images", type=int, default=500)
-    add("--eps", type=pixel_radius, default=8 / 255, help="radius in [0, 1] pixel units, such as 8/255")
-    add("--norm", choices=["linf", "l2"], default="linf")
     add("--version", choices=list(VERSIONS), default="standard", help="union and budgets of both sides")
     add("--attacks", nargs="*", help="some of the version's attacks, and union; default: all")
     add("--batch_size", type=int, default=200)
@@ -53,6 +48,17 @@ def create_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=RESULTS / "autoattack_parity.json", help="results file; rows of others stay")
     add("--render", action="store_true", help="only put the table of the results file into the README")
     return parser
+
+
+def add_attacked(parser: argparse.ArgumentParser, num_images: int) -> None:
+    """Arguments that say which model is attacked, on which images and how far; `num_images` is a default."""
+    add = parser.add_argument
+    add("--model", help="saved model folder")
+    add("--dataset", default="digits", help="as `load_splits` takes it")
+    add("--with_validation", action="store_true", help="attack images of the validation split too, not of test only")
+    add("--num_images", type=int, default=num_images)
+    add("--eps", type=pixel_radius, default=8 / 255, help="radius in [0, 1] pixel units, such as 8/255")
+    add("--norm", choices=["linf", "l2"], default="linf")
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -9,13 +9,12 @@ round.
 
 import argparse
 
-from autoattack_parity import attacked_images
+from autoattack_parity import add_attacked, attacked_images
 from speed_timing import compare, create_parser, interleaved, run_script
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.autoattack import VERSIONS, autoattack
 from hf_dualmoe.data import load_splits
-from hf_dualmoe.environment import pixel_radius
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -54,13 +53,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = create_parser(__doc__, "speed_autoattack")
+    add_attacked(parser, num_images=256)
     add = parser.add_argument
-    add("--model", help="saved model folder")
-    add("--dataset", default="digits", help="as `load_splits` takes it")
-    add("--with_validation", action="store_true", help="attack images of the validation split too, not of test only")
-    add("--num_images", type=int, default=256)
-    add("--eps", type=pixel_radius, default=8 / 255, help="radius in [0, 1] pixel units, such as 8/255")
-    add("--norm", choices=["linf", "l2"], default="linf")
     add("--versions", nargs="+", choices=list(VERSIONS), default=["standard"], help="of ours")
     add("--reference_version", choices=list(VERSIONS), default="standard", help="of torchattacks")
     add("--at_least", type=float, default=2.0, help="target: times faster at equal or lower robust accuracy")

@@ -3,32 +3,45 @@
     python training/benchmarks/speed_experts.py
 
 Experts have the same size and get the same number of images. One forward and input-gradient step, without parameter
-gradients; the cost of a batch is given per image.
+gradients and with BatchNorm folded, as attacks run it; the cost of a batch is given per image.
 """
 
 import argparse
+from contextlib import ExitStack
 
 import torch
 from speed_timing import compare, create_moe, create_parser, even_routes, interleaved, random_batch, run_script
+from torch import Tensor
 
 from hf_dualmoe.attack_primitives import ce_objective, frozen, value_and_gradient
+from hf_dualmoe.batchnorm_folding import folded
 
 
-def step_of(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor):
+def step_of(model: torch.nn.Module, images: Tensor, labels: Tensor):
     """A call that does one step on the images, evenly routed."""
     routes = even_routes(len(images), model.config.num_experts, images.device)
 
     def step() -> None:
-        with torch.no_grad(), frozen(model):
-            value_and_gradient(lambda x: model(x, expert_index=routes), images, labels, ce_objective)
+        value_and_gradient(lambda x: model(x, expert_index=routes), images, labels, ce_objective)
 
     return step
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
     """A row per number of experts against one expert, and per batch against the largest."""
-    images, labels = random_batch(args)
     models = {f"{count} experts": create_moe(args, count) for count in (1, *args.experts)}
+    images, labels = random_batch(args)
+    with torch.no_grad(), ExitStack() as held:
+        for model in models.values():
+            held.enter_context(frozen(model))
+            held.enter_context(folded(model, images))
+        return rows_of(models, images, labels, args)
+
+
+def rows_of(
+    models: dict[str, torch.nn.Module], images: Tensor, labels: Tensor, args: argparse.Namespace
+) -> list[dict]:
+    """The rows of `measure`, of models that are held still."""
     steps = {name: step_of(model, images, labels) for name, model in models.items()}
     times = interleaved(steps, args.repeats, args.device)
     rows = [

@@ -4,8 +4,7 @@
     python training/benchmarks/speed_levers.py --model path/to/model --dataset digits --eps 0.15
 
 Each lever is switched against the same PGD call without it; "robust" is the accuracy on the images that the attack
-found, judged in float32 without the lever. Below 1 the lever pays. --compile also counts how often `torch.compile`
-compiles anew while routes and so the sizes of the experts' groups change.
+found, judged in float32 without the lever. Below 1 the lever pays.
 """
 
 import argparse
@@ -81,23 +80,6 @@ def optimizer_rows(model: nn.Module, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def compile_row(model: nn.Module, args: argparse.Namespace) -> dict:
-    """How many graphs are compiled over batches of different routes, and how many of them after the second batch."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    compiled, graphs = torch.compile(model, dynamic=True, backend=args.compile), []
-    for _ in range(6):
-        images, labels = random_batch(args)
-        routes = torch.randint(0, args.num_experts, (len(images),), device=args.device)
-        PGD(steps=2, keep_best=False)(lambda x, to=routes: compiled(x, expert_index=to), images, labels)
-        graphs.append(counters["stats"]["unique_graphs"])
-    late = graphs[-1] - graphs[1]
-    row = {"what": f"graphs compiled after the second of 6 batches ({graphs[-1]} in all)", "ratio": float(late)}
-    return row | {"range": [late, late], "wall_ratio": late, "at_most": 0.0, "at_least": None, "holds": late == 0}
-
-
 def measure(args: argparse.Namespace) -> list[dict]:
     """A row per lever."""
     model, (images, labels) = create_moe(args, args.num_experts), random_batch(args)
@@ -124,8 +106,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             row["robust_accuracy"] = 100 * right.double().mean().item()
             row["what"] += f" (robust {row['robust_accuracy']:.1f} %)"
         rows.append(row)
-    rows += optimizer_rows(model, args)
-    return [*rows, compile_row(model, args)] if args.compile else rows
+    return rows + optimizer_rows(model, args)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -138,7 +119,6 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--model", help="saved model folder; without one robust accuracy is left out")
     add("--dataset", default="digits", help="as `load_splits` takes it")
     add("--with_validation", action="store_true", help="attack images of the validation split too")
-    add("--compile", help="backend of torch.compile, such as inductor or eager, to count graphs with")
     return run_script(parser, measure, arguments, "speed_levers")
 
 

@@ -2,9 +2,10 @@
 
     python training/benchmarks/speed_moe_step.py
 
-All three see the same images with the same weights, without parameter gradients. The mixture runs its
-router, but the expert of each image is set, so that groups are even: an untrained router sends all images to one
-expert, which needs no dispatch. The loop is how a mixture runs that is written image by image.
+All three see the same images with the same weights, without parameter gradients and with BatchNorm folded into the
+convolutions, as attacks run them. The mixture runs its router, but the expert of each image is set, so that groups are
+even: an untrained router sends all images to one expert, which needs no dispatch. The loop is how a mixture runs that
+is written image by image.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from speed_timing import compare, create_moe, create_parser, even_routes, interl
 from torch import Tensor
 
 from hf_dualmoe.attack_primitives import ce_objective, frozen, logits_of, value_and_gradient
+from hf_dualmoe.batchnorm_folding import folded
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -47,7 +49,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             )
 
     rows = []
-    with torch.no_grad(), frozen(model):
+    with torch.no_grad(), frozen(model), folded(model, images):
         for what, own, reference, loop in (
             ("forward", forward(mixture), forward(single), loop_forward),
             ("forward + input gradient", step(mixture), step(single), loop_step),

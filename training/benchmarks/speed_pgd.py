@@ -3,7 +3,8 @@
     python training/benchmarks/speed_pgd.py
 
 The bare passes are the least that a gradient attack can do with the model as it is: cross-entropy, backward to the
-images, nothing else. With torchattacks installed its PGD runs with the same settings.
+images, nothing else. BatchNorm is folded, as PGD does it by itself. With torchattacks installed its PGD runs with the
+same settings.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from speed_timing import compare, create_moe, create_parser, interleaved, random
 
 from hf_dualmoe.attack_primitives import frozen
 from hf_dualmoe.attacks import PGD
+from hf_dualmoe.batchnorm_folding import folded
 
 
 class Logits(torch.nn.Module):
@@ -35,7 +37,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     attack = PGD(eps=8 / 255, steps=args.steps, step_size=2 / 255, keep_best=False)
 
     def bare() -> None:
-        with frozen(model):
+        with frozen(model), folded(model, images):
             for _ in range(args.steps):
                 points = images.detach().requires_grad_(True)
                 loss = F.cross_entropy(model(points).logits, labels, reduction="sum")

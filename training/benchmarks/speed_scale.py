@@ -2,11 +2,15 @@
 
     python training/benchmarks/speed_scale.py --width 1 --batch_size 128 --gpus 1 8 64
 
-Counted on this machine: parameters, arithmetic per image, and the bytes that a forward keeps for the backward; the
-latter on two small batches, which predict a third. Assumed, as arguments: what a device achieves and what the links
-carry. Memory of a step: 4 bytes * parameters * (weight + gradient + momentum + weight folded for the attack) + kept
-bytes per image * images in the loss (three per training image). Traffic: each process sends and receives
-2 * (N - 1) / N times the gradients. Nothing of it is taken to overlap with the backward, so the efficiency is a floor.
+Counted on this machine: parameters, arithmetic per image, the bytes that a forward keeps for the backward (on two
+small batches, which predict a third), and the peak of a step of `--peak_batch` images. Assumed, as arguments:
+what a device achieves and what the links carry.
+
+Memory of a step: 4 bytes * parameters * (weight + gradient + momentum) + kept bytes per image * images in the loss
+(three per training image). The attack before it needs less: it keeps one third
+of the images' bytes, and weights folded for it in the place of gradients. Traffic: each process sends
+and receives 2 * (N - 1) / N times the gradients. Nothing of it is taken to overlap with the backward, so the
+efficiency is a floor.
 """
 
 import argparse
@@ -16,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from speed_timing import create_moe, create_parser, even_routes, random_batch
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dualmoe.attack_primitives import ce_objective, frozen, value_and_gradient
 from hf_dualmoe.environment import describe_environment
 
-COPIES = 4  # of the parameters: weights, gradients, momentum, weights folded for the attack
+COPIES = 3  # of the parameters: weights, gradients, momentum
 ROWS = 3  # images in the loss per training image: attacked, clean, attacked second expert
 
 
@@ -54,6 +59,35 @@ def memory_fit(model: nn.Module, args: argparse.Namespace) -> dict:
     return {"per_image": per_image, "batch": sizes[2], "measured": found[2], "error": predicted / found[2] - 1}
 
 
+def predicted_peak(parameters: int, per_image: float, batch_size: int) -> float:
+    """Bytes of a step, by the formula above."""
+    return 4 * parameters * COPIES + per_image * ROWS * batch_size
+
+
+def measured_peak(args: argparse.Namespace, batch_size: int) -> int:
+    """Largest number of bytes that tensors take at once in the loss of a step, its backward and the optimizer."""
+    model = create_moe(args, args.num_experts).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    images, labels = random_batch(args, ROWS * batch_size)
+    routes = even_routes(len(images), args.num_experts, args.device)
+
+    def step() -> None:
+        F.cross_entropy(model(images, expert_index=routes).logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the momentum
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer, images, labels)
+    with tracker:
+        step()
+    return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+
+
 def flops_per_image(model: nn.Module, args: argparse.Namespace) -> float:
     """Arithmetic of one RT-ER step per training image: two attacks, then forward and backward of three images."""
     images, labels = random_batch(args, args.probe_batch)
@@ -82,6 +116,7 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--num_experts", type=int, default=4)
     add("--steps", type=int, default=10)
     add("--probe_batch", type=int, default=8, help="images of the smallest batch that is counted")
+    add("--peak_batch", type=int, default=32, help="images of the step whose peak is measured")
     add("--gpus", type=int, nargs="+", default=[1, 8, 64])
     add("--gpus_per_machine", type=int, default=8)
     add("--achieved_tflops", type=float, default=100.0, help="assumed arithmetic rate of a device, in 1e12 per second")
@@ -92,15 +127,21 @@ def main(arguments: list[str] | None = None) -> dict:
     model = create_moe(args, args.num_experts)
     parameters, memory = sum(p.numel() for p in model.parameters()), memory_fit(model, args)
     flops = flops_per_image(model, args)
-    peak = 4 * parameters * COPIES + memory["per_image"] * ROWS * args.batch_size
+    peak = predicted_peak(parameters, memory["per_image"], args.batch_size)
+    found, formula = (
+        measured_peak(args, args.peak_batch),
+        predicted_peak(parameters, memory["per_image"], args.peak_batch),
+    )
+    step_peak = {"batch": args.peak_batch, "measured": found, "predicted": formula, "error": formula / found - 1}
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "render")}
     result = {"settings": settings, "environment": describe_environment(args.device), "parameters": parameters}
-    result |= {"kept": memory, "gflops_per_image": flops / 1e9, "predicted_step_gb": peak / 1e9}
+    result |= {"kept": memory, "peak": step_peak, "gflops_per_image": flops / 1e9, "predicted_step_gb": peak / 1e9}
     result["plan"] = [plan(parameters, flops, gpus, args) for gpus in args.gpus]
     print(
         f"{parameters / 1e6:.1f}M parameters, {flops / 1e9:.1f} GFLOPs per image and step, {peak / 1e9:.2f} GB a step"
     )
     print(f"kept bytes of a batch of {memory['batch']} predicted within {100 * memory['error']:+.1f} %")
+    print(f"peak of a step of {args.peak_batch} predicted within {100 * step_peak['error']:+.1f} %")
     for line in result["plan"]:
         print(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
     args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")

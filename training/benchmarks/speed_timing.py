@@ -107,7 +107,9 @@ def compare(
 
 def cells(row: dict) -> list[str]:
     """A row of the table."""
-    target = "-" if row["holds"] is None else f"<= {row['at_most']}" if row["at_most"] else f">= {row['at_least']}"
+    target = (
+        "-" if row["holds"] is None else f">= {row['at_least']}" if row["at_most"] is None else f"<= {row['at_most']}"
+    )
     holds = {True: "yes", False: "NO", None: "-"}[row["holds"]]
     low, high = row["range"]
     return [row["what"], f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['wall_ratio']:.2f}", target, holds]

@@ -4,7 +4,8 @@
 
 The passes of a step are bare calls on tensors of the same sizes: the inner steps of the two attacks, the router, one
 forward and backward with weight gradients on all terms' images, the optimizer's step; for JTDMoE also the clean
-forward of F_R and F_S's forward and backward. Each is made as often as the step makes it.
+forward of F_R and F_S's forward and backward. Each is made as often as the step makes it, and those without weight
+gradients with BatchNorm folded, once per step.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.attack_primitives import frozen
 from hf_dualmoe.attacks import PGD
+from hf_dualmoe.batchnorm_folding import folded
 from hf_dualmoe.data import ImageTensorDataset
 from hf_dualmoe.losses import jtdmoe_loss, rt_er_loss
 from hf_dualmoe.trainer import RobustTrainer
@@ -55,7 +57,7 @@ def bare_passes(model: nn.Module, images: Tensor, labels: Tensor, args: argparse
             torch.autograd.grad(loss, points)
 
     def passes() -> None:
-        with frozen(robust):
+        with frozen(robust), folded(robust, images):
             with torch.no_grad():
                 robust.route(images)
                 if with_standard:

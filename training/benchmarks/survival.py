@@ -12,7 +12,6 @@ and goes on once there is room. Each start is a fork of this process, so that th
 """
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -26,12 +25,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from script_loading import load_script
 
 from hf_dualmoe.checkpoints import UNFINISHED, last_good_checkpoint, list_checkpoints
 from hf_dualmoe.environment import describe_environment, write_text
@@ -57,15 +56,6 @@ FILES += (
 AIMS = ("steps", "evaluation", "checkpoint")
 TIMED = ("runtime", "per_second")  # parts of names of log entries that tell the time
 TIMEOUT = 300.0  # seconds for one start
-
-
-def load_script(path: Path) -> ModuleType:
-    """A script of training/ as a module; on the import path its evaluate.py would hide the evaluate library."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 training = load_script(HERE.parent / "run.py")

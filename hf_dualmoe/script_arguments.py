@@ -1,0 +1,89 @@
+"""What `training/evaluate.py` and `training/certify.py` share: arguments, the images, and where results go."""
+
+import hashlib
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .data import DataSplits, load_splits
+
+LONGEST_NAME = 80  # characters of the model's name in that of a folder
+
+
+def model_parser(description: str, splits: Sequence[str]) -> ArgumentParser:
+    """A parser that reads which saved model is looked at, and on which images.
+
+    Args:
+        description: What the script does, in one line.
+        splits: Arguments that name a split of the dataset, such as "test_split".
+    """
+    parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="Saved folder or Hub id of an image classifier of [0, 1] images.")
+    add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
+    add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
+    add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
+    for name in ("dataset_config_name", "image_column", "label_column", *splits):
+        add(f"--{name}", help="As in training/run.py.")
+    add("--num_images", type=int, help="Test images to use, with the class shares of the whole; default: all.")
+    add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
+    add("--ignore_class_names", action="store_true", help="Compare the number of classes only, not their names.")
+    return parser
+
+
+def add_run_arguments(parser: ArgumentParser, work: str, results: str, *, batch: str, seed: str) -> None:
+    """Add how the work is done and where its results go.
+
+    Args:
+        parser: Where to add them.
+        work: The script's name, with which the default output folder begins.
+        results: What the folder holds afterwards.
+        batch, seed: Help of these two.
+    """
+    add = parser.add_argument
+    add("--batch_size", type=int, default=256, help=batch)
+    add("--seed", type=int, default=0, help=seed)
+    add("--output_dir", help=f"Where to write; default: outputs/{work}-<end and digest of the model's path>.")
+    add("--fresh", action="store_true", help=f"Start over in an output_dir that holds {results}.")
+    add("--disable_tqdm", action="store_true", help="Show no progress bars.")
+
+
+def output_folder(work: str, model: str, revision: str = "main") -> Path:
+    """The default folder for results on a model: another one for each model, the same whenever it is asked for.
+
+    Its name ends with a digest: of the model's whole path seen from the current folder, or of its Hub id and revision.
+
+    Args:
+        work: First word of the name.
+        model: Folder or Hub id.
+        revision: Of a model on the Hub.
+    """
+    if Path(model).is_dir():
+        folder, here = Path(model).resolve(), Path.cwd()
+        path = folder.relative_to(here) if folder.is_relative_to(here) else folder
+        identity, parts = path.as_posix(), path.relative_to(path.anchor).parts or (folder.name,)
+    else:
+        identity, parts = f"Hub: {model}@{revision}", model.split("/")
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    return Path("outputs", f"{work}-{'-'.join(parts[-2:])[-LONGEST_NAME:]}-{digest}")
+
+
+def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits:
+    """The images, at the size and with the channels that the model takes; of train none are needed.
+
+    Args:
+        args: What a `model_parser` with "test_split" read.
+        model: Model whose config has `image_size`.
+        **options: Further arguments of `load_splits`.
+    """
+    names = ("image_column", "label_column", "test_split", "on_bad_image")
+    options |= {name: getattr(args, name) for name in names}
+    if args.dataset_name != "digits":
+        options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
+    return load_splits(args.dataset_name, config_name=args.dataset_config_name, max_train_samples=1, **options)
+
+
+__all__ = ["add_run_arguments", "load_images", "model_parser", "output_folder"]
