@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from .certified_training import LIPSCHITZ
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
 from .data import DataSplits
 from .training_args import RobustTrainingArguments
@@ -98,7 +99,11 @@ class ModelArguments:
     )
 
     def moe_config(self, data: DataSplits) -> MoEConfig:
-        """The mixture's configuration for these data; pixel mean and std are those of the training images."""
+        """The mixture's configuration for these data.
+
+        Pixel mean and std are those of the training images. A 1-Lipschitz backbone gets the std 1/2 for all channels:
+        its Lipschitz constant counts the smallest std, and so would lose margin in all other channels.
+        """
         pixels = data.train.images[:10_000].float().div(255).transpose(0, 1).flatten(1)
         return MoEConfig(
             backbone=self.backbone,
@@ -109,7 +114,9 @@ class ModelArguments:
             backbone_image_size=self.backbone_image_size,
             num_channels=data.num_channels,
             image_mean=[round(v, 4) for v in pixels.mean(dim=1).tolist()],
-            image_std=[max(round(v, 4), 0.01) for v in pixels.std(dim=1).tolist()],
+            image_std=0.5
+            if self.backbone.startswith(LIPSCHITZ)
+            else [max(round(v, 4), 0.01) for v in pixels.std(dim=1).tolist()],
             num_experts=self.num_experts,
             router_top_k=self.router_top_k,
             router=self.router,
@@ -161,7 +168,10 @@ def parse_width(text: "str | float | list | None") -> float | list[int] | None:
 
 
 # What `--help` shows, in reading order. Everything else that transformers' Trainer takes is in `--help_all`.
-OBJECTIVE = "method beta second_term second_attack trades_lambda train_alpha standard_learning_rate"
+OBJECTIVE = (
+    "method beta second_term second_attack trades_lambda train_alpha standard_eps standard_learning_rate "
+    "certify_radius margin_weight route_weight gate_weight"
+)
 ATTACK = "eps norm training_attack attack_steps attack_step_size eps_warmup_ratio eval_attack_steps"
 IMAGES = "crop_padding horizontal_flip"
 TRAINING = (

@@ -12,6 +12,7 @@ from .report import RobustnessReport
 PLOTS = ("tradeoff.png", "eps_curve.png", "expert_load.png", "examples.png")  # those with a place in the template
 METHODS = {
     "standard": "ordinary training, without attacks",
+    "certified": "training of 1-Lipschitz networks for wide margins, without attacks",
     "at": "adversarial training",
     "trades": "TRADES",
     "rt_er": "RT-ER (adversarial training of a mixture of experts)",

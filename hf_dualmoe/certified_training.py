@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import modeling_dualmoe
 from .certification import hard_gate_radius
 from .losses import LossOutput, cross_entropy
 from .operator_norms import check_norm, dual_norm
 from .route_radii import effective_router_weight
+
+LIPSCHITZ = "lipschitz_"  # how the names of 1-Lipschitz backbones begin
 
 
 def route_margins(moe: nn.Module, images: Tensor, norm: str = "l2", scores: Tensor | None = None) -> Tensor:
@@ -120,6 +123,52 @@ def certified_radius_penalty(
     return F.relu(radius - certified).mean() / radius
 
 
+def check_certifiable(model: nn.Module, route_weight: float = 0.0, gate_weight: float = 0.0) -> None:
+    """Refuse, before anything is trained, a model for which `certified_loss` would train no certificate.
+
+    Args:
+        model: What is to be trained.
+        route_weight, gate_weight: As in `certified_loss`.
+
+    Raises:
+        ValueError: It is no mixture of 1-Lipschitz backbones, no theorem fits its routing, or a penalty does not.
+        ImportError: deel-torchlip, which trains such backbones, is not installed.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind != "robust_moe":
+        raise ValueError(f"method='certified' trains a MoEForImageClassification, not a {kind}.")
+    if not config.backbone.startswith(LIPSCHITZ):
+        raise ValueError(
+            "method='certified' needs backbone='lipschitz_mlp' or 'lipschitz_cnn', whose Lipschitz constant is known, "
+            f"not backbone={config.backbone!r}."
+        )
+    if modeling_dualmoe.bjorck_normalization is None:
+        raise ImportError("method='certified' needs deel-torchlip: pip install deel-torchlip.")
+    if config.backbone_image_size not in (None, config.image_size):
+        raise ValueError(
+            f"backbone_image_size={config.backbone_image_size} resizes images in the model, for which there is no "
+            "certificate; method='certified' needs images of their own size."
+        )
+    weights = {"route_weight": route_weight, "gate_weight": gate_weight}
+    asked = [f"{name}={weight!r}" for name, weight in weights.items() if weight > 0]
+    if config.num_experts == 1:
+        if asked:
+            raise ValueError(f"{' and '.join(asked)}: one expert has no routes; needs num_experts >= 2.")
+        return
+    effective_router_weight(model)  # raises where the router is not affine: no route has a radius then
+    if config.router_top_k not in (1, config.num_experts):
+        raise ValueError(
+            f"router_top_k={config.router_top_k} of num_experts={config.num_experts} has no certificate: use 1 (hard "
+            "routing) or all experts."
+        )
+    wrong, wanted = (
+        ("gate_weight", "all experts mixed") if config.router_top_k == 1 else ("route_weight", "hard routing")
+    )
+    if weights[wrong] > 0:
+        raise ValueError(f"{wrong}={weights[wrong]!r} is for {wanted}, not for router_top_k={config.router_top_k}.")
+
+
 def backbone_slope(moe: nn.Module) -> float:
     """sqrt(2) * logit_scale / min(image_std): how fast logit margins of a 1-Lipschitz backbone may change, in L2.
 
@@ -129,7 +178,7 @@ def backbone_slope(moe: nn.Module) -> float:
         ValueError: The experts are no 1-Lipschitz backbones.
     """
     config = moe.config
-    if not config.backbone.startswith("lipschitz_"):
+    if not config.backbone.startswith(LIPSCHITZ):
         raise ValueError(f"backbone={config.backbone!r} is no 1-Lipschitz backbone: give slope yourself.")
     return math.sqrt(2) * config.backbone_kwargs.get("logit_scale", 1.0) / min(config.image_std)
 
@@ -148,6 +197,10 @@ def certified_loss(
     label_smoothing: float = 0.0,
 ) -> LossOutput:
     """CE(F(x), y) + weighted penalties in L2: an objective of the kind of `losses.standard_loss`, without an attack.
+
+    A network of known Lipschitz constant is certified as far as its logit margins reach, so they are trained, by a
+    hinge at the radius asked for (https://arxiv.org/abs/1802.04034, https://arxiv.org/abs/1911.00937) beside
+    cross-entropy (as in https://arxiv.org/abs/2108.04062). The penalties of the router are our own.
 
     Args:
         model: Mixture of experts with an affine router; with one expert the margin term alone is possible.
@@ -195,6 +248,7 @@ __all__ = [
     "backbone_slope",
     "certified_loss",
     "certified_radius_penalty",
+    "check_certifiable",
     "gate_constants",
     "gate_lipschitz_penalty",
     "margin_penalty",

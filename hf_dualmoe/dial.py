@@ -1,6 +1,6 @@
 """Choosing the dial of a dual model on held-out images: a sweep and a choice; see also `calibration`.
 
-    sweep = sweep_alpha(model, held_out, attack=PGD(eps=8 / 255, steps=20, seed=0))
+    sweep = sweep_alpha(model, held_out, attack=dial_attack(model.config.num_labels, eps=8 / 255))
     model.set_alpha(choose_alpha(sweep, min_sa=80).alpha)
 
 The images must be those of neither training nor test: a choice made on test images flatters its own numbers.
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attacks import PGD
+from .apgd import APGD, MIN_CLASSES
+from .attack_primitives import Attack
 from .calibration import ROUNDING, calibrate_robust_logits, check_alphas
 from .data import ImageTensorDataset
 from .measuring import correct_mask, percent
@@ -47,11 +48,25 @@ class AlphaChoice:
     rule: str
 
 
+def dial_attack(num_classes: int, *, eps: float, norm: str = "linf", steps: int = 20, seed: int = 0) -> APGD:
+    """The attack to choose a dial with: APGD on the DLR loss, or on cross-entropy below three classes.
+
+    PGD on cross-entropy is too kind a judge here: where F_R decides by a small margin, the mixture's loss is flat.
+
+    Args:
+        num_classes: Classes of the model.
+        eps: Radius in [0, 1] pixel units.
+        norm, steps, seed: As in `APGD`.
+    """
+    objective = "dlr" if num_classes >= MIN_CLASSES["dlr"] else "ce"
+    return APGD(eps=eps, norm=norm, steps=steps, objective=objective, seed=seed)
+
+
 def sweep_alpha(
     model: nn.Module,
     dataset: ImageTensorDataset,
     *,
-    attack: PGD,
+    attack: Attack,
     alphas: Sequence[float] = ALPHAS,
     batch_size: int = 256,
     device: str | torch.device | None = None,
@@ -62,7 +77,7 @@ def sweep_alpha(
     Args:
         model: Dual model; comes back as it was, its dial included.
         dataset: Held-out images.
-        attack: Attack with the contract of `PGD.__call__`; give it a seed, so that alphas differ in nothing else.
+        attack: Attack on the mixture; give it a seed, so that alphas differ in nothing else. See `dial_attack`.
         alphas: Positions to measure, each in [0, 1].
         batch_size: Images per forward.
         device: Where the model is; None = where its parameters are.
@@ -101,7 +116,7 @@ def choose_alpha(
         min_sa: "At least this SA", in %: the point of highest RA among those that reach it.
         min_ra: "At least this RA", in %: the point of highest SA among those that reach it.
         ra_tolerance: Without a floor: the point of highest SA among those whose RA is at most this many points below
-            the best RA of the sweep.
+            that of the largest alpha of the sweep, which should be F_R alone (alpha = 1).
 
     Raises:
         ValueError: The sweep is empty, both floors are given, one cannot be reached (the message names the best that
@@ -120,8 +135,9 @@ def choose_alpha(
         points, goal = _reaching(sweep, "ra", min_ra), "sa"
         rule = f"highest SA with RA of at least {min_ra:g} %"
     else:
-        points, goal = _reaching(sweep, "ra", max(point["ra"] for point in sweep) - ra_tolerance), "sa"
-        rule = f"highest SA with RA within {ra_tolerance:g} points of the best"
+        reference = max(sweep, key=lambda point: point["alpha"])
+        points, goal = _reaching(sweep, "ra", reference["ra"] - ra_tolerance), "sa"
+        rule = f"highest SA with RA at most {ra_tolerance:g} points below that of alpha = {reference['alpha']:g}"
     best = max(points, key=lambda point: (point[goal], point["alpha"]))
     return AlphaChoice(best["alpha"], best["sa"], best["ra"], rule)
 
@@ -138,4 +154,4 @@ def _reaching(sweep: Sequence[dict[str, float]], name: str, floor: float) -> lis
     return points
 
 
-__all__ = ["AlphaChoice", "DialedModel", "calibrate_robust_logits", "choose_alpha", "sweep_alpha"]
+__all__ = ["AlphaChoice", "DialedModel", "calibrate_robust_logits", "choose_alpha", "dial_attack", "sweep_alpha"]

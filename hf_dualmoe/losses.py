@@ -291,6 +291,7 @@ def jtdmoe_loss(
     beta: float = 6.0,
     second_term: str = "kl",
     second_attack: str = "own",
+    standard_attack: Attack | None = None,
     forward: Callable | None = None,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
@@ -300,10 +301,15 @@ def jtdmoe_loss(
     clean prediction is that of the deployed (eval mode) F_R and carries no gradient. Each level's loss reaches only
     its own parameters, so the gradient of the sum is the gradient of both.
 
+    With a `standard_attack` the upper level sees x + delta in the place of x, delta being that attack on the dual
+    model: a standard model that has seen mild attacks is not confidently wrong under strong ones, and pulls less of
+    the mixture down (after Madry et al. 2018, https://arxiv.org/abs/1706.06083; not in the paper).
+
     Args:
         model: A `DualMoEForImageClassification` whose robust model is a mixture of at least two experts.
         attack: As in `rt_er_loss`; it attacks F_R.
         alpha: Weight of F_R in the upper level, in [0, 1).
+        standard_attack: Attack on the dual model for the upper level; None = clean images, as in the paper.
 
     Other arguments are those of `rt_er_loss`.
 
@@ -315,12 +321,15 @@ def jtdmoe_loss(
     batch = craft_rt_er(
         model.robust, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
     )
+    if standard_attack is not None:
+        with frozen(model):
+            images = standard_attack(lambda inputs: model(inputs, alpha=alpha), images, labels)
     with torch.no_grad(), frozen(model.robust):
-        clean_robust_logits = logits_of(model.robust, images)
+        fixed_robust_logits = logits_of(model.robust, images)
     output = (forward or model)(images, robust_pixel_values=batch.images, **batch.experts)
     settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}
     lower, terms, attacked_logits = rt_er_terms(output.robust_logits, output.robust_extra_logits, labels, **settings)
-    mixed = model.mix(output.standard_logits, clean_robust_logits, alpha)
+    mixed = model.mix(output.standard_logits, fixed_robust_logits, alpha)
     upper = cross_entropy(mixed, labels, label_smoothing)
     terms["dual_ce"] = upper
     return _finish(model, output, lower + upper, terms, **_report(batch.attacked, attacked_logits, output))

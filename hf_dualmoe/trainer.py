@@ -1,7 +1,8 @@
 """`RobustTrainer`: the Trainer of transformers with an attack inside the loss.
 
-Each step crafts attacked images on the unwrapped, frozen model and then makes one forward through the wrapped model,
-so that accumulation, mixed precision, distributed training and resuming work as in any other Trainer.
+Each step crafts attacked images on the unwrapped, frozen model (unless the method needs none) and then makes one
+forward through the wrapped model, so that accumulation, mixed precision, distributed training and resuming work as in
+any other Trainer.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from .attack_primitives import frozen, logits_of
+from .certified_training import certified_loss, check_certifiable
 from .component_attacks import has_experts
 from .data import augment, collate, to_unit_range
 from .losses import LossOutput, at_loss, jtdmoe_loss, rt_er_loss, standard_loss, trades_loss
 from .modeling_dualmoe import gate_weights
 from .nonfinite import copy_buffers
 from .resumable import EmaCallback, ResumableTrainer
-from .training_args import RobustTrainingArguments
+from .training_args import WITHOUT_ATTACK, RobustTrainingArguments
 
 
 def robust_accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -40,14 +42,15 @@ class RobustTrainer(ResumableTrainer):
     """Train a classifier by one of the objectives of `losses.py`.
 
     Args:
-        model: A `DualMoEForImageClassification` for method="jtdmoe", a `MoEForImageClassification` for "rt_er", any
-            image classifier that takes [0, 1] images otherwise.
+        model: A `DualMoEForImageClassification` for method="jtdmoe", a `MoEForImageClassification` for "rt_er", one
+            of 1-Lipschitz backbones for "certified", any image classifier that takes [0, 1] images otherwise.
         args: Objective, attack and the usual training arguments.
         kwargs: As in `transformers.Trainer`. Datasets give {"pixel_values", "labels"}; uint8 pixel values are divided
             by 255 on the device, and training batches are augmented there.
 
     Raises:
         ValueError: The model does not fit the method.
+        ImportError: method="certified" without deel-torchlip.
 
     `train` also raises FloatingPointError (a loss that is NaN or infinite, see `on_nan_loss`) and CheckpointError (a
     checkpoint cannot be written, or the one to resume from is damaged).
@@ -55,6 +58,8 @@ class RobustTrainer(ResumableTrainer):
 
     def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
         check_model_fits_method(model, args.method)
+        if args.method == "certified":
+            check_certifiable(model, args.route_weight, args.gate_weight)
         kwargs = {"data_collator": collate, "compute_metrics": robust_accuracy_metrics, **kwargs}
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -71,12 +76,15 @@ class RobustTrainer(ResumableTrainer):
         args = self.args
         smoothing = {"label_smoothing": args.label_smoothing_factor}
         expert = {"beta": args.beta, "second_term": args.second_term, "second_attack": args.second_attack}
+        mild = keep_finite(args.create_standard_attack()) if args.standard_eps > 0 else None
+        penalties = {name: getattr(args, name) for name in ("margin_weight", "route_weight", "gate_weight")}
         return {
             "standard": partial(standard_loss, **smoothing),
             "at": partial(at_loss, **smoothing),
             "trades": partial(trades_loss, trades_lambda=args.trades_lambda, **smoothing),
             "rt_er": partial(rt_er_loss, **expert, **smoothing),
-            "jtdmoe": partial(jtdmoe_loss, alpha=args.train_alpha, **expert, **smoothing),
+            "jtdmoe": partial(jtdmoe_loss, alpha=args.train_alpha, standard_attack=mild, **expert, **smoothing),
+            "certified": partial(certified_loss, radius=args.certify_radius, **penalties, **smoothing),
         }[args.method]
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -92,7 +100,7 @@ class RobustTrainer(ResumableTrainer):
         raw = self._raw_model()
         self._share_buffers(raw)
         attack = {}
-        if self.args.method != "standard":
+        if self.args.method not in WITHOUT_ATTACK:
             attack = {"attack": keep_finite(self.args.create_training_attack(self._eps_scale()))}
         images, labels = inputs["pixel_values"], inputs["labels"]
         with self.accelerator.autocast():  # parts of the model that the attack calls alone

@@ -1,5 +1,6 @@
 """Arguments of `RobustTrainer`: the objective, the attack inside it, and what is measured while training."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,12 @@ from .environment import pixel_radius
 from .nfgsm import NFGSM
 from .nonfinite import POLICIES
 
-METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe")
+METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe", "certified")
+WITHOUT_ATTACK = ("standard", "certified")  # methods whose steps attack nothing
 TRAINING_ATTACKS = ("pgd", "nfgsm")
 COUNTS = ("attack_steps", "eval_attack_steps", "crop_padding", "max_skipped_steps")
-SHARES = ("beta", "trades_lambda", "train_alpha", "ema_decay", "eps_warmup_ratio")
+WEIGHTS = ("beta", "trades_lambda", "margin_weight", "route_weight", "gate_weight")
+SHARES = ("train_alpha", "ema_decay", "eps_warmup_ratio")
 
 
 class PixelValue(float):
@@ -41,7 +44,8 @@ class RobustTrainingArguments(TrainingArguments):
         default="jtdmoe",
         metadata={
             "help": "Training objective: standard, at (adversarial training), trades, rt_er (paper, robust mixture of "
-            "experts), jtdmoe (paper, dual model).",
+            "experts), jtdmoe (paper, dual model), certified (margins of 1-Lipschitz backbones, without attacks; see "
+            "the recipe digits_certified).",
             "choices": METHODS,
         },
     )
@@ -64,8 +68,33 @@ class RobustTrainingArguments(TrainingArguments):
             "help": "Weight of the robust model in the upper level of JTDMoE, in [0, 1); the dial can be turned later."
         },
     )
+    standard_eps: PixelValue = field(
+        default=PixelValue(0.0),
+        metadata={
+            "help": "Radius of a one-step attack on the images of the upper level of JTDMoE, in [0, eps]; fractions "
+            "like 2/255 work. 0: clean images (paper). About eps / 4 gives more accuracy for the same robustness."
+        },
+    )
     standard_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the standard model in JTDMoE; default: learning_rate."}
+    )
+
+    # Certificates: method="certified"
+    certify_radius: PixelValue = field(
+        default=PixelValue("108/255"),
+        metadata={"help": "L2 radius that method=certified asks for, > 0, in [0, 1] pixel units (fractions work)."},
+    )
+    margin_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the hinge on logit margins of method=certified, >= 0 (0: cross-entropy alone)."},
+    )
+    route_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the hinge on route radii of method=certified, >= 0; for router_top_k=1."},
+    )
+    gate_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the gate's Lipschitz constant in method=certified, >= 0; for all experts mixed."},
     )
 
     # Attack
@@ -140,13 +169,13 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in ("eps", "attack_step_size"):
-            if getattr(self, name) is not None or name == "eps":
+        for name in ("eps", "standard_eps", "certify_radius", "attack_step_size"):
+            if getattr(self, name) is not None or name != "attack_step_size":
                 try:
                     setattr(self, name, PixelValue(getattr(self, name)))
                 except ValueError as error:
                     raise ValueError(f"{name}={error}") from error
-        for name in (*COUNTS, *SHARES):
+        for name in (*COUNTS, *WEIGHTS, *SHARES):
             kinds = int if name in COUNTS else (int, float)
             self._check(name, isinstance(getattr(self, name), kinds), "an integer" if name in COUNTS else "a number")
         check_eps(self.eps, self.norm)
@@ -157,12 +186,14 @@ class RobustTrainingArguments(TrainingArguments):
             raise ValueError(f"training_attack={self.training_attack!r} is not one of {allowed}.")
         takes_norm = self.training_attack == "pgd" or self.norm == "linf"
         self._check("norm", takes_norm, "'linf' with training_attack='nfgsm'")
-        for name in ("beta", "trades_lambda"):
-            self._check(name, getattr(self, name) >= 0, ">= 0")
+        for name in WEIGHTS:
+            self._check(name, 0 <= getattr(self, name) < math.inf, ">= 0 and finite")
+        self._check("certify_radius", 0 < self.certify_radius < math.inf, "finite and > 0, in [0, 1] pixel units")
         self._check("train_alpha", 0 <= self.train_alpha <= 1, "in [0, 1]")
         self._check(
             "train_alpha", self.method != "jtdmoe" or self.train_alpha < 1, "below 1: F_S would get no gradient"
         )
+        self._check("standard_eps", 0 <= self.standard_eps <= self.eps, f"in [0, eps={self.eps!r}]")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check("eps_warmup_ratio", 0 <= self.eps_warmup_ratio <= 1, "in [0, 1]")
         self._check("crop_padding", self.crop_padding >= 0, ">= 0")
@@ -199,6 +230,14 @@ class RobustTrainingArguments(TrainingArguments):
             shard=shard,
         )
 
+    def create_standard_attack(self) -> PGD | NFGSM:
+        """The one-step attack of radius `standard_eps` on the dual model in the upper level of JTDMoE."""
+        shard = (self.process_index, self.world_size)
+        if self.norm == "linf":
+            return NFGSM(eps=self.standard_eps, shard=shard)
+        settings = {"norm": self.norm, "keep_best": False, "shard": shard}
+        return PGD(eps=self.standard_eps, steps=1, step_size=self.standard_eps, **settings)
+
     def evaluation_attack(self) -> PGD | None:
         """The attack of the evaluations during training: best iterate, its own seed; None where it is switched off."""
         if self.eval_attack_steps == 0:
@@ -206,4 +245,4 @@ class RobustTrainingArguments(TrainingArguments):
         return PGD(eps=self.eps, steps=self.eval_attack_steps, norm=self.norm, seed=self.seed)
 
 
-__all__ = ["METHODS", "PixelValue", "RobustTrainingArguments"]
+__all__ = ["METHODS", "WITHOUT_ATTACK", "PixelValue", "RobustTrainingArguments"]

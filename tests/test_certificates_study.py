@@ -3,9 +3,14 @@
 import importlib.util
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_dualmoe import modeling_dualmoe
 
 BENCHMARKS = Path(__file__).parents[1] / "training" / "benchmarks"
 TINY = {
@@ -21,6 +26,11 @@ TINY = {
     "arms": ["single_plain", "single", "standard"],
     "num_images": 60,
 }
+
+
+needs_torchlip = pytest.mark.skipif(
+    modeling_dualmoe.bjorck_normalization is None, reason="training 1-Lipschitz backbones needs deel-torchlip"
+)
 
 
 @pytest.fixture
@@ -99,6 +109,7 @@ def test_gains_compare_the_same_seeds(report, runs):
     assert report.gains([run for run in runs if run["arm"] != "single_plain"]) == {}
 
 
+@needs_torchlip
 def test_study_trains_certifies_goes_on_and_renders(script, report, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(script.PRESETS, "digits", TINY)
     monkeypatch.setattr(script, "ALPHAS", (0.6, 1.0))
@@ -120,15 +131,92 @@ def test_study_trains_certifies_goes_on_and_renders(script, report, tmp_path, mo
 
     begin, end = sys.modules["readme_tables"].marks("certificates_digits")
     (tmp_path / "README.md").write_text(f"{begin}\n{end}\n")
+    (tmp_path / "PAGE.md").write_text("\n".join(sys.modules["readme_tables"].marks("certificates")))
+    monkeypatch.setattr(report, "PAGE", tmp_path / "PAGE.md")
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report.replace_section, "__defaults__", (tmp_path / "README.md",))
     assert script.main([*command, "--render"]) == 0
     kept = json.loads((tmp_path / "results" / "certificates_digits.json").read_text())
     assert report.render_table(kept) in (tmp_path / "README.md").read_text()
+    assert report.overview({"digits": kept}) in (tmp_path / "PAGE.md").read_text()
     assert (tmp_path / "results" / "certificates_digits.png").stat().st_size > 10_000
     assert str(tmp_path) not in json.dumps(kept)
     assert script.main(["--render", "--output_dir", str(tmp_path / "nothing")]) == 2
     assert "error" in capsys.readouterr().err
+
+
+class StopAt(TrainerCallback):
+    """Stops a training without warning, after its checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@needs_torchlip
+def test_a_training_goes_on_from_its_last_checkpoint(script, tmp_path, monkeypatch):
+    data, trainer_class = script.load_splits("digits"), script.RobustTrainer
+    arguments = {"use_cpu": True, "train_only": True}
+    whole, _ = script.train("single", 0, TINY, data, Namespace(output_dir=tmp_path / "whole", **arguments))
+
+    args = Namespace(output_dir=tmp_path / "stopped", **arguments)
+    stopping = lambda *a, **k: trainer_class(*a, callbacks=[StopAt(60)], **k)  # noqa: E731
+    monkeypatch.setattr(script, "RobustTrainer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        script.train("single", 0, TINY, data, args)
+    monkeypatch.setattr(script, "RobustTrainer", trainer_class)
+    resumed, seconds = script.train("single", 0, TINY, data, args)
+    assert seconds is None and not list((tmp_path / "stopped").rglob("checkpoint-*"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@needs_torchlip
+@pytest.mark.slow
+def test_trainings_in_other_processes_are_the_same(script, tmp_path):
+    found = []
+    for jobs in (1, 2):
+        folder = tmp_path / str(jobs)
+        command = ["--seeds", "0", "1", "--use_cpu", "--output_dir", str(folder), "--arms", "single"]
+        command += ["--epochs", "2", "--num_images", "60"]
+        assert script.main([*command, "--jobs", str(jobs), "--threads", "1"]) == 0
+        runs = json.loads((folder / "results.json").read_text())["runs"]
+        found.append([(run["seed"], run["entries"]) for run in runs])
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
+def test_cifar10_is_shown_next_to_digits(script, report, runs):
+    arms = {name: script.ARMS[name] for name in ("standard", "single_plain", "single")}
+    found = {"radii": [0.1, 0.5], "seeds": [0, 1], "arms": arms, "summary": report.summarise(runs)}
+    text = report.overview({"digits": found, "cifar10": {**found, "radii": [36 / 255, 72 / 255]}})
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 2 * 4  # three arms and one dual model, at the alpha chosen only
+    assert "| digits, 2 seeds, L2 0.1 / 0.5 | standard | 98.0 ± 0.0 | - |" in rows
+    assert "| cifar10, 2 seeds, L2 36/255 / 72/255 | standard | 98.0 ± 0.0 | - |" in rows
+    assert text.count("|  | single | 81.0 ± 1.4 | 51.0 ± 1.4 / 20.0 ± 0.0 |") == 2
+    assert text.count("keeps 96.1 ± 2.7 % of F_R's certified accuracy") == 2
+    assert text.count("SA by +3.0 ± 1.4 points. The goal, 95 % and an SA gain above its spread, is reached.") == 2
+
+
+def test_a_gain_within_its_spread_is_no_gain(report):
+    dual = {"arm": "dual_single", "chosen": [0.9], "kept": {"mean": 0.99, "std": 0.0}}
+    assert "is missed" in report.goal_line("digits", {**dual, "sa_gain": {"mean": 0.1, "std": 0.6}})
+    assert "is reached" in report.goal_line("digits", {**dual, "sa_gain": {"mean": 0.7, "std": 0.6}})
+    assert "no certified accuracy" in report.goal_line("digits", {"arm": "dual_single", "chosen": [1.0]})
+
+
+def test_bad_counts_are_refused(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--jobs", "0"])
+    assert "jobs=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_readme_shows_the_overview(report):
+    begin, end = sys.modules["readme_tables"].marks("certificates")
+    assert f"{begin}\n\n{report.overview(report.kept_results())}\n\n{end}" in report.PAGE.read_text()
 
 
 def test_literature_states_sources_and_fits_together(report):

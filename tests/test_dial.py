@@ -12,7 +12,7 @@ from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.calibration import _Candidate, _Mixture
 from hf_dualmoe.data import ImageTensorDataset
-from hf_dualmoe.dial import AlphaChoice, calibrate_robust_logits, choose_alpha, sweep_alpha
+from hf_dualmoe.dial import AlphaChoice, calibrate_robust_logits, choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.evaluation import DialedModel, correct_mask
 
 TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1, "num_experts": 2}
@@ -79,10 +79,10 @@ def test_sweep_refuses_alphas(model, dataset, alphas):
         ({"min_ra": 30.0}, 0.5, "highest SA with RA of at least 30 %"),
         ({"min_ra": 48.0}, 0.8, "highest SA"),  # a tie: the larger alpha
         ({"min_ra": 49.5}, 0.9, "highest SA"),
-        ({}, 0.8, "highest SA with RA within 1.5 points of the best"),
+        ({}, 0.8, "highest SA with RA at most 1.5 points below that of alpha = 1"),
         ({"min_sa": 93.00001}, 0.5, "highest RA"),  # rounding, as accuracies are computed in float32
-        ({"ra_tolerance": 0}, 0.9, "within 0 points"),
-        ({"ra_tolerance": 20}, 0.5, "within 20 points"),
+        ({"ra_tolerance": 0}, 0.9, "at most 0 points below"),
+        ({"ra_tolerance": 20}, 0.5, "at most 20 points below"),
     ],
 )
 @pytest.mark.parametrize("order", [1, -1])
@@ -92,6 +92,18 @@ def test_choice_follows_its_rule_in_any_order(floors, alpha, rule, order):
     assert isinstance(choice, AlphaChoice)
     assert (choice.alpha, choice.sa, choice.ra) == (alpha, point["sa"], point["ra"])
     assert rule in choice.rule
+
+
+def test_the_default_rule_compares_with_the_robust_model_alone():
+    points = [(0.7, 92.0, 48.4), (0.8, 90.0, 48.6), (0.9, 86.0, 50.5), (1.0, 84.0, 50.0)]  # 50.5 is luck of the images
+    sweep = [{"alpha": alpha, "sa": sa, "ra": ra} for alpha, sa, ra in points]
+    assert choose_alpha(sweep).alpha == 0.8
+
+
+def test_dials_are_chosen_with_the_dlr_loss_where_there_are_three_classes():
+    attacks = [dial_attack(count, eps=0.1, norm="l2", seed=5) for count in (2, 3)]
+    assert [attack.objective for attack in attacks] == ["ce", "dlr"]
+    assert all((attack.eps, attack.norm, attack.steps, attack.seed) == (0.1, "l2", 20, 5) for attack in attacks)
 
 
 @pytest.mark.parametrize(

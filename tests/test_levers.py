@@ -5,17 +5,16 @@ import importlib
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.data import ImageTensorDataset
 from hf_dualmoe.lipschitz import NotApplicableError
-from hf_dualmoe.losses import at_loss, jtdmoe_loss
-from hf_dualmoe.nfgsm import NFGSM
+from hf_dualmoe.losses import at_loss
 from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
 
@@ -26,20 +25,9 @@ sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    """The levers' study, small enough for seconds; returns a function that writes it, changed, and its path."""
-
-    def write(**changes) -> Path:
-        content = yaml.safe_load((BENCHMARKS / "studies" / "digits_levers.yaml").read_text())
-        content["passes"], content["seeds"] = 1, [0]
-        content["settings"] |= {"width": "8,8,8,16", "max_train_samples": 128, "max_test_samples": 30}
-        content["settings"] |= {"shared_stages": 2, "router": "linear"}
-        content["evaluation"] = {"steps": 1, "worst_case_steps": 1, "batch_size": 64, "alphas": [0, 0.6, 1]}
-        path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
-        return path
-
-    return write
+def tiny(tiny_study):
+    """tiny(**changes): path of the levers' study, small and changed."""
+    return partial(tiny_study, "digits_levers", {"shared_stages": 2, "router": "linear"}, seeds=[0])
 
 
 @pytest.fixture
@@ -179,49 +167,11 @@ def test_penalties_join_the_loss_on_rows_that_the_router_decides(make_moe, train
         assert torch.autograd.grad(added, router)[0].abs().sum() > 0
 
 
-# --- a standard model that has seen attacked images ------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def two_mixtures(make_moe):
     return DualMoEForImageClassification.from_models(make_moe(), make_moe(router="pooled"), alpha=0.5)
-
-
-def test_standard_at_is_jtdmoe_where_the_attack_vanishes(make_moe, images, labels):
-    settings = {"alpha": 0.4, "beta": 0.5, "second_term": "ce", "second_attack": "shared"}
-    losses = {}
-    for fraction in (None, 1e-6, 1.0):
-        model = two_mixtures(make_moe)  # a new copy: its BatchNorm statistics have not moved
-        model.standard.train(), model.robust.train()
-        loss = jtdmoe_loss
-        extra = {}
-        if fraction:
-            loss, extra = levers.attacked_jtdmoe_loss, {"mild_attack": NFGSM(eps=0.1 * fraction)}
-        torch.manual_seed(7)
-        losses[fraction] = loss(model, images, labels, attack=NFGSM(eps=0.1), **settings, **extra)
-    plain, vanishing, full = losses.values()
-    assert vanishing.terms.keys() == plain.terms.keys()
-    assert vanishing.loss.item() == pytest.approx(plain.loss.item(), rel=1e-3)
-    assert full.terms["dual_ce"] > vanishing.terms["dual_ce"] * 1.05
-    for name in ("robust_ce", "expert_ce"):
-        assert full.terms[name].item() == pytest.approx(plain.terms[name].item(), rel=1e-4)
-
-
-def test_standard_at_leaves_f_r_to_its_own_level(make_moe, images, labels):
-    """The gradient of the upper level, which differs between two fractions, reaches F_S alone."""
-    gradients = []
-    for fraction in (0.1, 1.0):
-        model = two_mixtures(make_moe).train()
-        torch.manual_seed(8)
-        settings = {"alpha": 0.4, "beta": 0.5, "second_term": "ce", "second_attack": "shared"}
-        attacks = {"attack": NFGSM(eps=0.1), "mild_attack": NFGSM(eps=0.1 * fraction)}
-        levers.attacked_jtdmoe_loss(model, images, labels, **attacks, **settings).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    for name, gradient in gradients[0].items():
-        same = torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
-        assert same == name.startswith("robust") or gradient.abs().max() < 1e-6, name
-
-
-# --- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +182,6 @@ def test_standard_at_leaves_f_r_to_its_own_level(make_moe, images, labels):
         ("z_loss", "rt_er"),
         ("router_margin", "jtdmoe"),
         ("route_radius", "at"),
-        ("standard_at", "jtdmoe"),
     ],
 )
 def test_every_lever_trains_and_logs_its_term(name, method, make_moe, trainer_of):
@@ -242,7 +191,7 @@ def test_every_lever_trains_and_logs_its_term(name, method, make_moe, trainer_of
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2 and all(math.isfinite(entry["loss"]) for entry in logs)
-    term = {"awp": "loss_robust_ce", "standard_at": "loss_dual_ce"}.get(name, f"loss_{name}")
+    term = {"awp": "loss_robust_ce"}.get(name, f"loss_{name}")
     assert all(math.isfinite(entry[term]) for entry in logs)
     moved = [key for key, p in model.named_parameters() if not torch.equal(p, before[key])]
     assert any("router" in key for key in moved) and any("experts" in key for key in moved)
@@ -285,8 +234,6 @@ def test_the_reference_must_be_an_arm(tiny):
 def test_a_lever_that_does_not_fit_the_model_is_refused(make_moe, trainer_of):
     with pytest.raises(ValueError, match="'z_loss' needs a router: num_experts=1"):
         trainer_of(make_moe(num_experts=1), "z_loss")
-    with pytest.raises(ValueError, match="standard_at.*not method='at'"):
-        trainer_of(make_moe(), "standard_at")
     with pytest.raises(NotApplicableError, match="router='conv' is not affine"):
         trainer_of(make_moe(router="conv"), "route_radius")
 
@@ -370,8 +317,7 @@ def test_a_whole_study_of_levers(tiny, tmp_path):
     arms = {
         "up": {"settings": shared, "init_from": "half", "passes": 40},
         "half": {"settings": {"num_experts": 1, "shared_stages": 0}, "passes": 20},
-        **{name: {"settings": shared, "lever": name} for name in levers.LEVERS if name != "standard_at"},
-        "standard_at": {"settings": {**shared, "method": "jtdmoe"}, "lever": "standard_at"},
+        **{name: {"settings": shared, "lever": name} for name in levers.LEVERS},
     }
     path, folder = tiny(arms=arms, passes=4, reference="awp"), tmp_path / "out"
     assert study.main(["--study", str(path), "--output_dir", str(folder), "--threads", "1"]) == 0

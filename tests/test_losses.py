@@ -18,6 +18,7 @@ from hf_dualmoe.losses import (
     standard_loss,
     trades_loss,
 )
+from hf_dualmoe.nfgsm import NFGSM
 
 ATTACK = PGD(eps=0.05, steps=2, keep_best=False, seed=3)  # seeded: the same images whenever it is called
 # GroupNorm, so that a formula can be recomputed one term at a time
@@ -158,6 +159,35 @@ def test_jtdmoe_single_backward_equals_two_separate_ones(dual, batch):
 def test_jtdmoe_upper_level_uses_alpha(dual, batch):
     terms = [jtdmoe_loss(dual, *batch, attack=ATTACK, alpha=a).terms["dual_ce"] for a in (0.1, 0.9)]
     assert not torch.allclose(*terms)
+
+
+def test_jtdmoe_with_a_vanishing_standard_attack_is_the_plain_one(dual, batch):
+    settings = {"alpha": 0.4, "beta": 0.5, "second_term": "ce", "second_attack": "shared"}
+    results = []
+    for standard_attack in (None, NFGSM(eps=1e-7), NFGSM(eps=0.1)):
+        model = copy.deepcopy(dual).train()  # its BatchNorm statistics have not moved
+        torch.manual_seed(7)
+        results.append(jtdmoe_loss(model, *batch, attack=NFGSM(eps=0.1), standard_attack=standard_attack, **settings))
+    plain, vanishing, mild = results
+    assert vanishing.loss.item() == pytest.approx(plain.loss.item(), rel=1e-3)
+    assert mild.terms["dual_ce"] > vanishing.terms["dual_ce"] * 1.01
+    for name in ("robust_ce", "expert_ce"):
+        assert mild.terms[name].item() == pytest.approx(plain.terms[name].item(), rel=1e-4)
+
+
+def test_jtdmoe_standard_attack_reaches_the_standard_model_alone(dual, batch):
+    """Between two radii of the mild attack the gradients of F_S differ, those of F_R do not."""
+    gradients = []
+    for eps in (0.01, 0.1):
+        model = copy.deepcopy(dual).train()
+        torch.manual_seed(8)
+        settings = {"alpha": 0.4, "beta": 0.5, "second_term": "ce", "second_attack": "shared"}
+        attacks = {"attack": NFGSM(eps=0.1), "standard_attack": NFGSM(eps=eps)}
+        jtdmoe_loss(model, *batch, **attacks, **settings).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        same = torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
+        assert same == name.startswith("robust") or gradient.abs().max() < 1e-6, name
 
 
 def test_jtdmoe_refuses_alpha_one(dual, batch):

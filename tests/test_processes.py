@@ -27,6 +27,7 @@ STEPS = 4
 HOW = [(2, 1), (4, 1), (1, 2), (2, 2)]  # processes, batches accumulated
 # Two attacks a step draw random numbers in another order where batches are accumulated: compared without that.
 OWN = [("rt_er_own", (2, 1)), ("rt_er_own", (4, 1))]
+TRAINED = tuple(method for method in METHODS if method != "certified")  # which refuses the ViT of these tests
 # No BatchNorm: its statistics are those of each process's own images. Hard routing: experts without images.
 VIT = {
     "backbone": "vit_tiny_patch16_224",
@@ -152,7 +153,7 @@ def main(folder, what):
     elif what == "stop":
         train(folder, "stop", "at", poison=True)
     else:
-        for method in METHODS:
+        for method in TRAINED:
             train(folder, method, method, int(what))
         if what == "1":
             train(folder, "rt_er_own", "rt_er")
@@ -189,7 +190,7 @@ def read(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "how"), [(m, h) for h in HOW for m in METHODS] + OWN)
+@pytest.mark.parametrize(("method", "how"), [(m, h) for h in HOW for m in TRAINED] + OWN)
 def test_same_losses_and_weights_at_the_same_global_batch(trained, method, how):
     weights, figures = read(trained[1, 1], method)
     others, other_figures = read(trained[how], method)

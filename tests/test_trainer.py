@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.data import ImageTensorDataset
 from hf_dualmoe.trainer import RobustTrainer, robust_accuracy_metrics
-from hf_dualmoe.training_args import METHODS, PixelValue, RobustTrainingArguments
+from hf_dualmoe.training_args import METHODS, WITHOUT_ATTACK, PixelValue, RobustTrainingArguments
 
 TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1}
 
@@ -18,6 +18,9 @@ TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels
 def build(method, num_experts=2):
     torch.manual_seed(0)
     moe = MoEConfig(**TINY, num_experts=num_experts)
+    if method == "certified":
+        lipschitz = {"backbone": "lipschitz_mlp", "backbone_kwargs": {"hidden_sizes": [8], "logit_scale": 8.0}}
+        moe = MoEConfig(**{k: v for k, v in TINY.items() if k != "width"}, **lipschitz, num_experts=num_experts)
     if method != "jtdmoe":
         return MoEForImageClassification(moe)
     return DualMoEForImageClassification(DualMoEConfig(standard=MoEConfig(**TINY, num_experts=2), robust=moe))
@@ -64,9 +67,11 @@ def logged(trainer, name):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_parameter_and_logs_its_terms(method, stripes, arguments):
+    if method == "certified":
+        pytest.importorskip("deel.torchlip")
     model = build(method)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = RobustTrainer(model, arguments(method), train_dataset=stripes)
+    trainer = RobustTrainer(model, arguments(method, route_weight=0.1), train_dataset=stripes)
     trainer.train()
 
     unchanged = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
@@ -77,13 +82,14 @@ def test_every_method_trains_every_parameter_and_logs_its_terms(method, stripes,
         "trades": ["loss_ce", "loss_kl"],
         "rt_er": ["loss_robust_ce", "loss_expert_kl"],
         "jtdmoe": ["loss_robust_ce", "loss_expert_kl", "loss_dual_ce"],
+        "certified": ["loss_ce", "loss_margin", "loss_route"],
     }[method]
     for name in [*terms, "loss_aux", "train_sa", "expert_load_0", "expert_load_1"]:
         assert logged(trainer, name), name
     assert all(math.isfinite(v) for name in terms for v in logged(trainer, name))
     for low, high in zip(logged(trainer, "expert_load_0"), logged(trainer, "expert_load_1"), strict=True):
         assert low + high == pytest.approx(100, abs=0.01)
-    assert bool(logged(trainer, "route_flip_rate")) == (method != "standard")
+    assert bool(logged(trainer, "route_flip_rate")) == (method not in WITHOUT_ATTACK)
 
 
 def test_adversarial_training_raises_robust_accuracy(stripes, arguments):
@@ -255,6 +261,8 @@ def test_eps_warmup_grows_linearly(stripes, arguments):
         ("rt_er", lambda: build("at", num_experts=1), "num_experts >= 2; got a robust_moe with num_experts=1"),
         ("jtdmoe", lambda: build("jtdmoe", num_experts=1), "num_experts >= 2"),
         ("rt_er", lambda: torch.nn.Linear(2, 2), "got a Linear"),
+        ("certified", lambda: build("at"), "needs backbone='lipschitz_mlp' or 'lipschitz_cnn'"),
+        ("certified", lambda: build("jtdmoe"), "trains a MoEForImageClassification, not a dual_moe"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(method, model, message, arguments):
@@ -276,13 +284,37 @@ def test_a_model_that_does_not_fit_is_refused(method, model, message, arguments)
         ({"attack_step_size": -0.1}, "attack_step_size=-0.1 must be > 0"),
         ({"eps_warmup_ratio": 2.0}, "eps_warmup_ratio=2.0"),
         ({"crop_padding": -1}, "crop_padding=-1"),
+        ({"eps": 0.1, "standard_eps": 0.2}, r"standard_eps=0.2 must be in \[0, eps=0.1\]"),
+        ({"standard_eps": -0.1}, "standard_eps=-0.1 must be in"),
         ({"norm": "l1"}, "norm='l1'"),
+        ({"certify_radius": 0}, "certify_radius=0.0 must be finite and > 0"),
+        ({"certify_radius": "wide"}, "certify_radius='wide' must be a number or a fraction"),
+        ({"route_weight": -1.0}, "route_weight=-1.0 must be >= 0"),
+        ({"margin_weight": math.nan}, "margin_weight=nan must be >= 0"),
     ],
     ids=str,
 )
 def test_settings_out_of_range_are_named(settings, message, arguments):
     with pytest.raises(ValueError, match=message):
         arguments(**settings)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_mild_attacks_on_the_standard_model_have_their_own_radius(norm, stripes, arguments):
+    attack = {"training_attack": "pgd", "attack_steps": 1, "norm": norm, "eps": 0.2}
+    weights = {}
+    for radius in (0.0, 0.05, "1/5"):
+        torch.manual_seed(5)
+        trainer = RobustTrainer(
+            build("jtdmoe"), arguments("jtdmoe", max_steps=2, standard_eps=radius, **attack), train_dataset=stripes
+        )
+        assert (trainer.objective.keywords["standard_attack"] is None) == (radius == 0.0)
+        if radius != 0.0:
+            assert trainer.args.create_standard_attack().eps == pytest.approx(0.05 if radius == 0.05 else 0.2)
+        trainer.train()
+        weights[radius] = trainer.model.standard.state_dict()
+    plain, *mild = weights.values()
+    assert all(any(not torch.equal(other[name], plain[name]) for name in plain) for other in mild)
 
 
 def test_pixel_values_may_be_fractions():

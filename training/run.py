@@ -19,7 +19,6 @@ from transformers import set_seed
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.arguments import DataArguments, ModelArguments, RecipeParser
-from hf_dualmoe.attacks import PGD
 from hf_dualmoe.checkpoints import (
     CheckpointError,
     explain_failed_write,
@@ -28,7 +27,7 @@ from hf_dualmoe.checkpoints import (
     remove_checkpoint,
 )
 from hf_dualmoe.data import DataSplits, load_splits
-from hf_dualmoe.dial import choose_alpha, sweep_alpha
+from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.environment import write_text
 from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
 from hf_dualmoe.hub import hide_tokens, publish_folder
@@ -44,7 +43,8 @@ SETTINGS = {  # what each method uses
     "at": ATTACK,
     "trades": (*ATTACK, "trades_lambda"),
     "rt_er": (*ATTACK, "beta", "second_term", "second_attack"),
-    "jtdmoe": (*ATTACK, "beta", "second_term", "second_attack", "train_alpha"),
+    "jtdmoe": (*ATTACK, "beta", "second_term", "second_attack", "train_alpha", "standard_eps"),
+    "certified": ("certify_radius", "margin_weight", "route_weight", "gate_weight"),
 }
 FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter")  # may change when a run is gone on with
 
@@ -59,10 +59,10 @@ def main() -> None:
         data = load_data(data_args, model_args, args.seed)
         check_dial_request(args.method, run)
         model = create_model(model_args, args, data)
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
+    except (ValueError, FileNotFoundError, ImportError, CheckpointError) as error:
         parser.error(str(error))
 
-    trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
         if run.fresh and not args.resume_from_checkpoint:  # or a later start would go on from them
@@ -193,7 +193,7 @@ def turn_dial(
     model: DualMoEForImageClassification, data: DataSplits, args: RobustTrainingArguments, run: argparse.Namespace
 ) -> dict[str, Any]:
     """Set the dial to the best alpha on the validation images; leave it where none reaches the floor, and say so."""
-    attack = PGD(eps=args.eps, norm=args.norm, steps=20, seed=args.seed)
+    attack = dial_attack(data.num_labels, eps=args.eps, norm=args.norm, seed=args.seed)
     try:
         choice = choose_alpha(sweep_alpha(model, data.validation, attack=attack), min_sa=run.min_sa, min_ra=run.min_ra)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Certified accuracy of 1-Lipschitz networks, mixtures of them, and dual models with a free standard model.
 
 python training/benchmarks/certificates.py --dataset_name digits
-python training/benchmarks/certificates.py --dataset_name path/to/cifar10 --preset cifar10_cpu --use_cpu
+python training/benchmarks/certificates.py --dataset_name path/to/cifar10 --preset cifar10_cpu --jobs 2 --threads 1
 python training/benchmarks/certificates.py --dataset_name path/to/cifar10                   # on a GPU
 python training/benchmarks/certificates.py --dataset_name digits --arms single mixture      # some arms only
 python training/benchmarks/certificates.py --dataset_name digits --render                   # keep the results
@@ -12,15 +12,19 @@ mixture of four), `mixture_soft_gate` (also trained for a gate of small Lipschit
 F_S). All robust arms but `single_plain` are trained for logit margins. Every arm takes the same number of steps; a
 hard-routed mixture costs one network per image. The dual models join `standard` with each robust arm along alpha.
 Certificates are L2 proofs on test images. Which alpha to use is chosen on held-out images: the lowest that keeps 95 %
-of F_R's certified accuracy at the first radius there. A trained model and a finished measurement are not made again.
-`results.json` has each run, mean and standard deviation over seeds; `curves.png` has the curves.
+of F_R's certified accuracy at the first radius there. All is trained by `RobustTrainer`, as `training/run.py` does it,
+with method="certified" or "standard". The same command goes on where it was stopped: a training from its last
+checkpoint, and no finished training or measurement is made again. `results.json` has each run, mean and standard
+deviation over seeds, and is brought up to date after each arm; `curves.png` has the curves.
 """
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,10 @@ import torch
 from certificates_report import gains, plot, render, render_table, summarise
 from transformers import set_seed
 
-from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
+from hf_dualmoe.arguments import ModelArguments
 from hf_dualmoe.certification_report import certify_dataset
-from hf_dualmoe.certified_training import certified_loss
+from hf_dualmoe.checkpoints import last_good_checkpoint, list_checkpoints, remove_checkpoint
 from hf_dualmoe.data import DataSplits, load_splits, to_unit_range
 from hf_dualmoe.environment import describe_environment, write_text
 from hf_dualmoe.trainer import RobustTrainer
@@ -51,21 +56,26 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cifar10": {
         "radii": [36 / 255, 72 / 255, 108 / 255],
+        "alphas": [0.55, 0.9, 0.97, 0.99, 0.995, 0.998, 0.999, 1.0],  # F_R is not confident: the dial acts near 1
         "train_radius": 108 / 255,
         "backbone": "lipschitz_cnn",
-        "backbone_kwargs": {"channels": [32, 128, 256], "depth": 2, "hidden_size": 1024, "logit_scale": 32.0},
+        "backbone_kwargs": {"channels": [32, 128, 256], "depth": 1, "hidden_size": 1024, "logit_scale": 1.0},
         "standard": {"backbone": "resnet18", "stem": "cifar"},
         "epochs": 60,
         "batch_size": 256,
-        "learning_rate": 2e-3,
+        "learning_rate": 1e-2,
+        "standard_learning_rate": 2e-3,
         "augmentation": {"crop_padding": 4, "horizontal_flip": True},
     },
 }
+# Few 3x3 convolutions: each takes margin away, as its operator is not orthogonal. The logits' scale is low: where many
+# images are misclassified, cross-entropy keeps margins of logits small, and the radii of a steep network with them.
 PRESETS["cifar10_cpu"] = {
     **PRESETS["cifar10"],
-    "backbone_kwargs": {"channels": [16, 32, 64, 128], "depth": 1, "hidden_size": 128, "logit_scale": 32.0},
+    "backbone_kwargs": {"channels": [16, 32], "depth": 1, "hidden_size": 128, "logit_scale": 1.0},
     "standard": {"backbone": "resnet18", "stem": "cifar", "width": [8, 16, 32, 64]},
-    "epochs": 8,
+    "epochs": 10,
+    "batch_size": 128,
     "max_train_samples": 10_000,
     "num_images": 2_000,
     "arms": ["single", "mixture", "mixture_trained", "standard"],
@@ -98,25 +108,37 @@ def create_parser() -> argparse.ArgumentParser:
     add("--max_train_samples", type=int, help="Use fewer training images.")
     add("--num_images", type=int, help="Certify fewer test images, and held-out images.")
     add("--output_dir", type=Path, help="Where everything goes; default: outputs/certificates-<preset>.")
+    add("--jobs", type=int, default=1, help="Trainings at a time, each in a process of its own.")
+    add("--threads", type=int, help="CPU threads of each process; default: the cores shared out.")
+    add("--train_only", action="store_true", help="Train and certify nothing (what --jobs starts).")
     add("--use_cpu", action="store_true", help="Train on the CPU even where there is a GPU.")
     add("--render", action="store_true", help="Run nothing: keep the results there are, and the table in the README.")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = create_parser().parse_args(arguments)
+    parser, arguments = create_parser(), sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments)
+    for option in ("jobs", "threads"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            parser.error(f"{option}={value} must be at least 1")
     name = args.preset or ("digits" if args.dataset_name == "digits" else "cifar10")
     args.output_dir = args.output_dir or Path("outputs") / f"certificates-{name}"
     if args.render:
         return render(name, args.output_dir)
     preset = settings_of(name, args)
-    data = load_splits(args.dataset_name, max_train_samples=preset.get("max_train_samples"))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     check_same_settings(args.output_dir / "settings.json", {"dataset_name": args.dataset_name, **preset})
     arms = args.arms or preset.get("arms", list(ARMS))
+    trained = train_in_processes(arguments, arms, args) if args.jobs > 1 else {}
+    data = prepare(preset, args)
     runs: list[dict[str, Any]] = []
     for seed in args.seeds:
+        for arm in arms if trained else ():
+            trained[seed, arm].result()
         models = {arm: train(arm, seed, preset, data, args) for arm in arms}
+        if args.train_only:
+            continue
         for arm, (model, seconds) in models.items():
             run = measure(arm, model, seed, preset, data, args)
             size, load = sum(p.numel() for p in model.parameters()), expert_load(model, data)
@@ -125,6 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
                 dual = DualMoEForImageClassification.from_models(models["standard"][0], model, alpha=0.8)
                 runs.append(measure(f"dual_{arm}", dual.eval(), seed, preset, data, args))
             save(args.output_dir, runs, preset, data, args)
+    if args.train_only:
+        return 0
     results = save(args.output_dir, runs, preset, data, args)
     print(render_table(results))
     plot(results, args.output_dir / "curves.png")
@@ -148,61 +172,89 @@ def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=2) + "\n"
     if path.is_file() and path.read_text() != text:
         raise SystemExit(f"{path.parent} holds runs with other settings; choose another --output_dir.")
-    path.write_text(text)
+    if not path.is_file():
+        write_text(path, text)
 
 
-def moe_config(arm: str, preset: dict[str, Any], data: DataSplits) -> MoEConfig:
-    """The arm's configuration; a 1-Lipschitz network sees plain pixels, shifted only: std = 1/2 for all channels."""
-    mean = data.train.images[:10_000].float().div(255).mean(dim=(0, 2, 3)).tolist()
-    names = {"id2label": dict(enumerate(data.class_names))}
-    names["label2id"] = {name: i for i, name in names["id2label"].items()}
+def prepare(preset: dict[str, Any], args: argparse.Namespace) -> DataSplits:
+    """Set the threads of this process and load the images; few of those that a training does not use."""
+    torch.set_num_threads(threads_of(args))
+    few = 20 if args.train_only else None
+    limits = {"train": preset.get("max_train_samples"), "validation": few, "test": few}
+    return load_splits(args.dataset_name, **{f"max_{role}_samples": limit for role, limit in limits.items()})
+
+
+def threads_of(args: argparse.Namespace) -> int:
+    """CPU threads of each process."""
+    return args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+
+
+def train_in_processes(
+    arguments: list[str], arms: list[str], args: argparse.Namespace
+) -> dict[tuple[int, str], Future[None]]:
+    """Start to train all arms, `args.jobs` at a time, by this script itself; futures by (seed, arm)."""
+
+    def run(arm: str, seed: int) -> None:
+        own = ["--arms", arm, "--seeds", str(seed), "--jobs", "1", "--threads", str(threads_of(args)), "--train_only"]
+        if subprocess.run([sys.executable, __file__, *arguments, *own]).returncode != 0:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise SystemExit(f"The training of {arm} with seed {seed} failed; the same command goes on from there.")
+
+    pool = ThreadPoolExecutor(args.jobs)
+    return {(seed, arm): pool.submit(run, arm, seed) for seed in args.seeds for arm in arms}
+
+
+def create_model(arm: str, preset: dict[str, Any], data: DataSplits) -> MoEForImageClassification:
+    """The untrained model of an arm."""
     network = preset["standard"] if arm == "standard" else {k: preset[k] for k in ("backbone", "backbone_kwargs")}
     routing = {k: v for k, v in ARMS[arm].items() if not k.endswith("_weight")}
-    return MoEConfig(
-        **names,
-        **network,
-        **{"router_aux_loss_coef": 0.1, **routing},
-        image_size=data.image_size,
-        num_channels=data.num_channels,
-        image_mean=[round(value, 4) for value in mean],
-        image_std=0.5,
-        router="pooled",
-    )
+    settings = {"router": "pooled", "router_aux_loss_coef": 0.1, **network, **routing}
+    return MoEForImageClassification(ModelArguments(**settings).moe_config(data))
 
 
 def train(
     arm: str, seed: int, preset: dict[str, Any], data: DataSplits, args: argparse.Namespace
-) -> tuple[MoEForImageClassification, float]:
-    """Train an arm, or load it; the model in eval mode, and the seconds that the training took."""
+) -> tuple[MoEForImageClassification, float | None]:
+    """Train an arm, go on with its training, or load it.
+
+    Returns:
+        The model in eval mode, and the seconds that the training took; None where it was stopped in between.
+    """
     folder = args.output_dir / f"{arm}-seed{seed}"
     if (folder / "train_seconds.json").is_file():
         model = MoEForImageClassification.from_pretrained(folder)
         return model, json.loads((folder / "train_seconds.json").read_text())
-    set_seed(seed)
-    model = MoEForImageClassification(moe_config(arm, preset, data))
+    rate = preset["learning_rate"]
+    if arm == "standard":
+        rate = preset.get("standard_learning_rate", rate)
     settings = RobustTrainingArguments(
         output_dir=str(folder),
-        method="standard",
+        method="standard" if arm == "standard" else "certified",
+        certify_radius=preset["train_radius"],
         num_train_epochs=preset["epochs"],
         per_device_train_batch_size=preset["batch_size"],
-        learning_rate=preset["learning_rate"],
+        learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=50,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=50,
+        save_total_limit=1,
         report_to="none",
+        disable_tqdm=args.train_only,
         seed=seed,
         use_cpu=args.use_cpu,
         **preset["augmentation"],
+        **{name: value for name, value in ARMS[arm].items() if name.endswith("_weight")},
     )
-    trainer = RobustTrainer(model, settings, train_dataset=data.train, eval_dataset=data.validation)
-    if arm != "standard":
-        weights = {name: value for name, value in ARMS[arm].items() if name.endswith("_weight")}
-        trainer.objective = partial(certified_loss, radius=preset["train_radius"], **weights)
-    started = time.perf_counter()
-    trainer.train()
-    seconds = round(time.perf_counter() - started, 1)
+    set_seed(seed)
+    trainer = RobustTrainer(create_model(arm, preset, data), settings, train_dataset=data.train)
+    checkpoint, started = last_good_checkpoint(folder), time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = None if checkpoint else round(time.perf_counter() - started, 1)
     trainer.accelerator.unwrap_model(trainer.model_wrapped).eval().save_pretrained(folder)
-    (folder / "train_seconds.json").write_text(json.dumps(seconds))
+    write_text(folder / "train_seconds.json", json.dumps(seconds))
+    for path in list_checkpoints(folder).values():
+        remove_checkpoint(path)
     return MoEForImageClassification.from_pretrained(folder), seconds  # what is measured is what was saved
 
 
@@ -229,7 +281,7 @@ def measure(
             model.to(device).eval(),
             images,
             radii=preset["radii"],
-            alphas=ALPHAS,
+            alphas=preset.get("alphas", ALPHAS),
             num_images=None if limit is None else min(limit, len(images)),
             dataset_name=data.name,
             path=folder / f"certificates_{key}.json",

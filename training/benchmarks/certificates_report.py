@@ -7,11 +7,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from readme_tables import RESULTS, markdown_table, replace_section
+from readme_tables import HERE, RESULTS, markdown_table, replace_section
 
 from hf_dualmoe.environment import write_text
 
 KEPT = 0.95  # of F_R's certified accuracy at the first radius: the goal
+PAGE = HERE.parents[1] / "README.md"  # has the overview; the README beside this file has all rows
+KEPT_DATASETS = ("digits", "cifar10")
 ABOUT = {
     "single_plain": "one 1-Lipschitz network, cross-entropy alone",
     "single": "one 1-Lipschitz network, trained for logit margins",
@@ -200,10 +202,59 @@ def literature_table(path: Path = RESULTS / "certified_literature.json") -> str:
     return markdown_table(["published", "clean %", *(f"L2 {r}" for r in ("36/255", "72/255", "108/255"))], rows)
 
 
+def overview(results: dict[str, dict[str, Any]]) -> str:
+    """All datasets next to each other, in Markdown: the arms, the dual model of the best one, and the goal.
+
+    Args:
+        results: Kept results by the name of the dataset.
+    """
+    rows, lines = [], []
+    for name, found in results.items():
+        count = len(found["seeds"])
+        title = f"{name}, {count} seed{'s' * (count > 1)}, L2 {' / '.join(map(radius_name, found['radii']))}"
+        dual = best_dual(found)
+        for row in found["summary"]:
+            if row["arm"].startswith("dual_") and row is not dual:
+                continue
+            certified = " / ".join(text_of(value) for value in row["certified"] or ()) or "-"
+            rows.append([title, row["arm"], text_of(row["sa"]), certified])
+            title = ""
+        if dual is not None:
+            lines.append(goal_line(name, dual))
+    arms = dict.fromkeys(arm for found in results.values() for arm in found["arms"])
+    lines = [f"- {arm}: {ABOUT[arm]}." for arm in arms] + lines
+    return "\n".join([markdown_table(["dataset, radii", "model", "SA %", "certified %"], rows), "", *lines])
+
+
+def best_dual(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of the dual model of the best arm, at the alpha chosen on held-out images; None without dual models."""
+    if not any(row["arm"].startswith("dual_") for row in results["summary"]):
+        return None
+    name = first_dual(results)
+    return next(row for row in results["summary"] if row["arm"] == name and "chosen" in row)
+
+
+def goal_line(name: str, dual: dict[str, Any]) -> str:
+    """Whether a dual model keeps 95 % of F_R's certified accuracy at the first radius and clearly gains SA."""
+    text = (
+        f"- {name}: {dual['arm']}, its alpha chosen on held-out images ({', '.join(f'{a:g}' for a in dual['chosen'])})"
+    )
+    if "kept" not in dual:
+        return f"{text}: F_R has no certified accuracy that could be kept."
+    kept, gain = dual["kept"], dual["sa_gain"]
+    clear = gain["mean"] > (gain["std"] or 0.0)
+    verdict = "reached" if kept["mean"] >= KEPT and clear else "missed"
+    return (
+        f"{text}, keeps {text_of(kept, '.1f', 100)} % of F_R's certified accuracy at the first radius and changes SA "
+        f"by {text_of(gain, '+.1f')} points. The goal, {100 * KEPT:g} % and an SA gain above its spread, is {verdict}."
+    )
+
+
 def render(name: str, folder: Path) -> int:
-    """Keep results and curves of a preset in the repository, and put the table into the README; the exit status."""
+    """Keep results and curves of a preset in the repository, and put the tables into both READMEs; the exit status."""
     try:
         results = json.loads((folder / "results.json").read_text())
+        name = name.removesuffix("_cpu")  # two sizes of one study: the settings are in the results
         RESULTS.mkdir(exist_ok=True)
         plot(results, RESULTS / f"certificates_{name}.png")
         for run in results["runs"]:
@@ -211,9 +262,16 @@ def render(name: str, folder: Path) -> int:
                 entry.pop("curve")  # the picture has them
         write_text(RESULTS / f"certificates_{name}.json", json.dumps(results, indent=1) + "\n")
         replace_section(f"certificates_{name}", render_table(results))
-        if name.startswith("cifar10"):
+        if name == "cifar10":
             replace_section("certified_literature", literature_table())
+        replace_section("certificates", overview(kept_results()), PAGE)
     except (ValueError, FileNotFoundError) as error:
         print(f"certificates.py: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def kept_results() -> dict[str, dict[str, Any]]:
+    """The results in the repository by the name of their dataset."""
+    paths = {name: RESULTS / f"certificates_{name}.json" for name in KEPT_DATASETS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}

@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_dualmoe.attacks import frozen
 from hf_dualmoe.certified_training import route_margin_penalty
-from hf_dualmoe.losses import Attack, LossOutput, craft_rt_er, cross_entropy, rt_er_terms
-from hf_dualmoe.nfgsm import NFGSM
+from hf_dualmoe.losses import Attack, LossOutput
 from hf_dualmoe.route_radii import effective_router_weight
 from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
@@ -221,70 +219,6 @@ class RouteRadius(RouterPenalty):
         return route_margin_penalty(moe, images, radius=self.options["radius"] * float(self.args.eps), norm="linf")
 
 
-# --- a standard model that has seen attacked images ------------------------------------------------------------------
-
-
-class StandardAT(Lever):
-    """JTDMoE whose upper level sees images attacked with a share of eps, so that F_S is no dead weight under attack.
-
-    After Madry et al. 2018 (https://arxiv.org/abs/1706.06083), for the mixed model. Costs the attack on the dual model
-    and one forward of F_R more per step.
-
-    Options:
-        fraction: Radius of that attack (N-FGSM) in units of eps.
-
-    Raises:
-        ValueError: The method is not jtdmoe.
-    """
-
-    options: ClassVar[dict[str, float]] = {"fraction": 0.5}
-
-    def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
-        if args.method != "jtdmoe":
-            raise ValueError(f"lever='standard_at' changes method='jtdmoe', not method={args.method!r}.")
-        super().__init__(model, args, **kwargs)
-
-    def _create_objective(self) -> Callable[..., LossOutput]:
-        shard = (self.args.process_index, self.args.world_size)
-        mild_attack = NFGSM(eps=self.options["fraction"] * self.args.eps, shard=shard)
-        return partial(attacked_jtdmoe_loss, mild_attack=mild_attack, **super()._create_objective().keywords)
-
-
-def attacked_jtdmoe_loss(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    attack: Attack,
-    mild_attack: Attack,
-    alpha: float,
-    beta: float,
-    second_term: str,
-    second_attack: str,
-    forward: Callable | None = None,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
-    """`losses.jtdmoe_loss` with CE(F_D(x + delta), y) as its upper level; delta is the `mild_attack` on F_D."""
-    batch = craft_rt_er(
-        model.robust, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
-    )
-    with frozen(model):
-        mild = mild_attack(lambda x: model(x, alpha=alpha), images, labels)
-        with torch.no_grad():
-            robust_logits = model.robust(mild).logits
-    output = (forward or model)(mild, robust_pixel_values=batch.images, **batch.experts)
-    settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}
-    lower, terms, attacked_logits = rt_er_terms(output.robust_logits, output.robust_extra_logits, labels, **settings)
-    upper = cross_entropy(model.mix(output.standard_logits, robust_logits, alpha), labels, label_smoothing)
-    terms |= {"dual_ce": upper, "aux": output.aux_loss}
-    return LossOutput(
-        loss=lower + upper + output.aux_loss,
-        terms={name: term.detach() for name, term in terms.items()},
-        attacked_images=batch.attacked,
-        attacked_logits=attacked_logits.detach(),
-    )
-
-
 # --- by name ---------------------------------------------------------------------------------------------------------
 
 LEVERS: dict[str, type[Lever]] = {
@@ -292,7 +226,6 @@ LEVERS: dict[str, type[Lever]] = {
     "z_loss": ZLoss,
     "router_margin": RouterMargin,
     "route_radius": RouteRadius,
-    "standard_at": StandardAT,
 }
 
 

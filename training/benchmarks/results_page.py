@@ -27,6 +27,14 @@ MEASURES = {"sa": "SA", "ra": "RA"}
 Arms = dict[str, dict[str, Any]]
 
 
+DIALS = {  # arm: label, color, marker, line of the plot
+    "separate_clean": ("trained apart, clean F_S (paper)", "#b9b9b9", "s", "--"),
+    "jtdmoe_clean": ("JTDMoE, clean F_S (paper)", "#8fbde0", "o", "--"),
+    "separate_dual": ("trained apart, F_S at eps / 4", "#6b6b6b", "s", "-"),
+    "jtdmoe": ("JTDMoE, F_S at eps / 4", "#1f6fb4", "o", "-"),
+}
+
+
 def read(name: str) -> dict[str, Any]:
     """The kept results of a study.
 
@@ -144,6 +152,12 @@ def findings(results: dict[str, Any]) -> list[str]:
         ("dense_ensemble", "single", "Four full last stages, all mixed, against one network"),
         ("wide_single", "single", "A wider network with the mixture's parameters against the one network"),
         ("jtdmoe", "separate_dual", "Joint training against joining two models trained apart, each at its alpha"),
+        (
+            "jtdmoe",
+            "jtdmoe_clean",
+            "JTDMoE with mild attacks on F_S's images (eps / 4) against the paper's clean ones",
+        ),
+        ("separate_dual", "separate_clean", "The same for models trained apart"),
     ]
     return [
         f"- {title}: {compared(results, arm, other)}."
@@ -179,15 +193,15 @@ def draw(studies: dict[str, dict[str, Any]], path: Path) -> None:
         1, len(studies), figsize=(5.2 * len(studies), 4), layout="constrained", squeeze=False
     )
     for axes, (name, results) in zip(panels[0], studies.items(), strict=True):
-        for arm, color, marker in (("separate_dual", "#8a8a8a", "s"), ("jtdmoe", "#1f6fb4", "o")):
+        for arm, (label, color, marker, line) in DIALS.items():
             points = results["arms"].get(arm, {}).get("sweep", [])
-            label = {"separate_dual": "trained apart", "jtdmoe": "JTDMoE"}[arm]
-            axes.plot([p["ra"] for p in points], [p["sa"] for p in points], marker=marker, color=color, label=label)
-            for point in points:
+            where = ([p["ra"] for p in points], [p["sa"] for p in points])
+            axes.plot(*where, marker=marker, color=color, label=label, linestyle=line)
+            for point in points if arm == "jtdmoe" else []:
                 axes.annotate(
                     f"{point['alpha']:g}", (point["ra"], point["sa"]), (4, 4), textcoords="offset points", fontsize=8
                 )
-        axes.set(title=TITLES[name], xlabel="RA %, PGD-10, held-out images", ylabel="SA %, held-out images")
+        axes.set(title=TITLES[name], xlabel="RA %, APGD-DLR, held-out images", ylabel="SA %, held-out images")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)

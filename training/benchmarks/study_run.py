@@ -3,43 +3,33 @@
 `study.py` starts this in a process of its own for each run: python study_run.py STUDY.json ARM SEED FOLDER
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import yaml
 from levers import lever_trainer
+from script_loading import load_script
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification
-from hf_dualmoe.attacks import PGD
 from hf_dualmoe.data import DataSplits, to_unit_range
-from hf_dualmoe.dial import choose_alpha, sweep_alpha
+from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.environment import write_text
 from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
 from hf_dualmoe.trainer import RobustTrainer
 
 HERE = Path(__file__).parent
+NUMBERS = ("sa", "ra", "ra_pgd", "expert_load", "route_flip_rate", "num_images", "environment")  # see numbers()
 UNION = ("worst_case",)  # beside SA and PGD of the whole model, which every evaluation measures
-
-
-def load_script(path: Path) -> ModuleType:
-    """A script of training/ as a module; on the import path its evaluate.py would hide the evaluate library."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 training = load_script(HERE.parent / "run.py")
@@ -198,14 +188,21 @@ class StudyRun:
         settings = {"eps": float(args.eps), "norm": args.norm, "seed": 0, **self.study["evaluation"]}
         alphas = settings.pop("alphas")
         if hasattr(model, "set_alpha"):
-            attack = PGD(eps=float(args.eps), norm=args.norm, steps=settings["steps"], seed=0)
+            attack = dial_attack(self.data.num_labels, eps=float(args.eps), norm=args.norm)
             sweep = sweep_alpha(model, self.data.validation, attack=attack, alphas=alphas, progress=False)
             choice = choose_alpha(sweep)
             model.set_alpha(choice.alpha)
             result |= {"alpha": choice.alpha, "rule": choice.rule, "sweep": sweep}
-            result["robust"] = numbers(self.report(model.robust, "robust", settings))
+            result["robust"] = self.robust_numbers(model.robust, settings)
             result["standard"] = {"sa": sweep[0]["sa"]} if alphas[0] == 0 else {}
         return result | numbers(self.report(model, "whole", settings))
+
+    def robust_numbers(self, model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of F_R alone; an arm that joins the models of others takes them from the run that trained F_R."""
+        if "robust" not in self.entry:
+            return numbers(self.report(model, "robust", settings))
+        trained = json.loads((self.model_of(self.entry["robust"]).parent / "run.json").read_text())
+        return {name: trained[name] for name in NUMBERS}
 
     def report(self, model: nn.Module, name: str, settings: dict[str, Any]) -> RobustnessReport:
         """Evaluate and keep the whole report beside the run."""
