@@ -398,6 +398,10 @@ class DualMoEConfig(ValidatedConfig):
         """Height and width of the images in pixels; None where neither component states it."""
         return getattr(self.robust, "image_size", None) or getattr(self.standard, "image_size", None)
 
+    @image_size.setter
+    def image_size(self, value: int) -> None:
+        raise ValueError(f"image_size={value!r} cannot be set here; set it in the configs `standard` and `robust`.")
+
     @property
     def num_channels(self) -> int:
         """Image channels."""

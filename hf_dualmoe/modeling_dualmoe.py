@@ -29,7 +29,7 @@ from torch.nn.modules.module import (
 )
 from transformers import AutoModelForImageClassification, CLIPImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, is_peft_available, logging
 
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
 
@@ -45,7 +45,13 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # what a config from a stranger may ask for before it is refused: far above any published vision model
 MAX_PARAMETERS = 20_000_000_000  # of all experts
 MAX_TENSORS = 10_000  # of one network
+INITIALISED_BY_PARENT = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
 HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision")
+NO_ADAPTERS = (
+    "Adapters are not loaded: their weights come from elsewhere and are not checked. To use one that you trust, load "
+    "the model without it and call peft.PeftModel.from_pretrained(model, adapter)."
+)
+SEARCH_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 @dataclass
@@ -630,6 +636,28 @@ def check_model_size(config: MoEConfig) -> None:
         raise ValueError(f"router={config.router!r} would have more than {MAX_PARAMETERS:,} parameters.")
 
 
+def refuse_adapter(name_or_path: str | os.PathLike | None, kwargs: dict) -> None:
+    """Refuse a folder or repository with an adapter_config.json.
+
+    With peft, transformers would put the adapter on the model, and for a repository take the model itself from another
+    one, which the file names. A folder is refused without peft too; in a repository nobody looks for the file then.
+
+    Args:
+        name_or_path: Folder or Hub id, as given to `from_pretrained`.
+        kwargs: The other arguments of `from_pretrained`; read only.
+
+    Raises:
+        ValueError: There is such a file, or an Auto class has found one.
+    """
+    source = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
+    if source is None and name_or_path is not None and (is_peft_available() or os.path.isdir(name_or_path)):
+        options = {name: kwargs[name] for name in SEARCH_ARGUMENTS if name in kwargs}
+        if find_adapter_config_file(name_or_path, **options) is not None:
+            source = name_or_path
+    if source is not None:
+        raise ValueError(f"{source} has an adapter_config.json. {NO_ADAPTERS}")
+
+
 def check_weight_files(model: nn.Module, files: list[str] | None) -> None:
     """Refuse weights that are no safetensors, or far too small for the model, before the model takes any memory.
 
@@ -709,8 +737,22 @@ class RobustPreTrainedModel(PreTrainedModel):
 
     def _set_grad_checkpointing(self, enable: bool) -> None:
         for module in self.modules():
-            if hasattr(module, "set_grad_checkpointing"):
+            if hasattr(module, "set_grad_checkpointing"):  # timm's
                 module.set_grad_checkpointing(enable)
+            elif isinstance(module, PreTrainedModel) and not isinstance(module, RobustPreTrainedModel):
+                if module.supports_gradient_checkpointing:  # an F_S or F_R of transformers
+                    (module.gradient_checkpointing_enable if enable else module.gradient_checkpointing_disable)()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any part recomputes its activations; timm and transformers have different names for it."""
+        names = ("grad_checkpointing", "gradient_checkpointing")
+        return any(getattr(module, name, False) for module in self.modules() for name in names)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """The newer name of `is_gradient_checkpointing`."""
+        return self.is_gradient_checkpointing
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
@@ -719,12 +761,13 @@ class RobustPreTrainedModel(PreTrainedModel):
         Takes the arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: A field of the config is out of range, the model would be absurdly large, or the weights are
-                damaged or do not fit the config.
+            ValueError: A field of the config is out of range, the model would be absurdly large, the weights are
+                damaged or do not fit the config, or there is an adapter_config.json.
             OSError: There are no weights in safetensors format.
         """
         if not kwargs.pop("use_safetensors", True):
             raise ValueError("use_safetensors=False is not allowed: other weight files can run code.")
+        refuse_adapter(pretrained_model_name_or_path, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -741,6 +784,14 @@ class RobustPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, *args, **kwargs):
         check_weight_files(model, checkpoint_files)
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def load_adapter(self, *args, **kwargs) -> None:
+        """Refuse adapters, which `from_pretrained` and `pipeline` would load unasked; takes any arguments.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(NO_ADAPTERS)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save weights, config, the two code files and an image processor, for all Auto classes and `pipeline`.
@@ -802,22 +853,26 @@ class MoEForImageClassification(RobustPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module._non_persistent_buffers_set and not hasattr(module, "init_non_persistent_buffers"):
-            self._refill_from_fresh_backbone(module)
+        if type(module) in INITIALISED_BY_PARENT:
+            return
+        names = set()  # of what no weight file has filled
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                names.add(name)
+        if hasattr(module, "init_non_persistent_buffers"):  # timm 1.0.22 has none
+            names -= module._non_persistent_buffers_set
+        if names:
+            self._refill_from_fresh_backbone(module, names)
 
-    def _refill_from_fresh_backbone(self, module: nn.Module) -> None:
-        """Give a part of a backbone the non-persistent buffers of a fresh one.
-
-        timm 1.0.22 has no `init_non_persistent_buffers`; drop this once the oldest supported timm has it.
-        """
+    def _refill_from_fresh_backbone(self, module: nn.Module, names: set[str]) -> None:
+        """Give these tensors of a part of a backbone the values of a fresh one: the parent knows nothing of them."""
         whole_names = {id(m): name for part in self._backbone_parts() for name, m in part.named_modules()}
         if id(module) not in whole_names:
             return
         with torch.device("cpu"):
             fresh = create_backbone(self.config).get_submodule(whole_names[id(module)])
-        for name in module._non_persistent_buffers_set:
-            if getattr(fresh, name) is not None:
-                getattr(module, name).copy_(getattr(fresh, name))
+        for name in names:
+            getattr(module, name).copy_(getattr(fresh, name))
 
     def _backbone_parts(self) -> list[nn.Module]:
         return [*self.experts] if self.trunk.stages is None else [self.trunk.stages, *self.experts]
@@ -1266,13 +1321,16 @@ def check_alpha(alpha: float | Tensor) -> None:
         return
     if isinstance(alpha, bool) or not isinstance(alpha, (Tensor, numbers.Real)):
         raise ValueError(f"alpha has type {type(alpha).__name__}; it must be a number in [0, 1], or a tensor of them.")
-    alpha_values = torch.as_tensor(alpha).detach()
+    if not isinstance(alpha, Tensor):  # torch.compile would break its graph at a tensor's values
+        if not 0 <= alpha <= 1:  # also false for NaN
+            raise ValueError(f"alpha={alpha!r} must be in [0, 1].")
+        return
+    alpha_values = alpha.detach()
     if alpha_values.numel() == 0 or alpha_values.is_complex():
         raise ValueError(f"alpha has shape {tuple(alpha_values.shape)} and dtype {alpha_values.dtype}.")
     low, high = (float(v) for v in torch.aminmax(alpha_values))
     if not (low >= 0 and high <= 1):  # also false for NaN
-        shown = f" has values in [{low:.4g}, {high:.4g}]; they" if isinstance(alpha, Tensor) else f"={alpha!r}"
-        raise ValueError(f"alpha{shown} must be in [0, 1].")
+        raise ValueError(f"alpha has values in [{low:.4g}, {high:.4g}]; they must be in [0, 1].")
 
 
 def has_experts(model: nn.Module) -> bool:

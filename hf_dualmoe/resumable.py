@@ -65,7 +65,7 @@ class ResumableTrainer(Trainer):
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """The parent's, but not for a run that is finished: it would take the next step before it looks for the end."""
+        """The parent's, but not for a finished run: it would take the next step before it looks for the end."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return

@@ -9,10 +9,15 @@ import sys
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
+from transformers.integrations import peft as transformers_peft
+from transformers.models.auto import auto_factory
 
 import hf_dualmoe
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
@@ -34,7 +39,7 @@ STANDARD_LIBRARY = {
     "typing",
 }
 OTHERS = {"torch", "timm", "transformers", "deel"}  # deel: optional, for training
-OF_OS = {"os.PathLike", "os.path.basename", "os.path.normpath", "os.path.getsize"}
+OF_OS = {"os.PathLike", "os.path.basename", "os.path.normpath", "os.path.getsize", "os.path.isdir"}
 WORDS = {  # names that code needs in order to reach files, processes, the network or other code
     *("open", "exec", "eval", "compile", "__import__", "input", "breakpoint", "globals", "locals", "vars"),
     *("system", "popen", "spawn", "fork", "execv", "remove", "unlink", "rmdir", "mkdir", "makedirs", "rename"),
@@ -264,6 +269,80 @@ def test_other_shapes_can_be_asked_for(folder):
     assert not info["missing_keys"] and isinstance(model, MoEForImageClassification)
 
 
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+BASE = "other/base"
+
+
+@pytest.fixture(params=[False, True], ids=["without-peft", "with-peft"])
+def peft(request, monkeypatch):
+    """Whether transformers believes that peft is installed; it looks for adapters only then."""
+    places = (hf_dualmoe.modeling_dualmoe, auto_factory, transformers_peft, transformers.pipelines)
+    for place in places:
+        monkeypatch.setattr(place, "is_peft_available", lambda: request.param)
+    return request.param
+
+
+def add_adapter(folder, base=BASE):
+    """Put what peft saves into the folder: a low-rank change of the last layer of each expert."""
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": base, "target_modules": ["fc"], "r": 1}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    save_file({"base_model.model.experts.0.fc.lora_A.weight": torch.ones(1, 32)}, folder / "adapter_model.safetensors")
+
+
+def in_cache(name, monkeypatch, tmp_path):
+    """An empty snapshot of the Hub repository `name`, where offline loading finds it."""
+    root = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return snapshot
+
+
+def loaders(name):
+    """What a user may call; the pipeline wraps the error in one of its own."""
+    yield lambda: AutoModelForImageClassification.from_pretrained(name)
+    yield lambda: MoEForImageClassification.from_pretrained(name)
+    yield lambda: MoEForImageClassification.from_pretrained(name, revision="main")
+    yield lambda: transformers.pipeline("image-classification", model=str(name))
+
+
+def test_adapter_beside_the_weights_is_refused(folder, peft):
+    add_adapter(folder)
+    for call in loaders(folder):
+        with pytest.raises(ValueError, match="adapter_config.json. Adapters are not loaded"):
+            call()
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["with-weights", "adapter-only"])
+def test_adapter_in_a_repository_never_brings_in_another_one(complete, folder, peft, monkeypatch, tmp_path):
+    base, stranger = (in_cache(name, monkeypatch, tmp_path) for name in (BASE, "some/stranger"))
+    shutil.copytree(folder, base, dirs_exist_ok=True)
+    if complete:
+        shutil.copytree(folder, stranger, dirs_exist_ok=True)
+    add_adapter(stranger)
+    for call in loaders("some/stranger"):
+        if peft:
+            with pytest.raises(ValueError, match="some/stranger has an adapter_config.json"):
+                call()
+        elif complete:  # nobody looks at the adapter
+            assert call() is not None
+        else:
+            with pytest.raises(OSError):
+                call()
+    assert type(load(BASE)) is MoEForImageClassification
+
+
+def test_adapter_is_refused_on_a_loaded_model_too(folder):
+    model = load(folder)
+    add_adapter(folder)
+    with pytest.raises(ValueError, match="peft.PeftModel.from_pretrained"):
+        model.load_adapter(folder)
+
+
 # --- configs ---------------------------------------------------------------------------------------------------------
 
 deep = {"model_type": "dual_moe"}
@@ -283,10 +362,10 @@ ABSURD_MOE = [
     ({"router": "pooled", "router_pool_size": 10**6}, "router_pool_size=1000000 must be at most 4096"),
     ({"id2label": None, "label2id": None, "num_labels": 10**9}, "num_labels=1000000000 must be at most 200000"),
     ({"id2label": {"5": "a"}}, "id2label={'5': 'a'} must name the labels 0, 1, 2"),
-    ({"id2label": "abc"}, "id2label='abc' must be a dict"),
+    ({"id2label": "abc"}, "id2label='abc' must be a dict|for field 'id2label'"),
     ({"backbone": "x" * 10**6}, "backbone='xxx.* must be the name of a timm model"),
     ({"backbone": "hf-hub:stranger/model"}, "backbone='hf-hub:stranger/model' is not a timm model"),
-    ({"backbone_kwargs": {"checkpoint_path": "/tmp/x.pth"}}, "backbone_kwargs.'checkpoint_path'.* not allowed"),
+    ({"backbone_kwargs": {"checkpoint_path": "stranger.pth"}}, "backbone_kwargs.'checkpoint_path'.* not allowed"),
     ({"backbone_kwargs": {"pretrained": True}}, "backbone_kwargs.'pretrained'.* not allowed"),
     ({"backbone_kwargs": {"pretrained_cfg": {"url": "x"}}}, "backbone_kwargs.'pretrained_cfg'.* not allowed"),
     ({"backbone": "test_vit", "backbone_kwargs": {"depth": 10**9}}, "backbone_kwargs.'depth'.=1000000000 must be"),
@@ -317,6 +396,12 @@ ABSURD_DUAL = [
 ]
 
 
+REFUSED = (
+    ValueError,
+    StrictDataclassError,
+)  # the latter from transformers before 5.23, which checks some types itself
+
+
 def case_id(value):
     return None if isinstance(value, str) else str(value)[:60] if isinstance(value, dict) else value.__name__
 
@@ -333,9 +418,9 @@ def test_absurd_config_is_refused_before_it_takes_memory(config_class, fields, m
     (tmp_path / "config.json").write_text(json.dumps({**config, **fields}))
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, a high-water mark
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(REFUSED, match=message):
         load(tmp_path)
-    with pytest.raises(ValueError):
+    with pytest.raises(REFUSED):
         model_class = {MoEConfig: MoEForImageClassification, DualMoEConfig: DualMoEForImageClassification}
         model_class[config_class](config_class.from_pretrained(tmp_path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000
