@@ -3,7 +3,7 @@
 python training/benchmarks/results_page.py
 
 Reads results/study_*.json, which `study.py --render` keeps, results/public_numbers.json, what others
-published, and results/{survival,fuzz,smoke_recipes}.json.
+published, results/{survival,fuzz,smoke_recipes}.json, and results/environments.json of tests/environments.py.
 """
 
 import json
@@ -257,9 +257,26 @@ def reliability() -> str:
         ],
         ["of these: crash, hang or write elsewhere", str(len(fuzz["faults"]))],
         ["full-scale recipes killed and gone on with", ", ".join(smoked)],
-        ["versions", versions],
+        ["versions of these runs", versions],
+        *environments(),
     ]
     return markdown_table(["tried", "outcome"], rows).replace("| --- | ---: |", "| --- | --- |")
+
+
+CORE = ("torch", "transformers", "timm", "datasets", "huggingface_hub")  # named in the table for each environment
+
+
+def environments() -> list[list[str]]:
+    """A row for each environment of tests/environments.py that had an interpreter."""
+    path = RESULTS / "environments.json"
+    rows = []
+    for name, result in json.loads(path.read_text())["environments"].items() if path.is_file() else ():
+        if "passed" not in result:
+            continue
+        packages = ", ".join(f"{package} {result['packages'][package]}" for package in CORE)
+        counts = ", ".join(f"{result[count]:,} {count}" for count in ("passed", "failed", "errors", "skipped"))
+        rows.append([f"test suite, {name}: {packages}", counts])
+    return rows
 
 
 def main() -> int:
