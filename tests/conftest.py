@@ -160,6 +160,15 @@ def moe(request, make_moe):
     return make_moe(request.param)
 
 
+@pytest.fixture(autouse=True)
+def _same_threads():
+    """Scripts set the number of CPU threads; that must not last beyond their test."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def dual(make_dual):
     return make_dual()

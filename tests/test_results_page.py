@@ -51,10 +51,16 @@ def test_targets_say_no_where_a_target_is_missed(results_page):
     results = kept(rt_er=[(50, 30)], single=[(51, 29)])
     sweep = [{"sa": 60, "ra": 10}, {"sa": 50, "ra": 20}]
     dual = {"gain_sa": {"mean": 3.2}, "loss_ra": {"mean": 1.4}, "sweep": sweep}
-    results["arms"] = {"rt_er": {"least_load": 12.0}, "jtdmoe": dual, "separate_dual": {"sweep": sweep}}
-    assert [row[-1] for row in results_page.targets(results)] == ["**no**", "yes", "yes", "**no**"]
+    better = [{"sa": 62, "ra": 10}, {"sa": 52, "ra": 20}]
+    results["arms"] = {"rt_er": {"least_load": 12.0}, "jtdmoe": {**dual, "sweep": better}}
+    results["arms"] |= {"separate_dual": {"sweep": better}, "separate_clean": {"sweep": sweep}}
+    rows = results_page.targets(results)
+    assert [row[-1] for row in rows] == ["**no**", "yes", "yes", "yes", "**no**"]
+    assert rows[3][1] == "SA +2.0 at equal RA" and rows[4][1] == "SA +0.0 at equal RA"
     results = {**results, **kept(rt_er=[(51, 29)], single=[(51, 29)]), "arms": results["arms"]}
-    assert [row[-1] for row in results_page.targets(results)] == ["yes", "yes", "yes", "**no**"]
+    assert [row[-1] for row in results_page.targets(results)][0] == "yes"
+    results["arms"] = {"rt_er": {"least_load": 4.0}}  # a study without dual models
+    assert [row[-1] for row in results_page.targets(results)] == ["yes", "**no**"]
 
 
 def test_public_numbers_name_their_source(results_page):

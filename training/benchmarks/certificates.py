@@ -20,7 +20,6 @@ deviation over seeds, and is brought up to date after each arm; `curves.png` has
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -185,8 +184,8 @@ def prepare(preset: dict[str, Any], args: argparse.Namespace) -> DataSplits:
 
 
 def threads_of(args: argparse.Namespace) -> int:
-    """CPU threads of each process."""
-    return args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+    """CPU threads of each process; those of torch (OMP_NUM_THREADS) shared out where none are asked for."""
+    return args.threads or max(1, torch.get_num_threads() // args.jobs)
 
 
 def train_in_processes(
