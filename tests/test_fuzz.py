@@ -36,7 +36,7 @@ def test_nonsense_works_or_is_refused(fuzz):
     result = fuzz.summary(fuzz.fuzz(60, seed=2024))
     assert result["cases"] == 60 and result["faults"] == []
     assert result["unnamed"] == []
-    assert set(result["outcomes"]) >= {"works", "refused"} and len(result["by_target"]) >= 8
+    assert set(result["outcomes"]) >= {"works", "refused"} and len(result["by_target"]) >= 6
 
 
 def test_the_same_seed_draws_the_same_cases(fuzz):
