@@ -205,6 +205,7 @@ def test_a_gain_within_its_spread_is_no_gain(report):
     dual = {"arm": "dual_single", "chosen": [0.9], "kept": {"mean": 0.99, "std": 0.0}}
     assert "is missed" in report.goal_line("digits", {**dual, "sa_gain": {"mean": 0.1, "std": 0.6}})
     assert "is reached" in report.goal_line("digits", {**dual, "sa_gain": {"mean": 0.7, "std": 0.6}})
+    assert "is open" in report.goal_line("digits", {**dual, "sa_gain": {"mean": 0.7, "std": None}})
     assert "no certified accuracy" in report.goal_line("digits", {"arm": "dual_single", "chosen": [1.0]})
 
 

@@ -242,8 +242,10 @@ def goal_line(name: str, dual: dict[str, Any]) -> str:
     if "kept" not in dual:
         return f"{text}: F_R has no certified accuracy that could be kept."
     kept, gain = dual["kept"], dual["sa_gain"]
-    clear = gain["mean"] > (gain["std"] or 0.0)
-    verdict = "reached" if kept["mean"] >= KEPT and clear else "missed"
+    if gain["std"] is None:
+        verdict = "open: one seed says nothing about the spread"
+    else:
+        verdict = "reached" if kept["mean"] >= KEPT and gain["mean"] > gain["std"] else "missed"
     return (
         f"{text}, keeps {text_of(kept, '.1f', 100)} % of F_R's certified accuracy at the first radius and changes SA "
         f"by {text_of(gain, '+.1f')} points. The goal, {100 * KEPT:g} % and an SA gain above its spread, is {verdict}."
