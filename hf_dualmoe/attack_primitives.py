@@ -27,6 +27,21 @@ def logits_of(model: Classifier, images: Tensor) -> Tensor:
     return (output if isinstance(output, Tensor) else output.logits).float()
 
 
+def sharded_modules(model: Classifier) -> list[nn.Module]:
+    """The modules whose weights FSDP (`torch.distributed.fsdp.fully_shard`) has spread over processes."""
+    modules = model.modules() if isinstance(model, nn.Module) else []
+    return [module for module in modules if hasattr(module, "unshard")]
+
+
+def gather_weights(model: Classifier) -> None:
+    """Gather the weights that FSDP has spread over processes; nothing without it.
+
+    An attack also calls parts of the model alone, such as its router, where FSDP itself would not gather them.
+    """
+    for module in sharded_modules(model):
+        module.unshard()
+
+
 @contextmanager
 def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
     """Hold a model still while it is attacked: eval mode and no parameter gradients.
@@ -35,22 +50,21 @@ def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
     exception.
     BatchNorm statistics do not move in eval mode, and `.grad` is not written since nothing requires it; not computing
     weight gradients also makes an attack about a third cheaper.
-    Weights that FSDP (`torch.distributed.fsdp.fully_shard`) has spread over processes are gathered before: an attack
-    also calls parts of the model alone, such as its router.
+    Weights that FSDP has spread over processes are gathered before, see `gather_weights`, and stay so: FSDP would
+    spread them after each gradient of an attack, and gather them with their gradients on.
 
     Args:
         model: Model to hold; a callable that is no `nn.Module` is left alone.
         seed: Seed the global random number generators for the block and put their state back on exit; None = draw from
             them as they are, so that training resumes exactly.
     """
+    gather_weights(model)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    for module in modules:
-        if hasattr(module, "unshard"):
-            module.unshard()
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     modes = [(module, module.training) for module in modules]
     needs_grad = [parameter for parameter in parameters if parameter.requires_grad]
     devices = list({p.device for p in parameters if p.is_cuda})
+    spread = sharded_modules(model) if needs_grad else []  # not again within another `frozen`
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -59,8 +73,12 @@ def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
                 module.training = False
             for parameter in needs_grad:
                 parameter.requires_grad_(False)
+            for module in spread:
+                module.set_reshard_after_backward(False, recurse=False)
             yield
         finally:
+            for module in spread:
+                module.set_reshard_after_backward(True, recurse=False)
             for module, mode in modes:
                 module.training = mode
             for parameter in needs_grad:

@@ -12,13 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .apgd import APGD, MIN_CLASSES
-from .attack_primitives import Attack
+from .apgd import MIN_CLASSES
+from .attack_primitives import Attack, check_eps
 from .calibration import ROUNDING, calibrate_robust_logits, check_alphas
 from .data import ImageTensorDataset
 from .measuring import correct_mask, percent
+from .worst_case import worst_case
 
 ALPHAS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+OTHER_ALPHAS, SOFT = (
+    (0.5, 0.9),
+    1.0,
+)  # the surrogates of `DialAttack`: positions of the dial, temperature of the routes
 
 
 class DialedModel(nn.Module):
@@ -48,18 +53,52 @@ class AlphaChoice:
     rule: str
 
 
-def dial_attack(num_classes: int, *, eps: float, norm: str = "linf", steps: int = 20, seed: int = 0) -> APGD:
-    """The attack to choose a dial with: APGD on the DLR loss, or on cross-entropy below three classes.
+class DialAttack(Attack):
+    """The attack to choose a dial with: the members of the adaptive union that break most mixtures.
 
-    PGD on cross-entropy is too kind a judge here: where F_R decides by a small margin, the mixture's loss is flat.
+    APGD on the model itself, then, on the images that still stand, on the model at two other positions of the dial and
+    with soft routes. One attack on the mixture alone is too kind a judge: where one part decides by a small margin, or
+    is saturated, the mixture's gradient is all but blind.
+
+    Args:
+        eps: Radius in [0, 1] pixel units.
+        objective: "dlr", or "ce" below three classes: what APGD raises on the model itself.
+        norm: "linf" or "l2".
+        steps: Gradient passes per image and member.
+        seed: Of the random starts.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    def __init__(self, *, eps: float, objective: str = "dlr", norm: str = "linf", steps: int = 20, seed: int = 0):
+        check_eps(eps, norm)
+        self.settings = {"eps": eps, "norm": norm, "steps": steps, "seed": seed}
+        self.members = (f"whole {objective}", *(f"alpha={alpha:g}" for alpha in OTHER_ALPHAS), f"soft T={SOFT:g}")
+
+    def _attack(self, model: DialedModel, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        """An image that breaks the model at its position of the dial where one was found, else the clean image."""
+        dual, before = model.model, model.model.config.alpha
+        dual.set_alpha(model.alpha)
+        surrogates = {"alphas": OTHER_ALPHAS, "temperatures": (SOFT,), "members": self.members}
+        run = {"own_accuracy": False, "batch_size": len(images), "ids": ids}
+        try:
+            found = worst_case(dual, images, labels, **self.settings, **surrogates, **run)
+        finally:
+            dual.set_alpha(before)
+        return found.adversarial.to(images.device)
+
+
+def dial_attack(num_classes: int, *, eps: float, norm: str = "linf", steps: int = 20, seed: int = 0) -> DialAttack:
+    """The `DialAttack` for a model with this many classes.
 
     Args:
         num_classes: Classes of the model.
         eps: Radius in [0, 1] pixel units.
-        norm, steps, seed: As in `APGD`.
+        norm, steps, seed: As in `DialAttack`.
     """
     objective = "dlr" if num_classes >= MIN_CLASSES["dlr"] else "ce"
-    return APGD(eps=eps, norm=norm, steps=steps, objective=objective, seed=seed)
+    return DialAttack(eps=eps, objective=objective, norm=norm, steps=steps, seed=seed)
 
 
 def sweep_alpha(
@@ -154,4 +193,12 @@ def _reaching(sweep: Sequence[dict[str, float]], name: str, floor: float) -> lis
     return points
 
 
-__all__ = ["AlphaChoice", "DialedModel", "calibrate_robust_logits", "choose_alpha", "dial_attack", "sweep_alpha"]
+__all__ = [
+    "AlphaChoice",
+    "DialAttack",
+    "DialedModel",
+    "calibrate_robust_logits",
+    "choose_alpha",
+    "dial_attack",
+    "sweep_alpha",
+]

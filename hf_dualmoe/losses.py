@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attack_primitives import kl_objective, logits_of
-from .attacks import frozen
+from .attack_primitives import frozen, gather_weights, kl_objective, logits_of, sharded_modules
 from .batchnorm_folding import folded
 
 SECOND_TERMS = ("kl", "ce")
@@ -89,7 +88,10 @@ def _finish(model: nn.Module, output: object, loss: Tensor, terms: dict[str, Ten
     if isinstance(aux_loss, Tensor):
         terms["aux"] = aux_loss
     terms = {name: term.detach() for name, term in terms.items()}
-    return LossOutput(loss=loss + aux_loss, terms=terms, **attacked)
+    loss = loss + aux_loss
+    if sharded_modules(model):  # FSDP exchanges every gradient: an expert without images in this process has zeros
+        loss = loss + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
+    return LossOutput(loss=loss, terms=terms, **attacked)
 
 
 def standard_loss(
@@ -318,6 +320,7 @@ def jtdmoe_loss(
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha!r} must be in [0, 1) in training: at 1 the standard model gets no gradient.")
+    gather_weights(model)  # all of them: F_R is attacked alone
     batch = craft_rt_er(
         model.robust, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
     )

@@ -31,6 +31,7 @@ from .attack_primitives import (
     random_start,
     value_and_gradient,
 )
+from .batchnorm_folding import PROBE_IMAGES, folded
 from .component_attacks import (
     fixed_expert,
     has_experts,
@@ -146,6 +147,14 @@ def members_of(
         soft = {f"soft T={t:g}": partial(soft_logits, model, temperature=t) for t in temperatures}
         members += [margin_member(name, classify) for name, classify in soft.items()]
     return members
+
+
+def named(names: Sequence[str] | None, members: list[Member]) -> list[Member]:
+    """Those of `members` with one of these names, in their own order; all with None."""
+    chosen = [member for member in members if names is None or member.name in names]
+    if not chosen:
+        raise ValueError(f"members={list(names)!r}: none applies; expected some of {[m.name for m in members]}.")
+    return chosen
 
 
 # --- the union -------------------------------------------------------------------------------------------------------
@@ -284,6 +293,7 @@ def worst_case(
     ids: Tensor | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
     alphas: Sequence[float] = ALPHAS,
+    members: Sequence[str] | None = None,
     own_accuracy: bool = True,
     batch_size: int = 128,
     budget: float | None = None,
@@ -303,6 +313,8 @@ def worst_case(
         ids: (N,) int64 numbers of the images in their dataset; None = 0 .. N-1.
         temperatures: Of the soft-routing surrogates, see `soft_mixture`.
         alphas: Positions of the dial to attack beside the model's own (dual models).
+        members: Names of those to run, such as "whole dlr", for a quick look; names that do not apply to the model
+            are passed over. None = all that apply; only that is the union.
         own_accuracy: Run each member on all images that are right when clean, for its own accuracy. False runs it on
             those that still stand: the same union for fewer passes, since images do not depend on each other.
         batch_size: Images per batch.
@@ -310,30 +322,31 @@ def worst_case(
         description: Label of the progress bar; None = no bar.
 
     Raises:
-        ValueError: A setting, image or label is out of range, or the model returns NaN.
+        ValueError: A setting, image or label is out of range, no name in `members` applies, or the model returns NaN.
     """
     settings = {"eps": eps, "norm": norm, "steps": steps, "restarts": restarts, "seed": seed}
     settings |= {"temperatures": list(temperatures), "alphas": list(alphas), "own_accuracy": own_accuracy}
-    settings |= {"batch_size": batch_size, "budget": budget}
+    settings |= {"batch_size": batch_size, "budget": budget} | ({} if members is None else {"members": list(members)})
     _check_settings(settings)
     check_batch(images, labels)
     ids = torch.arange(len(images)) if ids is None else ids
     if ids.shape != labels.shape:
         raise ValueError(f"ids has shape {tuple(ids.shape)}; expected one number per image, ({len(images)},).")
-    members, skipped = {}, []
+    own, skipped = {}, []
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         search = _Search(model, images.detach().clone(), labels.clone(), ids, settings)  # clones leave inference mode
         union = {"clean": _percent(search.robust)}
-        todo = members_of(model, search.num_classes, temperatures, alphas)
-        for member in tqdm(todo, description, disable=description is None):
-            if not search.affords(budget):
-                skipped.append(member.name)
-                continue
-            stands = search.run(member)
-            members |= {member.name: _percent(stands)} if own_accuracy else {}
-            union[member.name] = _percent(search.robust)
+        todo = named(members, members_of(model, search.num_classes, temperatures, alphas))
+        with folded(model, search.images[:PROBE_IMAGES].to(search.device)):
+            for member in tqdm(todo, description, disable=description is None):
+                if not search.affords(budget):
+                    skipped.append(member.name)
+                    continue
+                stands = search.run(member)
+                own |= {member.name: _percent(stands)} if own_accuracy else {}
+                union[member.name] = _percent(search.robust)
     tensors = search.robust, search.clean_correct, search.adversarial
-    return WorstCaseResult(*tensors, members, union, skipped, search.passes(), settings)
+    return WorstCaseResult(*tensors, own, union, skipped, search.passes(), settings)
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

@@ -12,8 +12,16 @@ from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.calibration import _Candidate, _Mixture
 from hf_dualmoe.data import ImageTensorDataset
-from hf_dualmoe.dial import AlphaChoice, calibrate_robust_logits, choose_alpha, dial_attack, sweep_alpha
-from hf_dualmoe.evaluation import DialedModel, correct_mask
+from hf_dualmoe.dial import (
+    AlphaChoice,
+    DialedModel,
+    calibrate_robust_logits,
+    choose_alpha,
+    dial_attack,
+    sweep_alpha,
+)
+from hf_dualmoe.evaluation import correct_mask
+from hf_dualmoe.worst_case import worst_case
 
 TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1, "num_experts": 2}
 SWEEP = [
@@ -100,10 +108,23 @@ def test_the_default_rule_compares_with_the_robust_model_alone():
     assert choose_alpha(sweep).alpha == 0.8
 
 
-def test_dials_are_chosen_with_the_dlr_loss_where_there_are_three_classes():
-    attacks = [dial_attack(count, eps=0.1, norm="l2", seed=5) for count in (2, 3)]
-    assert [attack.objective for attack in attacks] == ["ce", "dlr"]
-    assert all((attack.eps, attack.norm, attack.steps, attack.seed) == (0.1, "l2", 20, 5) for attack in attacks)
+@pytest.mark.parametrize("num_classes,objective", [(2, "ce"), (3, "dlr")])
+def test_dials_are_chosen_with_the_dlr_loss_where_there_are_three_classes(num_classes, objective):
+    attack = dial_attack(num_classes, eps=0.1, norm="l2", seed=5)
+    assert attack.settings == {"eps": 0.1, "norm": "l2", "steps": 20, "seed": 5}
+    assert attack.members == (f"whole {objective}", "alpha=0.5", "alpha=0.9", "soft T=1")
+
+
+def test_the_dial_attack_judges_each_position_with_these_members_of_the_union(model, dataset):
+    attack, images, labels = dial_attack(3, eps=0.1, steps=3, seed=1), dataset.images / 255, dataset.labels
+    found = attack(DialedModel(model, 0.9), images, labels)
+    assert model.config.alpha == 0.6
+    turned = copy.deepcopy(model)
+    turned.set_alpha(0.9)
+    expected = worst_case(turned, images, labels, **attack.settings, members=attack.members, own_accuracy=False)
+    assert list(expected.union) == ["clean", "whole dlr", "alpha=0.5", "alpha=0.9", "soft T=1"]
+    assert torch.equal(found, expected.adversarial)
+    assert 0 < (found - images).abs().max() <= 0.1 + 1e-6
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_row_is_the_median_of_the_ratios_inside_rounds(load, limits, own, ratio,
         ("speed_pgd", ["--steps", "2"], 1),
         ("speed_training_step", ["--steps", "1", "--idle_batches", "1"], 3),
         ("speed_experts", ["--experts", "2", "--batches", "3"], 2),
-        ("speed_levers", ["--steps", "1"], 8),
+        ("speed_levers", ["--steps", "1"], 13),
     ],
 )
 def test_script_writes_what_it_prints(script, options, rows, load, tmp_path, capsys):

@@ -244,6 +244,11 @@ def test_zero_eps_leaves_the_clean_accuracy(digits):
     assert torch.equal(result.robust, result.clean_correct) and torch.equal(result.adversarial, digits[1])
 
 
+def test_members_can_be_named(digits):
+    result = worst_case(*digits, eps=EPS, steps=2, members=["soft T=1", "whole ce", "no such"])
+    assert list(result.members) == ["whole ce", "soft T=1"]
+
+
 def test_clean_mistakes_are_not_robust(digits):
     model, images, labels = digits
     labels = torch.where(torch.arange(20) < 10, (labels + 1) % 10, labels)
@@ -319,6 +324,10 @@ def test_model_is_left_as_it_was(make_dual, images, labels):
         ({"alphas": ()}, "alphas=[] must hold one or more numbers in [0, 1]."),
         ({"alphas": [1.2]}, "alphas=[1.2] must hold one or more numbers in [0, 1]."),
         ({"budget": 0}, "budget=0 must be None or > 0 gradient passes per image."),
+        (
+            {"members": ["robust"]},
+            "members=['robust']: none applies; expected some of ['whole ce', 'whole dlr', 'route'",
+        ),
         ({"ids": torch.arange(3)}, "ids has shape (3,); expected one number per image, (13,)."),
     ],
 )

@@ -31,20 +31,21 @@ Arms = dict[str, dict[str, Any]]
 DIALS = {  # arm: label, color, marker, line of the plot
     "separate_clean": ("trained apart, clean F_S (paper)", "#b9b9b9", "s", "--"),
     "jtdmoe_clean": ("JTDMoE, clean F_S (paper)", "#8fbde0", "o", "--"),
-    "separate_dual": ("trained apart, F_S at eps / 4", "#6b6b6b", "s", "-"),
-    "separate_half": ("trained apart, F_S at eps / 2", "#2f2f2f", "^", "-"),
-    "jtdmoe": ("JTDMoE, F_S at eps / 4", "#1f6fb4", "o", "-"),
+    "separate_dual": ("trained apart, F_S at eps / 2", "#6b6b6b", "s", "-"),
+    "separate_heads": ("trained apart, heads, F_S at eps / 2", "#2f2f2f", "^", "-"),
+    "jtdmoe": ("JTDMoE, F_S at eps / 2", "#1f6fb4", "o", "-"),
 }
 MIXTURES = {"rt_er": "RT-ER, thin experts", "rt_er_heads": "RT-ER, four heads on one trunk"}
 DUALS = {  # arm: its name in the table of aims
     "jtdmoe_clean": "JTDMoE as in the paper",
-    "jtdmoe": "JTDMoE with F_S at eps / 4",
-    "separate_half": "A pair with F_S at eps / 2",
+    "jtdmoe": "JTDMoE with F_S at eps / 2",
+    "separate_dual": "A pair with F_S at eps / 2",
+    "separate_heads": "Such a pair of heads and one network",
 }
 CURVES = (  # whose dial should lie above whose
     ("jtdmoe_clean", "separate_clean", "dial of the paper's JTDMoE above that of its pair trained apart"),
-    ("jtdmoe", "separate_clean", "dial of JTDMoE with F_S at eps / 4 above that of the paper's pair"),
-    ("jtdmoe", "separate_dual", "dial of JTDMoE with F_S at eps / 4 above that of such a pair"),
+    ("jtdmoe", "separate_clean", "dial of JTDMoE with F_S at eps / 2 above that of the paper's pair"),
+    ("jtdmoe", "separate_dual", "dial of JTDMoE with F_S at eps / 2 above that of such a pair"),
 )
 
 
@@ -171,17 +172,13 @@ def findings(results: dict[str, Any]) -> list[str]:
         ("dense_ensemble", "single", "Four full last stages, all mixed, against one network"),
         ("wide_single", "single", "A wider network with the mixture's parameters against the one network"),
         ("jtdmoe", "separate_dual", "Joint training against joining two models trained apart, each at its alpha"),
-        (
-            "jtdmoe",
-            "jtdmoe_clean",
-            "JTDMoE with mild attacks on F_S's images (eps / 4) against the paper's clean ones",
-        ),
-        ("separate_dual", "separate_clean", "The same for models trained apart"),
-        (
-            "separate_half",
-            "single_half_eps",
-            "A pair with F_S at eps / 2 against one network so trained",
-        ),
+        ("jtdmoe", "jtdmoe_clean", "JTDMoE with F_S at eps / 2 against the paper's, on clean images"),
+        ("jtdmoe", "jtdmoe_quarter", "JTDMoE with F_S at eps / 2 against a quarter of eps"),
+        ("jtdmoe_quarter", "jtdmoe_quarter_0.5", "JTDMoE trained at alpha 0.25 against 0.5"),
+        ("separate_dual", "separate_clean", "F_S at eps / 2 against clean, trained apart"),
+        ("jtdmoe", "single", "JTDMoE against one network, at twice the cost of an answer"),
+        ("separate_heads", "single", "The pair of heads and one network against one network"),
+        ("jtdmoe", "single_half_eps", "JTDMoE against one network trained with half of eps"),
     ]
     return [
         f"- {title}: {compared(results, arm, other)}."

@@ -4,12 +4,14 @@
     python training/benchmarks/speed_levers.py --model path/to/model --dataset digits --eps 0.15
 
 Each lever is switched against the same PGD call without it; "robust" is the accuracy on the images that the attack
-found, judged in float32 without the lever. Below 1 the lever pays.
+found, judged in float32 without the lever. Below 1 the lever pays. What the levers of a whole RT-ER step do to robust
+accuracy only training can tell: the study of levers has it (studies/digits_levers.yaml).
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -23,6 +25,8 @@ from hf_dualmoe.attack_primitives import logits_of
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.data import load_splits
 from hf_dualmoe.environment import pixel_radius
+from hf_dualmoe.losses import rt_er_loss
+from hf_dualmoe.nfgsm import NFGSM
 
 
 @contextmanager
@@ -63,6 +67,37 @@ def attack_call(lever: str, attack: PGD, model: nn.Module, images: Tensor, label
             found[lever] = attack(model, images, labels, ids=torch.arange(len(images)))
 
     return run
+
+
+def step_rows(model: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace) -> list[dict]:
+    """An RT-ER step, forward and backward, with one lever each; model: hard-routed."""
+    pgd, nfgsm = PGD(eps=args.eps, steps=args.steps, keep_best=False), NFGSM(eps=args.eps)
+
+    def forward_per_term(batch: Tensor, expert_index: Tensor, **_) -> SimpleNamespace:
+        parts = zip(batch.split(len(images)), expert_index.split(len(images)), strict=True)
+        outputs = [model(part, expert_index=index) for part, index in parts]
+        logits = torch.cat([output.logits for output in outputs])
+        return SimpleNamespace(logits=logits, extra_logits=None, aux_loss=outputs[0].aux_loss)
+
+    def step(attack: PGD | NFGSM = pgd, **settings) -> Callable[[], None]:
+        def run() -> None:
+            rt_er_loss(model, images, labels, attack=attack, **settings).loss.backward()
+            model.zero_grad()
+
+        return run
+
+    reference = f"RT-ER step, two PGD-{args.steps} attacks"
+    levers = {
+        reference: step(),
+        "RT-ER step: a forward for each term": step(forward=forward_per_term),
+        "RT-ER step: one attack for both terms": step(second_attack="shared"),
+        "RT-ER step: N-FGSM": step(nfgsm),
+        "RT-ER step: N-FGSM, one attack for both terms": step(nfgsm, second_attack="shared"),
+    }
+    model.train()
+    times = interleaved(levers, args.repeats, args.device)
+    model.eval()
+    return [compare(name, times, name, [reference], args.device) for name in levers]
 
 
 def optimizer_rows(model: nn.Module, args: argparse.Namespace) -> list[dict]:
@@ -106,7 +141,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
             row["robust_accuracy"] = 100 * right.double().mean().item()
             row["what"] += f" (robust {row['robust_accuracy']:.1f} %)"
         rows.append(row)
-    return rows + optimizer_rows(model, args)
+    steps = [] if args.model else step_rows(model, images, labels, args)
+    return rows + steps + optimizer_rows(model, args)
 
 
 def main(arguments: list[str] | None = None) -> dict:
