@@ -283,7 +283,11 @@ def round_inwards(perturbed: Tensor, images: Tensor) -> Tensor:
 
 def steepest(gradient: Tensor, norm: str) -> Tensor:
     """The unit step that raises the objective most: sign(g) for L-inf, g / ||g|| for L2; zero where g is zero."""
-    return gradient.sign() if norm == "linf" else gradient / l2_norm(gradient).clamp_min(1e-12)
+    if norm == "linf":
+        return gradient.sign()
+    largest = per_image(gradient.flatten(1).abs().amax(dim=1), gradient)
+    scaled = gradient / largest.where(largest > 0, 1)  # a confident model's gradients are so small that squares vanish
+    return scaled / l2_norm(scaled).clamp_min(1)
 
 
 # --- objectives: what an attack raises, per image --------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_dualmoe.apgd import APGD, Ascent, PassCounter, checkpoints, dlr_objective, targeted_dlr_objective
+from hf_dualmoe.attack_primitives import steepest
 from hf_dualmoe.fab import box_projection
 from hf_dualmoe.square import eta, window, window_size
 
@@ -149,3 +150,14 @@ def test_square_parts_are_those_of_the_paper():
         assert (pattern[: side // 2] > 0).all() and (pattern[side // 2 :] < 0).all()
     corners = window(torch.tensor([[0.0, 0.0], [0.999, 0.999]]), 2, torch.Size((1, 1, 4, 6)))
     assert corners.tolist() == [[0, 1, 6, 7], [16, 17, 22, 23]]
+
+
+@pytest.mark.parametrize("scale", [1, 1e-25, 1e-38])
+def test_the_steepest_step_has_unit_length_however_small_the_gradient(scale):
+    """The cross-entropy of a confident model has gradients whose squares are zero in float32."""
+    gradient = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    gradient[0] = 0
+    step = steepest(scale * gradient, "l2")
+    direction = gradient[1:] / gradient[1:].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert (step[0] == 0).all()
+    torch.testing.assert_close(step[1:], direction, rtol=1e-3, atol=1e-5)
