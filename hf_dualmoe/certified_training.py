@@ -214,7 +214,7 @@ def certified_loss(
         label_smoothing: In [0, 1).
     """
     slope = backbone_slope(model) if slope is None else slope
-    output = (forward or model)(images, output_router_logits=True)
+    output = (model if forward is None else forward)(images, output_router_logits=True)
     terms = {
         "ce": cross_entropy(output.logits, labels, label_smoothing),
         "aux": output.aux_loss,

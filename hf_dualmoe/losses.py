@@ -111,7 +111,7 @@ def standard_loss(
         forward: What to call for the loss; default `model`. Pass the distributed wrapper here.
         label_smoothing: In [0, 1).
     """
-    output = (forward or model)(images)
+    output = (model if forward is None else forward)(images)
     ce = cross_entropy(_logits(output), labels, label_smoothing)
     return _finish(model, output, ce, {"ce": ce})
 
@@ -133,7 +133,7 @@ def at_loss(
     Other arguments are those of `standard_loss`.
     """
     attacked = attack(model, images, labels)
-    output = (forward or model)(attacked)
+    output = (model if forward is None else forward)(attacked)
     logits = _logits(output)
     ce = cross_entropy(logits, labels, label_smoothing)
     return _finish(model, output, ce, {"robust_ce": ce}, **_report(attacked, logits, output))
@@ -158,7 +158,7 @@ def trades_loss(
     Other arguments are those of `standard_loss`.
     """
     attacked = attack(model, images, labels)
-    output = (forward or model)(torch.cat([attacked, images]))
+    output = (model if forward is None else forward)(torch.cat([attacked, images]))
     attacked_logits, clean_logits = _logits(output).chunk(2)
     ce = cross_entropy(clean_logits, labels, label_smoothing)
     kl = kl_divergence(attacked_logits, clean_logits)
@@ -277,7 +277,7 @@ def rt_er_loss(
         ValueError: The model has a single expert, or an option is unknown.
     """
     batch = craft_rt_er(model, images, labels, attack=attack, second_term=second_term, second_attack=second_attack)
-    output = (forward or model)(batch.images, **batch.experts)
+    output = (model if forward is None else forward)(batch.images, **batch.experts)
     settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}
     loss, terms, attacked_logits = rt_er_terms(output.logits, output.extra_logits, labels, **settings)
     return _finish(model, output, loss, terms, **_report(batch.attacked, attacked_logits, output))
@@ -329,7 +329,7 @@ def jtdmoe_loss(
             images = standard_attack(lambda inputs: model(inputs, alpha=alpha), images, labels)
     with torch.no_grad(), frozen(model.robust):
         fixed_robust_logits = logits_of(model.robust, images)
-    output = (forward or model)(images, robust_pixel_values=batch.images, **batch.experts)
+    output = (model if forward is None else forward)(images, robust_pixel_values=batch.images, **batch.experts)
     settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}
     lower, terms, attacked_logits = rt_er_terms(output.robust_logits, output.robust_extra_logits, labels, **settings)
     mixed = model.mix(output.standard_logits, fixed_robust_logits, alpha)

@@ -146,6 +146,17 @@ def test_gradient_checkpointing_takes_the_same_step(stripes, arguments):
     assert all(torch.allclose(weights[0][name], tensor, atol=1e-5) for name, tensor in weights[1].items())
 
 
+@pytest.mark.parametrize("method", ["at", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "at")])
+def test_a_compiled_model_takes_the_same_steps(method, stripes, arguments):
+    weights = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = RobustTrainer(build(method), arguments(method, max_steps=2, **compiled), train_dataset=stripes)
+        trainer.train()
+        weights.append(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(weights[0][name], tensor, atol=1e-5) for name, tensor in weights[1].items())
+
+
 def test_uint8_and_float_datasets_give_the_same_training(stripes, arguments):
     floats = [{"pixel_values": i["pixel_values"].float() / 255, "labels": i["labels"]} for i in stripes]
     losses = []
