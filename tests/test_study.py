@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForImageClassification
+
+from hf_dualmoe.report import RobustnessReport
 
 BENCHMARKS = Path(__file__).parents[1] / "training" / "benchmarks"
 
@@ -21,7 +24,7 @@ def load(name: str):
 
 
 sys.path.insert(0, str(BENCHMARKS))
-study, study_run = load("study"), load("study_run")
+study, study_run, study_card = load("study"), load("study_run"), load("study_card")
 sys.path.remove(str(BENCHMARKS))
 
 
@@ -135,7 +138,7 @@ def test_readme_shows_the_tables_of_the_results():
 @pytest.mark.slow
 def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, capfd):
     arms = yaml.safe_load(tiny().read_text())["arms"]
-    kept = {name: arms[name] for name in ("standard", "rt_er", "separate_dual")}
+    kept = {name: arms[name] for name in ("standard", "rt_er", "separate_clean", "jtdmoe")}
     kept["broken"] = {"settings": {"backbone": "no_such_network"}}
     path, folder = tiny(arms=kept), tmp_path / "out"
     command = ["--study", str(path), "--seeds", "0", "--output_dir", str(folder), "--threads", "1", "--jobs", "2"]
@@ -143,10 +146,10 @@ def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, ca
     assert "FAILED: broken-seed0" in capfd.readouterr().out
     results = json.loads((folder / "results.json").read_text())
     assert set(results["arms"]) == set(kept) - {"broken"}
-    assert 0 < results["arms"]["rt_er"]["passes"] < results["arms"]["separate_dual"]["passes"]
-    run = next(run for run in results["runs"] if run["arm"] == "separate_dual")
+    assert 0 < results["arms"]["rt_er"]["passes"] < results["arms"]["separate_clean"]["passes"]
+    run = next(run for run in results["runs"] if run["arm"] == "separate_clean")
     assert run["alpha"] in (0, 0.6, 1) and run["ra"] <= run["ra_pgd"] and len(run["sweep"]) == 3
-    assert "F_R of separate_dual" in (folder / "table.txt").read_text()
+    assert "F_R of separate_clean" in (folder / "table.txt").read_text()
 
     stamps = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/run.json")}
     assert study.main(command) == 1  # the broken one is tried again, the others are kept
@@ -155,3 +158,15 @@ def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, ca
     tiny(arms=kept, passes=2)
     assert study.main(command) == 2
     assert "holds another study" in capfd.readouterr().err
+
+    runs, card = folder / "runs", tmp_path / "card"
+    study_card.main([str(runs / "jtdmoe-seed0"), str(card), "--controls", "rt_er"])
+    model = AutoModelForImageClassification.from_pretrained(card)
+    run = next(run for run in results["runs"] if run["arm"] == "jtdmoe")
+    report = RobustnessReport.load(card / "results.json")
+    assert model.config.alpha == report.alpha_choice["alpha"] == run["alpha"]
+    assert report.metrics["sa"] == run["sa"] and report.controls["F_R alone"]["sa"] == run["robust"]["sa"]
+    assert report.training["steps"] == run["training"]["steps"] and "rt_er" in (card / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        study_card.main([str(runs / "separate_clean-seed0"), str(card)])
+    assert "settings.json is missing" in capfd.readouterr().err

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -64,10 +65,16 @@ class StudyRun:
 
     def parse(self, settings: dict[str, Any]) -> tuple:
         """The argument objects of `training/run.py` for these settings."""
-        recipe = self.folder / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({**settings, "dataset_name": self.study["dataset_name"]}))
         parser = training.RecipeParser(training.RECIPES, description="")
-        return parser.parse(["--recipe", str(recipe), "--seed", str(self.seed), "--output_dir", str(self.folder)])
+        with TemporaryDirectory() as folder:
+            recipe = self.write_recipe(settings, Path(folder))
+            return parser.parse(["--recipe", str(recipe), "--seed", str(self.seed), "--output_dir", str(self.folder)])
+
+    def write_recipe(self, settings: dict[str, Any], folder: Path) -> Path:
+        """A recipe of `training/run.py` with these settings."""
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**settings, "dataset_name": self.study["dataset_name"]}))
+        return path
 
     def settings_of(self, arm: str) -> dict[str, Any]:
         """Settings of an arm; the width is worked out where it must match the parameters of another arm."""
@@ -150,11 +157,11 @@ class StudyRun:
         if "init_from" in self.entry:
             known["passes_from"] = round(self.passes_before(self.arm), 2)
             settings["init_experts_from"] = str(self.model_of(self.entry["init_from"]))
-        self.parse({**settings, "max_steps": count})  # leaves recipe.yaml
+        recipe = self.write_recipe({**settings, "max_steps": count}, self.folder)
         script = [str(HERE.parent / "run.py")]
         if "lever" in self.entry:
             script = [str(HERE / "levers.py"), self.entry["lever"], json.dumps(self.entry.get("lever_args", {}))]
-        command = [sys.executable, *script, "--recipe", str(self.folder / "recipe.yaml")]
+        command = [sys.executable, *script, "--recipe", str(recipe)]
         command += ["--seed", str(self.seed), "--output_dir", str(self.folder), "--report", "none"]
         started = time.perf_counter()
         subprocess.run(command, check=True)
