@@ -20,7 +20,7 @@ from hf_dualmoe.report import RobustnessReport
 
 OF_TRAINING = (
     "beta second_term second_attack train_alpha standard_eps eps training_attack crop_padding horizontal_flip "
-    "num_train_epochs learning_rate lr_scheduler_type optim weight_decay"
+    "learning_rate lr_scheduler_type optim weight_decay"
 ).split()
 
 
