@@ -20,10 +20,8 @@ from .measuring import correct_mask, percent
 from .worst_case import worst_case
 
 ALPHAS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-OTHER_ALPHAS, SOFT = (
-    (0.5, 0.9),
-    1.0,
-)  # the surrogates of `DialAttack`: positions of the dial, temperature of the routes
+OTHER_ALPHAS = (0.5, 0.9)  # positions of the dial that `DialAttack` attacks beside the model's own
+SOFT = 1.0  # temperature of its soft routes
 
 
 class DialedModel(nn.Module):

@@ -14,7 +14,7 @@ from .attacks import PGD
 from .autoattack import autoattack
 from .component_attacks import attack_experts, attack_router, has_experts, is_dual
 from .data import ImageTensorDataset
-from .dial import DialedModel, choose_alpha
+from .dial import DialedModel, choose_alpha, dial_attack
 from .environment import data_digest
 from .measuring import Found, Measurer, classify, is_right, percent
 from .metrics import wilson_interval
@@ -125,15 +125,33 @@ class Evaluation(Measurer):
         sweep, images = self.report.alpha_sweep, f"the {len(self.dataset)} test images themselves (optimistic)"
         if held_out is not None:
             images, title = f"{len(held_out)} held-out images", f"held out {data_digest(held_out)}"
-            values = [{"alpha": a, **self.dialed(a, f"{title} alpha={a!r}", dataset=held_out)} for a in alphas]
-            sweep = [point for point in values if self.key in point]
+            points = [self.held_out_point(alpha, held_out, f"{title} alpha={alpha!r}") for alpha in alphas]
+            sweep = [point for point in points if point]
+        else:
+            sweep = [{**point, "ra": point[self.key]} for point in sweep]
         try:
-            choice = choose_alpha([{**p, "ra": p[self.key]} for p in sweep], **floors)
+            choice = choose_alpha(sweep, **floors)
         except ValueError as error:
             self.failures["recommended alpha"] = str(error)
         else:
             self.report.alpha_choice = {**asdict(choice), "chosen_on": images}
         self.write()
+
+    def held_out_point(self, alpha: float, held_out: ImageTensorDataset, title: str) -> dict[str, float]:
+        """SA and RA in % of held-out images under the dial's own attack; empty where they could not be measured."""
+        given = {
+            "eps": self.attack.eps,
+            "norm": self.attack.norm,
+            "steps": self.attack.steps,
+            "seed": self.attack.seed,
+        }
+        attack, dialed = dial_attack(self.model.config.num_labels, **given), DialedModel(self.model, alpha)
+        clean = self.measure(f"{title} clean", classify(dialed), self.counted, dataset=held_out)
+        attacked = self.measure(f"{title} dial attack", classify(dialed, attack), self.counted, dataset=held_out)
+        if clean is None or attacked is None:
+            return {}
+        right = clean.tensors["right"]
+        return {"alpha": alpha, "sa": percent(right), "ra": percent(right & attacked.tensors["right"])}
 
     def routing(self) -> None:
         """Weight of each expert in the outputs, clean and attacked, and share of first choices that change, in %."""

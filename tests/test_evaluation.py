@@ -13,6 +13,7 @@ from hf_dualmoe import evaluation_parts as parts
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.component_attacks import attack_experts, attack_router
 from hf_dualmoe.data import ImageTensorDataset
+from hf_dualmoe.dial import dial_attack
 from hf_dualmoe.environment import check_class_names
 from hf_dualmoe.evaluation import LEVELS, DialedModel, RobustnessReport, correct_mask, evaluate_robustness
 from hf_dualmoe.measuring import Found, Processes, run_batches
@@ -332,6 +333,9 @@ def test_alpha_is_chosen_on_held_out_images_for_a_floor(model, dataset):
     clean = correct_mask(model.standard, held_out)
     assert chosen.alpha_choice["sa"] == pytest.approx(100 * float(clean.float().mean()), abs=1e-4)
     assert chosen.alpha_choice["chosen_on"] == "19 held-out images"
+    dialed, attack = DialedModel(model, 0.0), dial_attack(4, eps=0.1, steps=2)
+    attacked = correct_mask(dialed, held_out, attack=attack)
+    assert chosen.alpha_choice["ra"] == pytest.approx(100 * float((clean & attacked).float().mean()), abs=1e-4)
     assert "SA of at least 90 %" in chosen.alpha_choice["rule"]
     assert "Recommended alpha = 0" in "\n".join(chosen.notes())
     beyond = evaluate_robustness(model, dataset, **options, min_sa=100)
