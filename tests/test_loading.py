@@ -311,3 +311,13 @@ def test_shipped_digits_model_is_what_its_results_say():
         right = model(to_unit_range(test.images)).logits.argmax(dim=1) == test.labels
     assert 100 * right.float().mean().item() == pytest.approx(results["metrics"]["sa"], abs=0.01)
     assert model.config.alpha == results["model"]["alpha"]
+
+
+def test_shipped_cifar10_model_is_that_of_its_results():
+    folder = Path(__file__).parents[1] / "model_cards" / "cifar10_dual"
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    results = json.loads((folder / "results.json").read_text())
+    assert model.config.alpha == results["model"]["alpha"] == results["alpha_choice"]["alpha"]
+    assert sum(p.numel() for p in model.parameters()) == results["model"]["parameters"]
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 32, 32)).logits.shape == (2, 10)

@@ -346,9 +346,10 @@ def test_refresh_of_a_model_on_the_hub_writes_beside_the_evaluation(tmp_path):
     assert path.parent == tmp_path and '"user/birds-moe", revision="<commit>"' in path.read_text()
 
 
-def test_shipped_card_is_that_of_its_results(tmp_path):
-    for path in (*SHIPPED.glob("*.png"), SHIPPED / "results.json", SHIPPED / "config.json"):
-        if path.exists():
-            (tmp_path / "digits_dual").mkdir(exist_ok=True)
-            (tmp_path / "digits_dual" / path.name).write_bytes(path.read_bytes())
-    assert write_model_card(tmp_path / "digits_dual").read_text() == (SHIPPED / "README.md").read_text()
+@pytest.mark.parametrize("shipped", sorted(SHIPPED.parent.iterdir()), ids=lambda folder: folder.name)
+def test_shipped_card_is_that_of_its_results(shipped, tmp_path):
+    folder = tmp_path / shipped.name
+    folder.mkdir()
+    for path in (*shipped.glob("*.png"), shipped / "results.json", shipped / "config.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert write_model_card(folder).read_text() == (shipped / "README.md").read_text()
