@@ -53,10 +53,10 @@ def test_targets_say_no_where_a_target_is_missed(results_page):
     dual = {"gain_sa": {"mean": 3.2}, "loss_ra": {"mean": 1.4}, "sweep": sweep}
     better = [{"sa": 62, "ra": 10}, {"sa": 52, "ra": 20}]
     results["arms"] = {"rt_er": {"least_load": 12.0}, "jtdmoe": {**dual, "sweep": better}}
-    results["arms"] |= {"separate_dual": {"sweep": better}, "separate_clean": {"sweep": sweep}}
+    results["arms"] |= {"separate_dual": {**dual, "sweep": better}, "separate_clean": {"sweep": sweep}}
     rows = results_page.targets(results)
-    assert [row[-1] for row in rows] == ["**no**", "yes", "yes", "yes", "**no**"]
-    assert rows[3][1] == "SA +2.0 at equal RA" and rows[4][1] == "SA +0.0 at equal RA"
+    assert [row[-1] for row in rows] == ["**no**", "yes", "yes", "yes", "yes", "**no**"]
+    assert rows[4][1] == "SA +2.0 at equal RA" and rows[5][1] == "SA +0.0 at equal RA"
     results = {**results, **kept(rt_er=[(51, 29)], single=[(51, 29)]), "arms": results["arms"]}
     assert [row[-1] for row in results_page.targets(results)][0] == "yes"
     results["arms"] = {"rt_er": {"least_load": 4.0}}  # a study without dual models
