@@ -233,13 +233,18 @@ def test_attacks_compute_no_weight_gradients(resnet_moe):
 
 def test_plan_for_many_devices(load, tmp_path):
     scale = load("speed_scale")
-    options = ["--probe_batch", "4", "--gpus", "1", "2", "64", "--output", str(tmp_path / "scale.json")]
+    options = ["--probe_batch", "4", "--memory_gb", "0.02", "--gpus", "1", "2", "64"]
+    options += ["--output", str(tmp_path / "scale.json")]
     result = scale.main([*TINY, *options])
     one, two, many = result["plan"]
     assert one["gb_per_step"] == 0 and one["efficiency"] == 1
     assert two["gb_per_step"] == pytest.approx(4e-9 * result["parameters"])  # 2 * (2 - 1) / 2 times the gradients
     assert many["efficiency"] < two["efficiency"] < 1 and many["images_per_second"] > two["images_per_second"]
     assert abs(result["kept"]["error"]) < 0.1
+    peaks = [(row["num_experts"], row["batch"]) for row in result["peaks"]]
+    experts = peaks[0][0]
+    assert peaks[:2] == [(experts, 8), (experts, 16)] and (2 * experts, 8) in peaks
+    assert all(row["predicted"] <= 2e7 and abs(row["error"]) < 0.5 for row in result["peaks"])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ PARTS: dict[str, tuple[str, str, list[str]]] = {  # name -> title, script, its a
     "experts": ("Number of experts and batch", "speed_experts", []),
     "pgd": ("PGD", "speed_pgd", []),
     "levers_trained": ("Levers, trained model", "speed_levers", [*TRAINED, "--batch_size", "256"]),
-    "scale": ("Many devices", "speed_scale", ["--width", "1", "--probe_batch", "4", "--peak_batch", "8"]),
+    "scale": ("Many devices", "speed_scale", ["--width", "1", "--probe_batch", "4", "--memory_gb", "3"]),
 }
 
 
@@ -145,7 +145,12 @@ def place(results: dict) -> str:
 
 def plan_text(part: dict) -> str:
     """The plan for many devices, with its assumptions."""
-    settings, peak, kept = part["settings"], part["peak"], part["kept"]
+    settings, kept = part["settings"], part["kept"]
+    peaks = [
+        [str(row["num_experts"]), str(row["batch"]), *(f"{row[k] / 1e9:.2f}" for k in ("predicted", "measured"))]
+        + [f"{100 * row['error']:+.1f} %"]
+        for row in part["peaks"]
+    ]
     rows = [
         [
             *(str(line["gpus"]), f"{line['gb_per_step']:.2f}", f"{1000 * line['compute_s']:.1f}"),
@@ -169,8 +174,9 @@ def plan_text(part: dict) -> str:
             table,
             f"Peak memory of a step in bytes = 12 * parameters + {3 * kept['per_image'] / 1e6:.1f}e6 * images: "
             "weights, gradients and momentum, and what three images in the loss per training image keep. "
-            f"For {peak['batch']} images: {peak['predicted'] / 1e9:.2f} GB predicted, {peak['measured'] / 1e9:.2f} GB "
-            f"measured ({100 * peak['error']:+.1f} %).",
+            "So the largest batch of a device is (its bytes - 12 * parameters) over the second number. "
+            f"Measured up to {settings['memory_gb']:g} GB:",
+            markdown_table(["experts", "images", "predicted GB", "measured GB", "error"], peaks),
         ]
     )
 

@@ -3,8 +3,8 @@
     python training/benchmarks/speed_scale.py --width 1 --batch_size 128 --gpus 1 8 64
 
 Counted on this machine: parameters, arithmetic per image, the bytes that a forward keeps for the backward (on two
-small batches, which predict a third), and the peak of a step of `--peak_batch` images. Assumed, as arguments:
-what a device achieves and what the links carry.
+small batches, which predict a third), and the peak of steps over batches and numbers of experts, each twice the last
+until the formula says `--memory_gb`. Assumed, as arguments: what a device achieves and what the links carry.
 
 Memory of a step: 4 bytes * parameters * (weight + gradient + momentum) + kept bytes per image * images in the loss
 (three per training image). The attack before it needs less: it keeps one third
@@ -64,12 +64,12 @@ def predicted_peak(parameters: int, per_image: float, batch_size: int) -> float:
     return 4 * parameters * COPIES + per_image * ROWS * batch_size
 
 
-def measured_peak(args: argparse.Namespace, batch_size: int) -> int:
+def measured_peak(args: argparse.Namespace, num_experts: int, batch_size: int) -> int:
     """Largest number of bytes that tensors take at once in the loss of a step, its backward and the optimizer."""
-    model = create_moe(args, args.num_experts).train()
+    model = create_moe(args, num_experts).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     images, labels = random_batch(args, ROWS * batch_size)
-    routes = even_routes(len(images), args.num_experts, args.device)
+    routes = even_routes(len(images), num_experts, args.device)
 
     def step() -> None:
         F.cross_entropy(model(images, expert_index=routes).logits, labels).backward()
@@ -86,6 +86,28 @@ def measured_peak(args: argparse.Namespace, batch_size: int) -> int:
     with tracker:
         step()
     return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+
+
+def peaks(args: argparse.Namespace, per_image: float) -> list[dict]:
+    """Measured and predicted peaks: batches with `num_experts` experts, then experts with the smallest batch."""
+    rows = []
+
+    def fits(num_experts: int, batch_size: int) -> bool:
+        parameters = sum(p.numel() for p in create_moe(args, num_experts).parameters())
+        predicted = predicted_peak(parameters, per_image, batch_size)
+        if predicted > args.memory_gb * 1e9:
+            return False
+        found = measured_peak(args, num_experts, batch_size)
+        row = {"num_experts": num_experts, "batch": batch_size, "measured": found, "predicted": predicted}
+        rows.append(row | {"error": predicted / found - 1})
+        return True
+
+    batch_size, num_experts = args.peak_batch, 2 * args.num_experts
+    while fits(args.num_experts, batch_size):
+        batch_size *= 2
+    while fits(num_experts, args.peak_batch):
+        num_experts *= 2
+    return rows
 
 
 def flops_per_image(model: nn.Module, args: argparse.Namespace) -> float:
@@ -116,7 +138,8 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--num_experts", type=int, default=4)
     add("--steps", type=int, default=10)
     add("--probe_batch", type=int, default=8, help="images of the smallest batch that is counted")
-    add("--peak_batch", type=int, default=32, help="images of the step whose peak is measured")
+    add("--peak_batch", type=int, default=8, help="images of the smallest step whose peak is measured")
+    add("--memory_gb", type=float, default=2.0, help="peaks are measured up to this prediction, in 1e9 bytes")
     add("--gpus", type=int, nargs="+", default=[1, 8, 64])
     add("--gpus_per_machine", type=int, default=8)
     add("--achieved_tflops", type=float, default=100.0, help="assumed arithmetic rate of a device, in 1e12 per second")
@@ -128,20 +151,23 @@ def main(arguments: list[str] | None = None) -> dict:
     parameters, memory = sum(p.numel() for p in model.parameters()), memory_fit(model, args)
     flops = flops_per_image(model, args)
     peak = predicted_peak(parameters, memory["per_image"], args.batch_size)
-    found, formula = (
-        measured_peak(args, args.peak_batch),
-        predicted_peak(parameters, memory["per_image"], args.peak_batch),
-    )
-    step_peak = {"batch": args.peak_batch, "measured": found, "predicted": formula, "error": formula / found - 1}
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "render")}
     result = {"settings": settings, "environment": describe_environment(args.device), "parameters": parameters}
-    result |= {"kept": memory, "peak": step_peak, "gflops_per_image": flops / 1e9, "predicted_step_gb": peak / 1e9}
+    result |= {
+        "kept": memory,
+        "peaks": peaks(args, memory["per_image"]),
+        "gflops_per_image": flops / 1e9,
+        "predicted_step_gb": peak / 1e9,
+    }
     result["plan"] = [plan(parameters, flops, gpus, args) for gpus in args.gpus]
     print(
         f"{parameters / 1e6:.1f}M parameters, {flops / 1e9:.1f} GFLOPs per image and step, {peak / 1e9:.2f} GB a step"
     )
     print(f"kept bytes of a batch of {memory['batch']} predicted within {100 * memory['error']:+.1f} %")
-    print(f"peak of a step of {args.peak_batch} predicted within {100 * step_peak['error']:+.1f} %")
+    for row in result["peaks"]:
+        print(
+            f"peak of {row['num_experts']} experts, batch {row['batch']}: predicted within {100 * row['error']:+.1f} %"
+        )
     for line in result["plan"]:
         print(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
     args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
