@@ -83,8 +83,7 @@ def evaluate_robustness(
             RA-E, RA-R, the adaptive worst case, accuracy against eps, larger checks), "full" (adds AutoAttack), or
             names of `PARTS`. Without a radius, eps = 0, "quick" has nothing to check and leaves the checks out.
         num_images: Use so many images, chosen with the class shares of the whole; None = all.
-        held_out: Images of neither training nor test, on which to choose the dial under `dial_attack`; None = the
-            sweep on `dataset`, under PGD.
+        held_out: Images of neither training nor test to choose the dial on, by `dial_attack`; None = PGD on `dataset`.
         min_sa, min_ra: Floor in % for the recommended alpha; at most one. See `choose_alpha` for the rule without.
         worst_case_steps: Gradient passes per member of the worst case; None = `steps`.
         autoattack_version: "standard", "few_classes" or "fast"; None = the first that the number of classes allows.
