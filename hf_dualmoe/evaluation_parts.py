@@ -139,12 +139,7 @@ class Evaluation(Measurer):
 
     def held_out_point(self, alpha: float, held_out: ImageTensorDataset, title: str) -> dict[str, float]:
         """SA and RA in % of held-out images under the dial's own attack; empty where they could not be measured."""
-        given = {
-            "eps": self.attack.eps,
-            "norm": self.attack.norm,
-            "steps": self.attack.steps,
-            "seed": self.attack.seed,
-        }
+        given = {name: getattr(self.attack, name) for name in ("eps", "norm", "steps", "seed")}
         attack, dialed = dial_attack(self.model.config.num_labels, **given), DialedModel(self.model, alpha)
         clean = self.measure(f"{title} clean", classify(dialed), self.counted, dataset=held_out)
         attacked = self.measure(f"{title} dial attack", classify(dialed, attack), self.counted, dataset=held_out)

@@ -56,7 +56,7 @@ def test_targets_say_no_where_a_target_is_missed(results_page):
     results["arms"] |= {"separate_dual": {**dual, "sweep": better}, "separate_clean": {"sweep": sweep}}
     rows = results_page.targets(results)
     assert [row[-1] for row in rows] == ["**no**", "yes", "yes", "yes", "yes", "**no**"]
-    assert rows[4][1] == "SA +2.0 at equal RA" and rows[5][1] == "SA +0.0 at equal RA"
+    assert rows[4][1].startswith("SA +2.0 at equal RA") and rows[5][1].startswith("SA +0.0 at equal RA")
     results = {**results, **kept(rt_er=[(51, 29)], single=[(51, 29)]), "arms": results["arms"]}
     assert [row[-1] for row in results_page.targets(results)][0] == "yes"
     results["arms"] = {"rt_er": {"least_load": 4.0}}  # a study without dual models
