@@ -157,6 +157,7 @@ def model_text(report: RobustnessReport | None, subject: CardSubject) -> dict[st
         "pinned": subject.repo_id is not None,
         "is_dual": dual,
         "alpha": alpha,
+        "mild_standard": report is not None and bool(report.training.get("standard_eps")),
         "plots": list(subject.plots),
         "further_plots": [name for name in subject.plots if name not in PLOTS],
     }
@@ -367,15 +368,20 @@ def routing_text(metrics: dict[str, Any]) -> str:
 
 
 def controls_table(report: RobustnessReport) -> str:
-    """The same measurements on other models; "-" = not measured."""
+    """The same measurements on other models, with what their training cost where known; "-" = not measured."""
     if not report.controls:
         return ""
-    mine = accuracies(report.metrics)
-    controls = {name: accuracies(v) if isinstance(v, dict) else {} for name, v in report.controls.items()}
-    keys = list(dict.fromkeys(key for values in (mine, *controls.values()) for key in values))
-    rows = [["**this model**", *(percent_text(mine.get(key)) for key in keys)]]
-    rows += [[name, *(percent_text(values.get(key)) for key in keys)] for name, values in controls.items()]
-    return markdown_table(["model", *(f"{metric_title(key)} %" for key in keys)], rows)
+    models = {"**this model**": {"passes": report.training.get("passes"), **report.metrics}}
+    models |= {name: values if isinstance(values, dict) else {} for name, values in report.controls.items()}
+    keys = list(dict.fromkeys(key for values in models.values() for key in accuracies(values)))
+    costs = {name: number(values.get("passes")) for name, values in models.items()}
+    has_costs = any(cost is not None for cost in costs.values())
+    rows = []
+    for name, values in models.items():
+        cost = "-" if costs[name] is None else f"{costs[name]:.0f}"
+        rows.append([name, *[cost] * has_costs, *(percent_text(accuracies(values).get(key)) for key in keys)])
+    header = ["model", *["training passes per image"] * has_costs, *(f"{metric_title(key)} %" for key in keys)]
+    return markdown_table(header, rows)
 
 
 def checks_text(report: RobustnessReport) -> str:

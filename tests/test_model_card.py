@@ -226,6 +226,17 @@ def test_controls_and_components_stand_beside_the_model():
         and "| one network | 79.17 | 41.67 | - | - |" in text
     )
     assert "| robust model alone, PGD-20 | 55.46 |" in render(dual()).text
+    costly = moe(training={"method": "rt_er", "passes": 40.2})
+    costly.controls["one network"]["passes"] = 103.4
+    text = render(costly).text
+    assert "| **this model** | 40 | 81.25 |" in text and "| one network | 103 | 79.17 |" in text
+    assert "| failed one | - | - |" in text
+
+
+def test_the_dial_of_a_standard_model_that_knows_attacks_is_described_as_it_is():
+    for eps, mild in ((0.0, False), (4 / 255, True)):
+        text = render(dual(training={"method": "jtdmoe", "standard_eps": eps})).text
+        assert ("trained on mild attacks" in text) == mild and ("helpless under attack" in text) != mild
 
 
 def test_plots_are_shown_where_they_exist():

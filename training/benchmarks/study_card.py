@@ -50,19 +50,20 @@ def describe(run: Path, controls: list[str]) -> RobustnessReport:
     report.seeds["training"] = result["seed"]
     report.training = {
         "method": trained["method"],
-        "num_images": settings["data"]["max_train_samples"],
+        "num_images": result["images"]["train"],
         "selected_on": "nothing: the weights are those of the last step",
         **{name: trained[name] for name in ("steps", "passes")},
         **{name: settings["training"][name] for name in OF_TRAINING if name in settings["training"]},
-        "train_runtime_s": round(trained["seconds"], 1),
     }
     if "sweep" in result:
         point = next(point for point in result["sweep"] if point["alpha"] == result["alpha"])
-        held_out = f"{settings['data']['max_validation_samples']} images held out of train"
+        held_out = f"{result['images']['validation']} images held out of train"
         report.alpha_choice = {**point, "rule": result["rule"], "chosen_on": held_out}
         report.controls["F_R alone"] = read(run / "robust.json")["metrics"]
     for arm in controls:
-        report.controls[arm] = read(run.parent / f"{arm}-seed{result['seed']}" / "whole.json")["metrics"]
+        other = run.parent / f"{arm}-seed{result['seed']}"
+        passes = read(other / "run.json")["training"]["passes"]
+        report.controls[arm] = {"passes": passes, **read(other / "whole.json")["metrics"]}
     return report
 
 
