@@ -96,6 +96,25 @@ def test_single_mixture_with_other_parts(evaluate, saved, tmp_path, capsys):
     assert "ra_pgd3" in RobustnessReport.load(tmp_path / "results.json").metrics
 
 
+def test_controls_stand_on_the_card_if_they_were_measured_alike(evaluate, saved, tmp_path, capsys):
+    other, folder = tmp_path / "other", tmp_path / "dual"
+    assert evaluate(*QUICK, "--model", saved / "moe", "--output_dir", other) == 0
+    command = [*QUICK, "--model", saved / "dual", "--output_dir", folder]
+    assert evaluate(*command, "--controls", f"one mixture={other}") == 0
+    report, control = RobustnessReport.load(folder / "results.json"), RobustnessReport.load(other / "results.json")
+    assert report.controls == {"one mixture": control.metrics}
+    card = next(path for path in (folder / "README.md", saved / "dual" / "README.md") if path.is_file())
+    assert f"| one mixture | {control.metrics['sa']:.2f} |" in card.read_text()
+    for changed, reason in (
+        (["--controls", str(other)], "must be NAME=FOLDER"),
+        (["--controls", f"nowhere={tmp_path / 'nowhere'}"], "must be NAME=FOLDER"),
+        (["--controls", f"other={other}", "--eps", "0.06"], "controls='other' was attacked with"),
+        (["--controls", f"other={other}", "--num_images", "20"], "controls='other' was measured on other images"),
+    ):
+        assert evaluate(*command, *changed) == 2
+        assert reason in capsys.readouterr().err
+
+
 def test_two_models_called_model_are_reported_in_folders_of_their_own(evaluate, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("moe", "dual"):

@@ -4,6 +4,7 @@ python training/evaluate.py --model outputs/digits-jtdmoe/model --eps 0.15 --lev
 accelerate launch training/evaluate.py --model user/model --dataset_name cifar10 --level full --eps 8/255
 python training/evaluate.py --model path/to/model --min_sa 90 --write_alpha               # choose the dial and keep it
 python training/evaluate.py --model path/to/model --write_calibration                     # calibrate the dial, keep it
+python training/evaluate.py --model path/to/model --controls "one network=outputs/evaluate-other"   # both on the card
 """
 
 import json
@@ -52,6 +53,13 @@ def create_parser() -> ArgumentParser:
         help="Choose F_R's logit map and alpha on held-out images (MixedNUTS) first.",
     )
     add("--write_calibration", action="store_true", help="Calibrate, and write both into the folder's config.json.")
+    add(
+        "--controls",
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="Other models to compare with on the card, by the results.json of their evaluation on the same images.",
+    )
     texts = {"batch": "Images per forward.", "seed": "Seed of attacks and choices of images."}
     add_run_arguments(parser, "evaluate", "an evaluation", **texts)
     return parser
@@ -66,13 +74,19 @@ def main() -> None:
     try:
         args.calibrate |= args.write_calibration
         check_request(args)
+        controls = read_controls(args)
         options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
         model = AutoModelForImageClassification.from_pretrained(args.model, **options).to(accelerator.device)
         check_request(args, model)
         data = load_data(args, model)
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
         earlier = read_earlier(Path(args.model, "results.json"))
+        expected = args.num_images or len(data.test)
+        for name, control in controls.items():
+            if (control.dataset["name"], control.dataset["num_images"]) != (data.name, expected):
+                raise ValueError(f"controls={name!r} was measured on other images than {expected} of {data.name}.")
         report = evaluate(args, model, data, accelerator)
+        report.controls = {name: control.metrics for name, control in controls.items()}
         report.model |= {"calibration": calibration} if calibration else {}
         if earlier is not None:
             report.training, report.seeds = earlier.training, {**earlier.seeds, **report.seeds}
@@ -103,6 +117,25 @@ def check_request(args: Namespace, model: nn.Module | None = None) -> None:
         raise ValueError(f"{asked[0]} needs a local folder; model={args.model!r} has no config.json.")
     if asked and model is not None and not hasattr(model, "set_alpha"):
         raise ValueError(f"{asked[0]} needs a dual model; {args.model!r} is a {type(model).__name__}.")
+
+
+def read_controls(args: Namespace) -> dict[str, RobustnessReport]:
+    """The reports that --controls names, by name.
+
+    Raises:
+        ValueError: One is not NAME=FOLDER, has no report, or was attacked with another eps or norm.
+    """
+    reports = {}
+    for control in args.controls:
+        name, is_pair, folder = control.partition("=")
+        path = Path(folder, "results.json")
+        if not (name and is_pair and path.is_file()):
+            raise ValueError(f"controls={control!r} must be NAME=FOLDER, the folder having a results.json.")
+        reports[name] = RobustnessReport.load(path)
+        threat = {key: reports[name].threat.get(key) for key in ("eps", "norm")}
+        if threat != {"eps": args.eps, "norm": args.norm}:
+            raise ValueError(f"controls={name!r} was attacked with {threat}, not eps={args.eps:g}, norm={args.norm}.")
+    return reports
 
 
 def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> dict[str, Any]:
