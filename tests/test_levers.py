@@ -275,7 +275,12 @@ def test_models_that_others_need_come_first(tiny):
 
 def test_tables_show_the_differences_to_the_reference(tiny):
     def result(arm, seed, sa, ra, **more):
-        cost = {"parameters": 2000, "flops": 100, "training": {"passes": 3.0}, "expert_load": [30.0, 70.0 - seed]}
+        cost = {
+            "parameters": 2000,
+            "flops": 100,
+            "training": {"passes": 3.0, "steps": 9},
+            "expert_load": [30.0, 70.0 - seed],
+        }
         return {"arm": arm, "seed": seed, "sa": sa, "ra": ra, "ra_pgd": ra, **cost, **more}
 
     robust = {"robust": {"sa": 61.0, "ra": 34.0}, "alpha": 1, "sweep": []}

@@ -5,11 +5,14 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForImageClassification
 
+from hf_dualmoe.data import DataSplits, ImageTensorDataset
 from hf_dualmoe.report import RobustnessReport
 
 BENCHMARKS = Path(__file__).parents[1] / "training" / "benchmarks"
@@ -108,11 +111,11 @@ def test_a_wider_network_matches_the_parameters_of_the_mixture(tiny, tmp_path):
 
 def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
     def result(arm, seed, sa, ra, **more):
-        cost = {"parameters": 2000, "flops": 100 if arm == "single" else 250, "training": {"passes": 3.0}}
+        cost = {"parameters": 2000, "flops": 100 if arm == "single" else 250, "training": {"passes": 3.0, "steps": 9}}
         return {"arm": arm, "seed": seed, "sa": sa, "ra": ra, "ra_pgd": ra + 1, **cost, **more}
 
     def dual(seed, sa, ra):
-        sweep = [{"alpha": 0.5, "sa": sa, "ra": ra}]
+        sweep = [{"alpha": alpha, "sa": sa, "ra": ra} for alpha in ((0.5, 1) if seed else (0, 0.5))]
         return result("jtdmoe", seed, sa, ra, robust={"sa": 40.0, "ra": 30.0}, alpha=0.5, sweep=sweep)
 
     results = [result("single", 0, 50, 20), result("single", 1, 60, 30), dual(0, 44, 29), dual(1, 46, 28)]
@@ -123,6 +126,73 @@ def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
     assert summary["jtdmoe"]["loss_ra"] == {"mean": 1.5, "min": 1, "max": 2}
     assert summary["jtdmoe"]["sweep"] == [{"alpha": 0.5, "sa": 45, "ra": 28.5}]
     assert "55.0 (50.0 to 60.0)" in study.table(summary) and "F_R of jtdmoe" in study.table(summary)
+
+
+def test_scale_keeps_to_the_images_that_there_are():
+    content = study.read_study(BENCHMARKS / "studies" / "cifar10.yaml")
+    limits = {scale: [study.scaled(content, scale)["settings"][name] for name in study.LIMITS] for scale in (2, 10)}
+    assert limits == {2: [10_000, 1_000, 2_000], 10: [45_000, 5_000, 10_000]}
+    assert content["settings"]["max_train_samples"] == 5_000
+
+
+def test_a_definition_is_all_that_a_result_depends_on(tiny):
+    content = study.read_study(tiny())
+    before = {arm: study.definition(content, arm) for arm in content["arms"]}
+
+    def changed(**more) -> set[str]:
+        return {arm for arm in content["arms"] if study.definition({**content, **more}, arm) != before[arm]}
+
+    arms = content["arms"]
+    assert changed(seeds=[7], arms={**arms, "new": {}, "single": {**arms["single"], "about": "other words"}}) == set()
+    assert changed(passes=7) == set(arms)
+    other = {**arms, "rt_er": {"settings": {"method": "rt_er"}}}
+    assert {"rt_er", "standard", "separate_dual"} <= changed(arms=other) and "single" not in changed(arms=other)
+    assert study.definition(content, "nothing") is None
+
+
+def test_a_run_that_cannot_be_started_is_noted(tiny, tmp_path, monkeypatch):
+    """A full disk, for example; a run that needs its model then gives up, too, in place of waiting forever."""
+    content = study.read_study(tiny())
+    runs = study.plan(content, ["standard", "rt_er", "separate_clean"], [0])
+    work = study.Study(content, runs, tmp_path, jobs=2, threads=1)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(study.subprocess, "run", full)
+    work.work()
+    assert set(work.failed) == {run.name for run in runs}
+    assert work.failed["separate_clean-seed0"] == "a model that it needs is missing"
+
+
+def test_numbers_of_a_broken_measurement_are_refused():
+    metrics = {"sa": 90.0, "ra_pgd10": 50.0, "ra_worst_case": 40.0}
+    report = SimpleNamespace(metrics=metrics, failures={}, dataset={"num_images": 9}, environment={})
+    assert study_run.numbers(report)["ra"] == 40.0
+    report.failures["worst_case"] = "out of memory"
+    with pytest.raises(RuntimeError, match="worst_case: out of memory"):
+        study_run.numbers(report)
+
+
+def test_images_to_confirm_with_were_drawn_by_no_seed(tiny, tmp_path, monkeypatch):
+    content = study.read_study(tiny())
+    content["seeds"] = [0, 1]
+    pixels = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
+    whole = ImageTensorDataset(pixels, torch.arange(60) % 2, ["even", "odd"])
+
+    def load_data(data_args, model_args, seed):
+        test = whole.take(data_args.max_test_samples, seed) if data_args.max_test_samples else whole
+        return DataSplits(whole, whole, test, name="numbers")
+
+    monkeypatch.setattr(study_run.training, "load_data", load_data)
+    content["settings"]["max_test_samples"] = 20
+    run = study_run.StudyRun(content, "single", 1, tmp_path)
+    drawn = {int(image) for seed in (0, 1) for image in whole.take(20, seed).images}
+    unseen = {int(image) for image in run.unseen_images().images}
+    assert len(unseen) == 20 and not unseen & drawn
+    content["settings"]["max_test_samples"] = 40
+    with pytest.raises(ValueError, match="40 are needed to confirm"):
+        study_run.StudyRun(content, "single", 1, tmp_path).unseen_images()
 
 
 def test_readme_shows_the_tables_of_the_results():
@@ -154,12 +224,20 @@ def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, ca
     stamps = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/run.json")}
     assert study.main(command) == 1  # the broken one is tried again, the others are kept
     assert {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/run.json")} == stamps
+    runs = folder / "runs"
+
+    again = runs / "jtdmoe-seed0"  # judged anew, the dial is not swept anew
+    before, swept = json.loads((again / "run.json").read_text()), (again / "sweep.json").stat().st_mtime_ns
+    (again / "run.json").unlink()
+    assert study.main(command) == 1 and (again / "sweep.json").stat().st_mtime_ns == swept
+    after = json.loads((again / "run.json").read_text())
+    assert (after["sweep"], after["alpha"], after["ra"]) == (before["sweep"], before["alpha"], before["ra"])
 
     tiny(arms=kept, passes=2)
     assert study.main(command) == 2
-    assert "holds another study" in capfd.readouterr().err
+    assert "runs of broken, jtdmoe, rt_er, separate_clean, standard with other settings" in capfd.readouterr().err
 
-    runs, card = folder / "runs", tmp_path / "card"
+    card = tmp_path / "card"
     study_card.main([str(runs / "jtdmoe-seed0"), str(card), "--controls", "rt_er"])
     model = AutoModelForImageClassification.from_pretrained(card)
     run = next(run for run in results["runs"] if run["arm"] == "jtdmoe")

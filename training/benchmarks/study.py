@@ -4,6 +4,7 @@ python training/benchmarks/study.py --study digits
 python training/benchmarks/study.py --study cifar10 --dataset_name path/to/cifar10 --jobs 2
 python training/benchmarks/study.py --study cifar10 --arms single rt_er --seeds 0 1
 python training/benchmarks/study.py --study cifar10 --scale 10 --jobs 4     # ten times the images, on a GPU
+python training/benchmarks/study.py --study cifar10 --confirm               # judge again, on images not used so far
 python training/benchmarks/study.py --study digits --render                 # keep the results, table into the README
 
 A study is a YAML file: settings of `training/run.py` that all arms share, the arms with what they change, the seeds,
@@ -13,6 +14,9 @@ its own (`passes`), a `lever` of levers.py, or start its experts from the one ne
 whose passes then count as its own. Each run is a process of its own with a log. A run whose run.json is there is not
 repeated, and one that was stopped goes on from its checkpoint. `results.json` has all runs and their mean and range
 per arm; it is written after each run.
+
+Who changes arms after a look at the results fits them to the test images. `--confirm` judges the models of finished
+runs once more, at the alphas chosen before, on test images that no seed has drawn.
 """
 
 import argparse
@@ -36,7 +40,8 @@ from hf_dualmoe.environment import write_text
 
 HERE = Path(__file__).parent
 KEYS = {"dataset_name", "passes", "seeds", "settings", "evaluation", "arms"}
-OPTIONAL_KEYS = {"reference"}  # an arm that the tables show the differences to
+OPTIONAL_KEYS = {"reference", "most"}  # an arm that the tables show the differences to; limits that --scale keeps to
+LIMITS = ("max_train_samples", "max_validation_samples", "max_test_samples")
 PARTS = ("standard", "robust", "init_from")  # of an arm: other arms whose trained models it needs
 REFERENCES = ("same_steps_as", "match_parameters", *PARTS)
 ARM_KEYS = {"about", "settings", "passes", "lever", "lever_args", *REFERENCES}
@@ -160,11 +165,29 @@ def depth(study: dict[str, Any], arm: str) -> int:
     return max((1 + depth(study, part) for part in parts_of(study, arm)), default=0)
 
 
+def definition(study: dict[str, Any], arm: str) -> dict[str, Any] | None:
+    """All that the result of an arm depends on, that of the arms it refers to included; None if it is not there."""
+    if arm not in study["arms"]:
+        return None
+    entry = {key: value for key, value in study["arms"][arm].items() if key != "about"}
+    shared = {key: study[key] for key in ("dataset_name", "passes", "settings", "evaluation")}
+    return {**shared, "arm": entry, "others": [definition(study, entry[key]) for key in REFERENCES if key in entry]}
+
+
 class Study:
     """Runs what is missing, several processes at a time, and keeps the results up to date."""
 
-    def __init__(self, study: dict[str, Any], runs: list[Run], output_dir: Path, jobs: int, threads: int):
+    def __init__(
+        self,
+        study: dict[str, Any],
+        runs: list[Run],
+        output_dir: Path,
+        jobs: int,
+        threads: int,
+        confirm: bool = False,
+    ):
         self.study, self.runs, self.output_dir, self.jobs, self.threads = study, runs, output_dir, jobs, threads
+        self.confirm = confirm
         self.failed: dict[str, str] = {}
         self.writing = Lock()
 
@@ -172,38 +195,64 @@ class Study:
         return self.output_dir / "runs" / name
 
     def result(self, name: str) -> dict[str, Any] | None:
-        path = self.folder(name) / "run.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        """What a run has written, with its numbers on unused images as "confirmed"; None before it has ended."""
+        path, confirmed = (self.folder(name) / file for file in ("run.json", "confirmed.json"))
+        if not path.is_file():
+            return None
+        more = {"confirmed": json.loads(confirmed.read_text())} if confirmed.is_file() else {}
+        return {**json.loads(path.read_text()), **more}
 
     def work(self) -> None:
-        """Run everything; a run that fails costs no other."""
+        """Run everything; a run that fails costs no other.
+
+        Raises:
+            ValueError: The folder has runs of an arm that the study now defines in another way.
+        """
         settled = self.output_dir / "study.json"
-        text = json.dumps(self.study, indent=2) + "\n"
-        if settled.is_file() and settled.read_text() != text:
-            raise ValueError(f"output_dir={str(self.output_dir)!r} holds another study; choose another --output_dir.")
+        if settled.is_file():
+            before, begun = json.loads(settled.read_text()), self.output_dir.glob("runs/*-seed*")
+            arms = {folder.name.rpartition("-seed")[0] for folder in begun} & set(self.study["arms"])
+            if other := sorted(arm for arm in arms if definition(self.study, arm) != definition(before, arm)):
+                raise ValueError(
+                    f"output_dir={str(self.output_dir)!r} holds another study: runs of {', '.join(other)} with other "
+                    "settings; choose another --output_dir, or remove these runs."
+                )
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(settled, text)
+        write_text(settled, json.dumps(self.study, indent=2) + "\n")
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(self.one, self.runs))
 
     def one(self, run: Run) -> None:
         """One run, unless its result is there; waits for the runs whose models it needs."""
+        if self.confirm:
+            result = self.result(run.name)
+            if result is not None and "confirmed" not in result:
+                self.attempt(run, "confirm")
+            self.write()
+            return
         while any(self.result(part) is None and part not in self.failed for part in run.parts):
             time.sleep(POLL)
         if any(part in self.failed for part in run.parts):
             self.failed[run.name] = "a model that it needs is missing"
         elif self.result(run.name) is None:
-            self.start(run)
+            self.attempt(run)
         self.write()
 
-    def start(self, run: Run) -> None:
+    def attempt(self, run: Run, *more: str) -> None:
+        """`start` a run; what goes wrong is noted, since another run may be waiting for this one."""
+        try:
+            self.start(run, *more)
+        except OSError as error:
+            self.failed[run.name] = str(error)
+
+    def start(self, run: Run, *more: str) -> None:
         folder, started = self.folder(run.name), time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(HERE / "study_run.py"), str(self.output_dir / "study.json")]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         with open(folder / "log.txt", "a") as log:
             code = subprocess.run(
-                [*command, run.arm, str(run.seed), str(folder)], stdout=log, stderr=log, env=environment
+                [*command, run.arm, str(run.seed), str(folder), *more], stdout=log, stderr=log, env=environment
             ).returncode
         if code:
             self.failed[run.name] = f"exit status {code}; see {folder / 'log.txt'}"
@@ -212,7 +261,7 @@ class Study:
     def write(self) -> None:
         """Bring results.json and table.txt up to date."""
         with self.writing:
-            results = [json.loads(path.read_text()) for path in sorted(self.output_dir.glob("runs/*/run.json"))]
+            results = [self.result(path.parent.name) for path in sorted(self.output_dir.glob("runs/*/run.json"))]
             summary = summarise(results, self.study)
             content = {"study": self.study, "arms": summary, "runs": results, "failed": self.failed}
             write_text(self.output_dir / "results.json", json.dumps(content, indent=2) + "\n")
@@ -235,7 +284,7 @@ def summarise(results: list[dict[str, Any]], study: dict[str, Any]) -> dict[str,
         entry = {"about": study["arms"][arm].get("about", ""), "seeds": [result["seed"] for result in own]}
         entry |= {name: spread([result[name] for result in own]) for name in ("sa", "ra", "ra_pgd")}
         entry |= {name: own[0][name] for name in ("parameters", "flops")}
-        entry["passes"] = own[0]["training"]["passes"]
+        entry |= {name: own[0]["training"][name] for name in ("steps", "passes")}
         if plain:
             entry["relative_flops"] = own[0]["flops"] / plain
         if own[0].get("expert_load") and len(own[0]["expert_load"]) > 1:
@@ -245,14 +294,26 @@ def summarise(results: list[dict[str, Any]], study: dict[str, Any]) -> dict[str,
             entry["alpha"] = [result["alpha"] for result in own]
             entry["gain_sa"] = spread([result["sa"] - result["robust"]["sa"] for result in own])
             entry["loss_ra"] = spread([result["robust"]["ra"] - result["ra"] for result in own])
-            entry["sweep"] = [
-                {"alpha": points[0]["alpha"], **{name: mean(p[name] for p in points) for name in ("sa", "ra")}}
-                for points in zip(*(result["sweep"] for result in own), strict=True)
-            ]
+            entry["sweep"] = mean_sweep([result["sweep"] for result in own])
         summary[arm] = entry
     if "reference" in study:
         compare(summary, results, study["reference"])
     return summary
+
+
+def mean_sweep(sweeps: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The dial averaged over seeds, at the positions that all of them measured."""
+    points = [{point["alpha"]: point for point in sweep} for sweep in sweeps]
+    common = [alpha for alpha in points[0] if all(alpha in other for other in points)]
+    return [{"alpha": a, **{name: mean(p[a][name] for p in points) for name in ("sa", "ra")}} for a in common]
+
+
+def scaled(study: dict[str, Any], scale: float) -> dict[str, Any]:
+    """The study with its numbers of images times `scale`, as far as the dataset has them (`most`)."""
+    limits = {name: round(study["settings"][name] * scale) for name in LIMITS if study["settings"].get(name)}
+    most = study.get("most", {})
+    limits = {name: min(limit, most.get(name, limit)) for name, limit in limits.items()}
+    return {**study, "settings": {**study["settings"], **limits}}
 
 
 def compare(summary: dict[str, Any], results: list[dict[str, Any]], reference: str) -> None:
@@ -347,9 +408,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_name", help="instead of the study's, such as a local folder of the same dataset")
     parser.add_argument("--arms", nargs="+", help="default: all of the study")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the study")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on training and test images")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of images")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="CPU threads per run; default: the cores shared out")
+    parser.add_argument("--confirm", action="store_true", help="judge finished runs on test images not used so far")
     parser.add_argument("--render", action="store_true", help="run nothing: keep the results there are")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/study-<name>")
     args = parser.parse_args(arguments)
@@ -365,16 +427,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         study = read_study(path)
         study["dataset_name"] = args.dataset_name or study["dataset_name"]
-        for name in ("max_train_samples", "max_test_samples"):
-            if study["settings"].get(name):
-                study["settings"][name] = round(study["settings"][name] * args.scale)
+        study = scaled(study, args.scale)
         runs = plan(study, args.arms or list(study["arms"]), args.seeds or study["seeds"])
         output_dir = args.output_dir or Path("outputs") / f"study-{path.stem}"
         if args.render:
             keep(path.stem, json.loads((output_dir / "results.json").read_text()))
             return 0
         threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
-        work = Study(study, runs, output_dir, args.jobs, threads)
+        work = Study(study, runs, output_dir, args.jobs, threads, confirm=args.confirm)
         work.work()
     except (ValueError, FileNotFoundError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)

@@ -1,12 +1,14 @@
 """One run of a study: train an arm with a seed on its budget, then judge it by the adaptive union.
 
-`study.py` starts this in a process of its own for each run: python study_run.py STUDY.json ARM SEED FOLDER
+`study.py` starts this in a process of its own for each run: python study_run.py STUDY.json ARM SEED FOLDER [confirm]
+With "confirm" it judges the model of a finished run again, on test images that no run of the study was judged on.
 """
 
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification
-from hf_dualmoe.data import DataSplits, to_unit_range
+from hf_dualmoe.data import DataSplits, ImageTensorDataset, to_unit_range
 from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.environment import write_text
 from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
@@ -58,8 +60,12 @@ class StudyRun:
         self.entry = study["arms"][arm]
         self.costs: dict[str, float] = {}  # see step_passes
         folder.mkdir(parents=True, exist_ok=True)
+        self.data = self.load(seed)
+
+    def load(self, seed: int, **changes: Any) -> DataSplits:
+        """The images of a seed, with changed data arguments of `training/run.py`."""
         data_args, model_args, _, _ = self.parse(self.study["settings"])
-        self.data: DataSplits = training.load_data(data_args, model_args, seed)
+        return training.load_data(replace(data_args, **changes), model_args, seed)
 
     # --- what an arm is ------------------------------------------------------------------------------------------
 
@@ -186,23 +192,33 @@ class StudyRun:
     def evaluate(self) -> dict[str, Any]:
         """Clean accuracy, PGD and the adaptive union on the test images; the dial is chosen on held-out images."""
         _, _, args, _ = self.parse(self.study["settings"])
-        model = AutoModelForImageClassification.from_pretrained(self.folder / "model").to(args.device)
-        model = model.to(memory_format=torch.channels_last)
+        model = self.trained_model()
         result: dict[str, Any] = {
             "parameters": count_parameters(model),
             "flops": forward_flops(model, to_unit_range(self.data.test.images[:1]).to(args.device)),
+            "images": {name: len(getattr(self.data, name)) for name in ("train", "validation", "test")},
         }
-        settings = {"eps": float(args.eps), "norm": args.norm, "seed": 0, **self.study["evaluation"]}
-        alphas = settings.pop("alphas")
+        settings = self.attack_settings()
         if hasattr(model, "set_alpha"):
-            attack = dial_attack(self.data.num_labels, eps=float(args.eps), norm=args.norm)
-            sweep = sweep_alpha(model, self.data.validation, attack=attack, alphas=alphas, progress=False)
+            sweep, members = self.sweep(model)
             choice = choose_alpha(sweep)
             model.set_alpha(choice.alpha)
-            result |= {"alpha": choice.alpha, "rule": choice.rule, "sweep": sweep}
+            result |= {"alpha": choice.alpha, "rule": choice.rule, "sweep": sweep, "swept_with": members}
             result["robust"] = self.robust_numbers(model.robust, settings)
-            result["standard"] = {"sa": sweep[0]["sa"]} if alphas[0] == 0 else {}
         return result | numbers(self.report(model, "whole", settings))
+
+    def sweep(self, model: nn.Module) -> tuple[list[dict[str, float]], list[str]]:
+        """The dial on held-out images, and what it was attacked with; kept beside the run, since it takes long."""
+        _, _, args, _ = self.parse(self.study["settings"])
+        attack = dial_attack(self.data.num_labels, eps=float(args.eps), norm=args.norm)
+        asked = {"alphas": self.study["evaluation"]["alphas"], "swept_with": list(attack.members)}
+        path = self.folder / "sweep.json"
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        if asked.items() <= kept.items():
+            return kept["sweep"], kept["swept_with"]
+        sweep = sweep_alpha(model, self.data.validation, attack=attack, alphas=asked["alphas"], progress=False)
+        write_text(path, json.dumps({**asked, "sweep": sweep}, indent=2) + "\n")
+        return sweep, asked["swept_with"]
 
     def robust_numbers(self, model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
         """Those of F_R alone; an arm that joins the models of others takes them from the run that trained F_R."""
@@ -211,11 +227,52 @@ class StudyRun:
         trained = json.loads((self.model_of(self.entry["robust"]).parent / "run.json").read_text())
         return {name: trained[name] for name in NUMBERS}
 
-    def report(self, model: nn.Module, name: str, settings: dict[str, Any]) -> RobustnessReport:
-        """Evaluate and keep the whole report beside the run."""
+    def trained_model(self) -> nn.Module:
+        _, _, args, _ = self.parse(self.study["settings"])
+        model = AutoModelForImageClassification.from_pretrained(self.folder / "model")
+        return model.to(args.device, memory_format=torch.channels_last)
+
+    def attack_settings(self) -> dict[str, Any]:
+        """What `evaluate_robustness` is to attack with."""
+        _, _, args, _ = self.parse(self.study["settings"])
+        chosen = {name: value for name, value in self.study["evaluation"].items() if name != "alphas"}
+        return {"eps": float(args.eps), "norm": args.norm, "seed": 0, **chosen}
+
+    def confirm(self) -> dict[str, Any]:
+        """The numbers of a finished run, its dial included, on images that nothing was chosen by."""
+        model, images, settings = self.trained_model(), self.unseen_images(), self.attack_settings()
+        result: dict[str, Any] = {}
+        if hasattr(model, "set_alpha"):
+            model.set_alpha(json.loads((self.folder / "run.json").read_text())["alpha"])
+            known = self.model_of(self.entry["robust"]).parent / "confirmed.json" if "robust" in self.entry else None
+            if known is not None and known.is_file():
+                result["robust"] = json.loads(known.read_text())
+            else:
+                result["robust"] = numbers(self.report(model.robust, "confirm-robust", settings, images))
+        return result | numbers(self.report(model, "confirm-whole", settings, images))
+
+    def unseen_images(self) -> ImageTensorDataset:
+        """As many test images as a run is judged on, none of which any seed of the study was judged on.
+
+        Raises:
+            ValueError: The runs are judged on all test images, or too few are left.
+        """
+        seen = {image.numpy().tobytes() for seed in self.study["seeds"] for image in self.load(seed).test.images}
+        whole = self.load(self.seed, max_test_samples=None, max_train_samples=len(self.data.class_names)).test
+        unseen = [i for i, image in enumerate(whole.images) if image.numpy().tobytes() not in seen]
+        if len(unseen) < len(self.data.test):
+            raise ValueError(
+                f"{len(unseen)} of {len(whole)} test images are left; {len(self.data.test)} are needed to confirm."
+            )
+        return whole.subset(unseen).take(len(self.data.test))
+
+    def report(
+        self, model: nn.Module, name: str, settings: dict[str, Any], images: ImageTensorDataset | None = None
+    ) -> RobustnessReport:
+        """Evaluate, on the test images or others, and keep the whole report beside the run."""
         return evaluate_robustness(
             model,
-            self.data.test,
+            self.data.test if images is None else images,
             level=UNION,
             progress=False,
             dataset_name=self.data.name,
@@ -227,12 +284,18 @@ class StudyRun:
 
 
 def numbers(report: RobustnessReport) -> dict[str, Any]:
-    """What the study's table shows of a report."""
+    """What the study's table shows of a report.
+
+    Raises:
+        RuntimeError: A measurement is missing, or counts images as wrong because something broke.
+    """
+    if report.failures:
+        raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in report.failures.items()))
     metrics = report.metrics
     ra_pgd = next(value for name, value in metrics.items() if name.startswith("ra_pgd"))
     return {
         "sa": metrics["sa"],
-        "ra": metrics.get("ra_worst_case", metrics.get("ra_adaptive_union", ra_pgd)),
+        "ra": metrics["ra_worst_case"],
         "ra_pgd": ra_pgd,
         "expert_load": metrics.get("expert_load", {}).get("clean"),
         "route_flip_rate": metrics.get("route_flip_rate"),
@@ -253,11 +316,14 @@ def forward_flops(model: nn.Module, image: torch.Tensor) -> int:
 
 
 def main() -> None:
-    study, arm, seed, folder = sys.argv[1:]
+    study, arm, seed, folder, *more = sys.argv[1:]
     run = StudyRun(json.loads(Path(study).read_text()), arm, int(seed), Path(folder))
-    result = {"arm": arm, "seed": int(seed), "training": run.train()}
-    result |= run.evaluate()
-    write_text(Path(folder) / "run.json", json.dumps(result, indent=2) + "\n")
+    if more == ["confirm"]:
+        name, result = "confirmed.json", run.confirm()
+    else:
+        name, result = "run.json", {"arm": arm, "seed": int(seed), "training": run.train()}
+        result |= run.evaluate()
+    write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
