@@ -153,7 +153,8 @@ def choose_alpha(
         min_sa: "At least this SA", in %: the point of highest RA among those that reach it.
         min_ra: "At least this RA", in %: the point of highest SA among those that reach it.
         ra_tolerance: Without a floor: the point of highest SA among those whose RA is at most this many points below
-            that of the largest alpha of the sweep, which should be F_R alone (alpha = 1).
+            the highest of the sweep. That is often found in the middle of the dial, where attacks meet more resistance
+            than they should; measured against F_R alone (alpha = 1), such a sweep would give away too much RA.
 
     Raises:
         ValueError: The sweep is empty, both floors are given, one cannot be reached (the message names the best that
@@ -172,9 +173,8 @@ def choose_alpha(
         points, goal = _reaching(sweep, "ra", min_ra), "sa"
         rule = f"highest SA with RA of at least {min_ra:g} %"
     else:
-        reference = max(sweep, key=lambda point: point["alpha"])
-        points, goal = _reaching(sweep, "ra", reference["ra"] - ra_tolerance), "sa"
-        rule = f"highest SA with RA at most {ra_tolerance:g} points below that of alpha = {reference['alpha']:g}"
+        points, goal = _reaching(sweep, "ra", max(point["ra"] for point in sweep) - ra_tolerance), "sa"
+        rule = f"highest SA with RA at most {ra_tolerance:g} points below the highest of the dial"
     best = max(points, key=lambda point: (point[goal], point["alpha"]))
     return AlphaChoice(best["alpha"], best["sa"], best["ra"], rule)
 
