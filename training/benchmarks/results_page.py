@@ -18,13 +18,14 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from readme_tables import HERE, RESULTS, markdown_table, replace_section
+from study import mean_sweep, summarise
 
 README = HERE.parents[1] / "README.md"
 PICTURE = "dials.png"
 LABELLED = (0, 0.5, 0.8, 0.9, 1)  # alphas that the picture names
-TITLES = {"cifar10": "CIFAR-10, 5,000 training images, L∞ 8/255", "digits": "Digits, L∞ 0.15"}
-SWEPT = {"cifar10": "dial's attack", "digits": "PGD-10"}  # what the kept sweeps attacked with
+TITLES = {"cifar10": "CIFAR-10, L∞ 8/255", "digits": "Digits, L∞ 0.15"}
 MEASURES = {"sa": "SA", "ra": "RA"}
+NOT_MEASURED = "not measured"
 
 Arms = dict[str, dict[str, Any]]
 
@@ -42,11 +43,12 @@ DUALS = {  # arm: its name in the table of aims
     "jtdmoe": "JTDMoE with F_S at eps / 2",
     "separate_dual": "A pair with F_S at eps / 2",
     "separate_heads": "Such a pair of heads and one network",
+    "separate_single": "Such a pair of two single networks",
 }
 CURVES = (  # whose dial should lie above whose
-    ("jtdmoe_clean", "separate_clean", "dial of the paper's JTDMoE above that of its pair trained apart"),
-    ("jtdmoe", "separate_clean", "dial of JTDMoE with F_S at eps / 2 above that of the paper's pair"),
-    ("jtdmoe", "separate_dual", "dial of JTDMoE with F_S at eps / 2 above that of such a pair"),
+    ("jtdmoe_clean", "separate_clean", "Dial of the paper's JTDMoE above that of its pair trained apart"),
+    ("jtdmoe", "separate_clean", "Dial of JTDMoE with F_S at eps / 2 above that of the paper's pair"),
+    ("jtdmoe", "separate_dual", "Dial of JTDMoE with F_S at eps / 2 above that of such a pair"),
 )
 
 
@@ -76,7 +78,7 @@ def differences(results: dict[str, Any], arm: str, other: str, measure: str) -> 
 def in_words(values: list[float]) -> str:
     """Mean difference with its range; "no clear difference" where the seeds disagree on the sign."""
     if not values:
-        return "not measured"
+        return NOT_MEASURED
     text = f"{mean(values):+.1f}"
     if len(values) == 1:
         return f"{text} (one seed)"
@@ -116,12 +118,24 @@ def lead_of_curve(curve: list[dict], other: list[dict]) -> float | None:
     return float((np.interp(grid, ra, sa) - np.interp(grid, other_ra, other_sa)).mean())
 
 
+def leads_of_curves(results: dict[str, Any], arm: str, other: str) -> list[float]:
+    """`lead_of_curve` of an arm's dial over another's, for each seed where they share attack and a range of RA."""
+    own, theirs = ({run["seed"]: run for run in results["runs"] if run["arm"] == name} for name in (arm, other))
+    leads = [
+        lead_of_curve(own[seed]["sweep"], theirs[seed]["sweep"])
+        for seed in sorted(own.keys() & theirs.keys())
+        if own[seed]["swept_with"] == theirs[seed]["swept_with"]
+    ]
+    return [lead for lead in leads if lead is not None]
+
+
 # --- parts of the page -----------------------------------------------------------------------------------------------
 
 
 def main_table(arms: Arms) -> str:
     """One row per arm, dual models with their F_R below."""
-    header = ["", "seeds", "parameters", "cost of an answer", "SA %", "RA %, adaptive union", "RA %, PGD-10"]
+    header = ["", "seeds", "parameters", "cost of an answer", "passes"]
+    header += ["SA %", "RA %, adaptive union", "RA %, PGD-10"]
 
     def cell(values: dict[str, float]) -> str:
         text = f"{values['mean']:.1f}"
@@ -130,36 +144,63 @@ def main_table(arms: Arms) -> str:
     rows = []
     for name, arm in arms.items():
         cost = [str(len(arm["seeds"])), f"{arm['parameters'] / 1e3:.0f}k", f"{arm['relative_flops']:.2f}x"]
+        cost.append(f"{arm['passes']:.0f}")
         rows.append([name, *cost, cell(arm["sa"]), cell(arm["ra"]), f"{arm['ra_pgd']['mean']:.1f}"])
         if "robust" in arm:
-            rows.append([f"F_R of {name}", "", "", "", cell(arm["robust"]["sa"]), cell(arm["robust"]["ra"]), ""])
+            rows.append([f"F_R of {name}", "", "", "", "", cell(arm["robust"]["sa"]), cell(arm["robust"]["ra"]), ""])
     return markdown_table(header, rows)
 
 
+def verdict(met: list[bool], on_average: bool) -> str:
+    """Whether an aim was reached: in the mean, which counts, and by how many of the seeds."""
+    seeds = f"{sum(met)} of {len(met)} seeds"
+    return f"yes ({seeds})" if on_average else f"**no** ({seeds})"
+
+
 def targets(results: dict[str, Any]) -> list[list[str]]:
-    """What was aimed at, what came out, and whether that is enough."""
-    arms = results["arms"]
+    """What was aimed at, what came out, and whether that is enough; one row for each aim, measured or not."""
     rows = []
     for name, title in MIXTURES.items():
-        if name in arms:
-            sa, ra = (mean(differences(results, name, "single", key)) for key in MEASURES)
-            aim = f"{title} against one network: RA and SA at least equal"
-            rows.append([aim, f"RA {ra:+.1f}, SA {sa:+.1f}", ra >= 0 <= sa])
+        sa, ra = (differences(results, name, "single", key) for key in MEASURES)
+        aim = f"{title} against one network: RA and SA at least equal"
+        if sa:
+            met = [change >= 0 <= other for change, other in zip(ra, sa, strict=True)]
+            found = f"RA {in_words(ra)}; SA {in_words(sa)}"
+            rows.append([aim, found, verdict(met, mean(ra) >= 0 <= mean(sa))])
+        else:
+            rows.append([aim, NOT_MEASURED, "-"])
     for name, title in DUALS.items():
-        if name in arms:
-            gain, loss = (arms[name][change]["mean"] for change in ("gain_sa", "loss_ra"))
-            aim = f"{title} at its alpha against its F_R: SA +3 for at most 1.5 RA"
-            rows.append([aim, f"SA {gain:+.1f}, RA {-loss:+.1f}", gain >= 3 and loss <= 1.5])
-    least = arms["rt_er"].get("least_load", 0.0)
-    rows.append(["no expert of the RT-ER mixture with less than 5 % of the load", f"least {least:.0f} %", least >= 5])
+        runs = [run for run in results["runs"] if run["arm"] == name]
+        gain, loss = ([run[key] - run["robust"][key] for run in runs] for key in MEASURES)
+        aim = f"{title} at its alpha against its F_R: SA +3 for at most 1.5 RA"
+        if runs:
+            met = [more >= 3 and less >= -1.5 for more, less in zip(gain, loss, strict=True)]
+            found = f"SA {in_words(gain)}; RA {in_words(loss)}"
+            rows.append([aim, found, verdict(met, mean(gain) >= 3 and mean(loss) >= -1.5)])
+        else:
+            rows.append([aim, NOT_MEASURED, "-"])
+    loads = [min(run["expert_load"]) for run in results["runs"] if run["arm"] == "rt_er"]
+    found = f"least {min(loads):.0f} %" if loads else NOT_MEASURED
+    answer = verdict([load >= 5 for load in loads], min(loads) >= 5) if loads else "-"
+    return [*rows, ["No expert of the RT-ER mixture with less than 5 % of the load", found, answer]]
+
+
+def targets_of_curves(results: dict[str, Any]) -> list[list[str]]:
+    """Rows as those of `targets`, on held-out images: whose dial lies above whose."""
+    rows, arms = [], {run["arm"] for run in results["runs"]}
     for joint, apart, title in CURVES:
-        if joint in arms and apart in arms:
-            lead = lead_of_curve(arms[joint]["sweep"], arms[apart]["sweep"])
-            found = (
-                "no common range of RA" if lead is None else f"SA {lead:+.1f} at equal RA (held-out images, no union)"
-            )
-            rows.append([title, found, lead is not None and lead > 0])
-    return [[aim, value, "yes" if met else "**no**"] for aim, value, met in rows]
+        if leads := leads_of_curves(results, joint, apart):
+            found = f"on held-out images, without the union: SA at equal RA {in_words(leads)}"
+            rows.append([title, found, verdict([lead > 0 for lead in leads], mean(leads) > 0)])
+        else:
+            rows.append([title, "no common range of RA" if {joint, apart} <= arms else NOT_MEASURED, "-"])
+    return rows
+
+
+def confirmed(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The study's results with the numbers of `study.py --confirm` in the place of the first; None before that ran."""
+    runs = [{**run, **run["confirmed"]} for run in results["runs"] if "confirmed" in run]
+    return {**results, "runs": runs, "arms": summarise(runs, results["study"])} if runs else None
 
 
 def findings(results: dict[str, Any]) -> list[str]:
@@ -179,29 +220,36 @@ def findings(results: dict[str, Any]) -> list[str]:
         ("jtdmoe", "jtdmoe_quarter", "JTDMoE with F_S at eps / 2 against a quarter of eps"),
         ("jtdmoe_quarter", "jtdmoe_quarter_0.5", "JTDMoE trained at alpha 0.25 against 0.5"),
         ("separate_dual", "separate_clean", "F_S at eps / 2 against clean, trained apart"),
+        ("single_long", "single", "One network trained longer against the one network"),
         ("jtdmoe", "single", "JTDMoE against one network, at twice the cost of an answer"),
+        ("jtdmoe", "single_long", "JTDMoE against one network trained longer"),
+        ("jtdmoe", "single_long_milder", "JTDMoE against one network trained longer with 3/4 of eps"),
         ("separate_heads", "single", "The pair of heads and one network against one network"),
+        ("separate_heads", "separate_single", "That pair against a pair of two single networks"),
+        ("separate_heads", "single_long_milder", "That pair against one network trained longer with 3/4 of eps"),
         ("jtdmoe", "single_half_eps", "JTDMoE against one network trained with half of eps"),
     ]
-    return [
-        f"- {title}: {compared(results, arm, other)}."
-        for arm, other, title in pairs
-        if arm in results["arms"] and other in results["arms"]
-    ]
+    arms, lines = results["arms"], []
+    for arm, other, title in pairs:
+        if arm in arms and other in arms:
+            passes = [arms[name]["passes"] for name in (arm, other)]
+            unequal = max(passes) > 1.05 * min(passes)
+            budget = f" ({passes[0]:.0f} against {passes[1]:.0f} passes)" if unequal else ""
+            lines.append(f"- {title}{budget}: {compared(results, arm, other)}.")
+    return lines
 
 
 def levers_table(results: dict[str, Any]) -> str:
-    """What each lever changes, against the study's reference arm, most robust first."""
+    """What each lever changes against the study's reference arm, and what it leaves of the training steps."""
     reference = results["study"]["reference"]
     rows = []
     for name, arm in results["arms"].items():
-        base = "jtdmoe" if arm.get("robust") and "jtdmoe" in results["arms"] else reference
-        changes = [in_words(differences(results, name, base, key)) for key in MEASURES]
-        if name == base:
+        changes = [in_words(differences(results, name, reference, key)) for key in MEASURES]
+        if name == reference:
             changes = [f"{arm[key]['mean']:.1f} %" for key in MEASURES]
         load = f"{arm['least_load']:.0f}" if "least_load" in arm else "-"
-        rows.append([arm["about"], *changes, load])
-    return markdown_table(["lever", "SA, points", "RA (union), points", "least load %"], rows)
+        rows.append([f"`{name}`: {arm['about']}", *changes, str(arm["steps"]), load])
+    return markdown_table(["lever", "SA, points", "RA (union), points", "steps", "least load %"], rows)
 
 
 def public_table() -> str:
@@ -211,16 +259,29 @@ def public_table() -> str:
     return markdown_table(["CIFAR-10, L∞ 8/255 unless said otherwise", "clean %", "robust %", "source"], cells)
 
 
+def drawn(results: dict[str, Any]) -> tuple[dict[str, list[dict[str, float]]], list[int]]:
+    """The dials to draw, each the mean over the seeds that all of them have and all swept alike, and these seeds."""
+    runs: dict[str, dict[int, Any]] = {arm: {} for arm in DIALS}
+    for run in results["runs"]:
+        if run["arm"] in runs:
+            runs[run["arm"]][run["seed"]] = run
+    runs = {arm: own for arm, own in runs.items() if own}
+    common = sorted(set.intersection(*(set(own) for own in runs.values())))
+    attacks = [run["swept_with"] for own in runs.values() for seed, run in own.items() if seed in common]
+    if any(attack != attacks[0] for attack in attacks):
+        raise ValueError("The dials were swept with different attacks: sweep them again before drawing them together.")
+    return {arm: mean_sweep([own[seed]["sweep"] for seed in common]) for arm, own in runs.items()}, common
+
+
 def draw(studies: dict[str, dict[str, Any]], path: Path) -> None:
-    """Trade-off of the dual models along the dial, one panel per study, with the single network as a cross."""
+    """Trade-off of the dual models along the dial, one panel per study."""
     figure, panels = plt.subplots(
         1, len(studies), figsize=(5.2 * len(studies), 4), layout="constrained", squeeze=False
     )
     for axes, (name, results) in zip(panels[0], studies.items(), strict=True):
-        for arm, (label, color, marker, line) in DIALS.items():
-            points = results["arms"].get(arm, {}).get("sweep", [])
-            if not points:
-                continue
+        dials, seeds = drawn(results)
+        for arm, points in dials.items():
+            label, color, marker, line = DIALS[arm]
             where = ([p["ra"] for p in points], [p["sa"] for p in points])
             axes.plot(*where, marker=marker, color=color, label=label, linestyle=line)
             for point in points if arm == "jtdmoe" else []:
@@ -229,29 +290,60 @@ def draw(studies: dict[str, dict[str, Any]], path: Path) -> None:
                 axes.annotate(
                     f"{point['alpha']:g}", (point["ra"], point["sa"]), (4, 4), textcoords="offset points", fontsize=8
                 )
-        axes.set(title=TITLES[name], xlabel=f"RA %, {SWEPT[name]}, held-out images", ylabel="SA %, held-out images")
+        over = "seed " + str(seeds[0]) if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
+        axes.set(title=f"{TITLES[name]}, {over}", xlabel="RA %, dial's attack, held-out images")
+        axes.set(ylabel="SA %, held-out images")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def folded(title: str, text: str) -> str:
+    """Markdown that a reader may open."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def sweep_text(results: dict[str, Any], arm: str) -> str:
+    """What an arm's dial was swept with, where that was less than the whole attack of the dial."""
+    members = [run["swept_with"] for run in results["runs"] if run["arm"] == arm and "swept_with" in run]
+    weakest = min(members, key=len, default=None)
+    return f"; its dial was chosen under {' and '.join(weakest)} alone" if weakest and len(weakest) == 1 else ""
+
+
+def study_section(name: str, results: dict[str, Any]) -> list[str]:
+    """What one study found: all arms, differences, aims, and what is left of it on images not used before."""
+    seeds = max(len(arm["seeds"]) for arm in results["arms"].values())
+    images, trained = max(run["num_images"] for run in results["runs"]), results["study"]["settings"]
+    limit = trained.get("max_train_samples")
+    about = {arm: f"{entry['about']}{sweep_text(results, arm)}" for arm, entry in results["arms"].items()}
+    names = "\n".join(f"- `{arm}`: {text}." for arm, text in about.items())
+    lines = [
+        f"### {TITLES[name]}" + (f", {limit:,} training images" if limit else ""),
+        f"Each method trains for what {results['study']['passes']} passes of one backbone over the training "
+        'images cost, attack included, unless "passes" says otherwise: a dual model has two models to train. '
+        f"{images:,} test images; seeds per method in the table, {seeds} at most (mean, range in brackets).",
+        main_table(results["arms"]),
+        folded("What the names mean", names),
+        "In points, mean and range over the seeds:",
+        "\n".join(findings(results)),
+        markdown_table(["aim", "found", "met"], [*targets(results), *targets_of_curves(results)]),
+    ]
+    if again := confirmed(results):
+        images = max(run["num_images"] for run in again["runs"])
+        lines += [
+            f"The same models, at the same alphas, on {images:,} test images that no seed had drawn and no choice was "
+            "made by:",
+            main_table(again["arms"]),
+            markdown_table(["aim", "found", "met"], targets(again)),
+        ]
+    return lines
+
+
 def page() -> str:
     """The whole section in Markdown."""
     studies = {name: read(name) for name in TITLES}
-    lines = []
-    for name, results in studies.items():
-        seeds = max(len(arm["seeds"]) for arm in results["arms"].values())
-        images = max(run["num_images"] for run in results["runs"])
-        lines += [
-            f"### {TITLES[name]}",
-            f"{results['study']['passes']} passes of a plain backbone per training image for every method, "
-            f"{images:,} test images; seeds per method in the table, {seeds} at most (mean, range in brackets).",
-            main_table(results["arms"]),
-            "In points, mean and range over the seeds:",
-            "\n".join(findings(results)),
-            markdown_table(["aim", "found", "met"], targets(results)),
-        ]
+    lines = [line for name, results in studies.items() for line in study_section(name, results)]
     draw(studies, RESULTS / PICTURE)
     lines.append(f"![Trade-off of the dual models along the dial](training/benchmarks/results/{PICTURE})")
     if (RESULTS / "study_digits_levers.json").is_file():
@@ -259,8 +351,10 @@ def page() -> str:
         lines += [
             "### Levers, on digits",
             f"{levers['study']['passes']} passes of a plain backbone per training image, but where the lever is the "
-            "length. The first row is the reference; the others are differences to it (dual models: to jtdmoe).",
-            levers_table(levers),
+            "length. That is far too short to saturate: levers that make a step dearer mostly show what fewer steps "
+            f"cost. Differences are to `{levers['study']['reference']}`; those smaller than the ranges over seeds in "
+            "the table above say nothing.",
+            folded("All levers", levers_table(levers)),
         ]
     lines += ["### For scale: what others have published", public_table()]
     return "\n\n".join(lines)
