@@ -146,6 +146,7 @@ def test_recorded_costs_are_of_the_recipes_as_they_are(recipe):
 @pytest.mark.parametrize("recipe", SMOKED)
 def test_recorded_smoke_tests_are_of_the_recipes_as_they_are(recipe):
     result = RESULTS["recipes"][recipe]
+    assert result["smoke"]["recipe_settings"] == yaml.safe_load((TRAINING / "recipes" / f"{recipe}.yaml").read_text())
     assert result["settings"] == smoke_recipes.smoke_settings(
         recipe, result["smoke"]["steps"], result["settings"]["per_device_train_batch_size"], pretrained=False
     )

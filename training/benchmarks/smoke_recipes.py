@@ -278,6 +278,7 @@ def measure(recipe: str, args: argparse.Namespace) -> dict[str, Any]:
     settings["dataset_name"] = small.dataset_name
     result["settings"] = {name: value for name, value in settings.items() if name != "dataset_name"}
     result["smoke"] = smoke(recipe, args.output_dir / Path(recipe).stem, settings, data.test.images)
+    result["smoke"]["recipe_settings"] = result["recipe_settings"]  # a later estimate may be of a changed recipe
     print(f"{recipe}: passed, {json.dumps(result['smoke'])}", flush=True)
     return result
 
