@@ -165,6 +165,31 @@ def test_a_run_that_cannot_be_started_is_noted(tiny, tmp_path, monkeypatch):
     assert work.failed["separate_clean-seed0"] == "a model that it needs is missing"
 
 
+def test_only_finished_runs_are_confirmed_and_once(tiny, tmp_path, monkeypatch):
+    content = study.read_study(tiny())
+    runs = study.plan(content, ["single", "rt_er", "moe_at"], [0])
+    work = study.Study(content, runs, tmp_path, jobs=1, threads=1, confirm=True)
+    numbers = {"sa": 50.0, "ra": 30.0, "ra_pgd": 31.0}
+    finished = {**numbers, "seed": 0, "parameters": 9, "flops": 9, "training": {"steps": 1, "passes": 1.0}}
+    for arm in ("single", "rt_er"):
+        work.folder(f"{arm}-seed0").mkdir(parents=True)
+        (work.folder(f"{arm}-seed0") / "run.json").write_text(json.dumps({"arm": arm, **finished}))
+    (work.folder("rt_er-seed0") / "confirmed.json").write_text(json.dumps({**numbers, "ra": 29.0}))
+    started = []
+
+    def run(command, **_):
+        started.append(command[3:])
+        (Path(command[-2]) / "confirmed.json").write_text(json.dumps(numbers))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    work.work()
+    assert started == [["single", "0", str(work.folder("single-seed0")), "confirm"]]
+    assert list(work.failed) == ["moe_at-seed0"] and "nothing to confirm" in work.failed["moe_at-seed0"]
+    kept = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert {entry["arm"]: entry["confirmed"]["ra"] for entry in kept} == {"single": 30.0, "rt_er": 29.0}
+
+
 def test_numbers_of_a_broken_measurement_are_refused():
     metrics = {"sa": 90.0, "ra_pgd10": 50.0, "ra_worst_case": 40.0}
     report = SimpleNamespace(metrics=metrics, failures={}, dataset={"num_images": 9}, environment={})

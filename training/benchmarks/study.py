@@ -220,16 +220,19 @@ class Study:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(settled, json.dumps(self.study, indent=2) + "\n")
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.one, self.runs))
+            list(pool.map(self.confirm_one if self.confirm else self.one, self.runs))
+
+    def confirm_one(self, run: Run) -> None:
+        """Judge one finished run on unused images, unless that has been done."""
+        result = self.result(run.name)
+        if result is None:
+            self.failed[run.name] = "it has not been run, so that there is nothing to confirm"
+        elif "confirmed" not in result:
+            self.attempt(run, "confirm")
+        self.write()
 
     def one(self, run: Run) -> None:
         """One run, unless its result is there; waits for the runs whose models it needs."""
-        if self.confirm:
-            result = self.result(run.name)
-            if result is not None and "confirmed" not in result:
-                self.attempt(run, "confirm")
-            self.write()
-            return
         while any(self.result(part) is None and part not in self.failed for part in run.parts):
             time.sleep(POLL)
         if any(part in self.failed for part in run.parts):
