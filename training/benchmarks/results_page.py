@@ -221,6 +221,7 @@ def findings(results: dict[str, Any]) -> list[str]:
         ("jtdmoe_quarter", "jtdmoe_quarter_0.5", "JTDMoE trained at alpha 0.25 against 0.5"),
         ("separate_dual", "separate_clean", "F_S at eps / 2 against clean, trained apart"),
         ("single_long", "single", "One network trained longer against the one network"),
+        ("rt_er_heads_long", "single_long", "Four mixed heads on one trunk against one network, both trained longer"),
         ("jtdmoe", "single", "JTDMoE against one network, at twice the cost of an answer"),
         ("jtdmoe", "single_long", "JTDMoE against one network trained longer"),
         ("jtdmoe", "single_long_milder", "JTDMoE against one network trained longer with 3/4 of eps"),
