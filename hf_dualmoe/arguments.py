@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from .certified_training import LIPSCHITZ
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
 from .data import DataSplits
-from .training_args import RobustTrainingArguments
+from .training_args import PixelValue, RobustTrainingArguments
 
 TRAINER_OUTPUT = "trainer_output"  # what transformers fills in where no output_dir is given
 
@@ -187,6 +187,15 @@ REPORTS = ("none", "quick", "standard", "full")
 HARDWARE = "use_cpu bf16 channels_last torch_compile dataloader_num_workers ddp_find_unused_parameters"
 
 
+def same_share(value: Any, *, of: Any, at: str) -> Any:
+    """The radius that is to `at` what `value` is to `of`; `value` where one of them is no radius, or `of` is 0."""
+    try:
+        part, whole, new = PixelValue(value), PixelValue(of), PixelValue(at)
+    except ValueError:  # the parser will say what is wrong, and where
+        return value
+    return PixelValue(new * min(1.0, part / whole)) if whole > 0 else value
+
+
 class RecipeParser(HfArgumentParser):
     """Data, model and training arguments; a recipe (YAML) gives defaults that the command line overrides.
 
@@ -228,15 +237,21 @@ class RecipeParser(HfArgumentParser):
     ) -> tuple[DataArguments, ModelArguments, RobustTrainingArguments, argparse.Namespace]:
         """Parse a command line.
 
+        A recipe's `standard_eps` keeps its share of eps when the command line changes eps alone.
+
         Raises:
             ValueError: The recipe does not exist or has an unknown key, or an argument is out of range.
         """
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--recipe")
         first.add_argument("--dataset_name", "--dataset-name")
+        first.add_argument("--eps")
         known, _ = first.parse_known_args(args)
         recipe = known.recipe or ("digits" if known.dataset_name in (None, "digits") else "own_images")
-        self.set_defaults(recipe=recipe, **self.read_recipe(recipe))
+        settings = self.read_recipe(recipe)
+        if known.eps is not None and {"eps", "standard_eps"} <= set(settings):
+            settings["standard_eps"] = same_share(settings["standard_eps"], of=settings["eps"], at=known.eps)
+        self.set_defaults(recipe=recipe, **settings)
         data_args, model_args, training_args, run = self.parse_args_into_dataclasses(args, look_for_args_file=False)
         if training_args.output_dir == TRAINER_OUTPUT:
             training_args.output_dir = f"outputs/{Path(recipe).stem}-{training_args.method}"

@@ -39,6 +39,16 @@ def test_command_line_overrides_recipe(parser):
     assert parser.parse(["--output_dir", "here"])[2].output_dir == "here"
 
 
+@pytest.mark.parametrize("eps", ["0.03", "1/255", "0", "0.3"])
+@pytest.mark.parametrize("recipe", ["digits", "own_images"])
+def test_attacks_on_the_standard_model_keep_their_share_of_eps(parser, recipe, eps):
+    training = parser.parse(["--recipe", recipe, f"--eps={eps}"])[2]
+    assert training.standard_eps == pytest.approx(training.eps / 2) and 0 <= training.standard_eps <= training.eps
+    assert parser.parse(["--recipe", recipe, "--eps", "0.3", "--standard_eps", "0.01"])[2].standard_eps == 0.01
+    plain = RecipeParser(TRAINING / "recipes", description="").parse(["--recipe", "paper", "--eps", eps])
+    assert plain[2].standard_eps == 0
+
+
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (TRAINING / "recipes").glob("*.yaml")))
 def test_every_recipe_parses_and_builds_a_config(parser, recipe):
     _, model, training, _ = parser.parse(["--recipe", recipe])
