@@ -72,8 +72,8 @@ class RobustTrainingArguments(TrainingArguments):
         default=PixelValue(0.0),
         metadata={
             "help": "Radius of a one-step attack on the images of the upper level of JTDMoE, in [0, eps]; fractions "
-            "like 2/255 work. 0: clean images (paper). Half of eps did best in our studies; a recipe keeps its "
-            "share of eps where --eps is given alone."
+            "like 2/255 work. 0: clean images (paper). Our recipes use half of eps, and keep that "
+            "share where --eps is given alone."
         },
     )
     standard_learning_rate: float | None = field(

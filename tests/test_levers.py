@@ -20,7 +20,8 @@ from hf_dualmoe.training_args import RobustTrainingArguments
 
 BENCHMARKS = Path(__file__).parents[1] / "training" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-levers, study, study_run = (importlib.import_module(name) for name in ("levers", "study", "study_run"))
+NAMES = ("levers", "study", "study_run", "study_tables")
+levers, study, study_run, study_tables = (importlib.import_module(name) for name in NAMES)
 sys.path.remove(str(BENCHMARKS))
 
 
@@ -286,18 +287,18 @@ def test_tables_show_the_differences_to_the_reference(tiny):
     robust = {"robust": {"sa": 61.0, "ra": 34.0}, "alpha": 1, "sweep": []}
     results = [result("base", 0, 50, 20), result("base", 1, 60, 30), result("awp", 1, 58, 33)]
     results += [result("single", 2, 1, 1), result("jtdmoe", 1, 62, 31, **robust)]
-    summary = study.summarise(results, study.read_study(tiny(passes=60)))
+    summary = study_tables.summarise(results, study.read_study(tiny(passes=60)))
     assert summary["awp"]["against"]["sa"]["mean"] == -2  # against the same seed, not the mean of all
     assert summary["awp"]["against"]["ra"] == {"mean": 3, "min": 3, "max": 3}
     assert "against" not in summary["single"]  # no seed in common
-    rows = {row[0]: row for row in study.table_rows(summary)}
+    rows = {row[0]: row for row in study_tables.table_rows(summary)}
     assert rows["awp"][-3:] == ["30", "-2.0", "+3.0"] and rows["single"][-2:] == ["-", "-"]
     assert rows["jtdmoe"][-2:] == ["+2.0", "+1.0"] and rows["F_R of jtdmoe"][-2:] == ["+1.0", "+4.0"]
-    assert {len(row) for row in rows.values()} == {len(study.header(summary))}
-    assert "| SA +- | RA +- |" in study.render_table({"arms": summary})
+    assert {len(row) for row in rows.values()} == {len(study_tables.header(summary))}
+    assert "| SA +- | RA +- |" in study_tables.render_table({"arms": summary})
     for entry in summary.values():
         entry.pop("against", None)
-    assert len(study.header(summary)) == len(study.HEADER)
+    assert len(study_tables.header(summary)) == len(study_tables.HEADER)
 
 
 def test_the_levers_study_compares_like_with_like(tmp_path):

@@ -27,6 +27,7 @@ def load(name: str):
 
 
 sys.path.insert(0, str(BENCHMARKS))
+study_tables = load("study_tables")
 study, study_run, study_card = load("study"), load("study_run"), load("study_card")
 sys.path.remove(str(BENCHMARKS))
 
@@ -119,13 +120,13 @@ def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
         return result("jtdmoe", seed, sa, ra, robust={"sa": 40.0, "ra": 30.0}, alpha=0.5, sweep=sweep)
 
     results = [result("single", 0, 50, 20), result("single", 1, 60, 30), dual(0, 44, 29), dual(1, 46, 28)]
-    summary = study.summarise(results, study.read_study(tiny()))
+    summary = study_tables.summarise(results, study.read_study(tiny()))
     assert summary["single"]["sa"] == {"mean": 55, "min": 50, "max": 60}
     assert summary["jtdmoe"]["relative_flops"] == 2.5
     assert summary["jtdmoe"]["gain_sa"] == {"mean": 5, "min": 4, "max": 6}
     assert summary["jtdmoe"]["loss_ra"] == {"mean": 1.5, "min": 1, "max": 2}
     assert summary["jtdmoe"]["sweep"] == [{"alpha": 0.5, "sa": 45, "ra": 28.5}]
-    assert "55.0 (50.0 to 60.0)" in study.table(summary) and "F_R of jtdmoe" in study.table(summary)
+    assert "55.0 (50.0 to 60.0)" in study_tables.table(summary) and "F_R of jtdmoe" in study_tables.table(summary)
 
 
 def test_scale_keeps_to_the_images_that_there_are():
@@ -224,9 +225,9 @@ def test_readme_shows_the_tables_of_the_results():
     readme = (BENCHMARKS / "README.md").read_text()
     for path in (BENCHMARKS / "results").glob("study_*.json"):
         results = json.loads(path.read_text())
-        assert results["arms"] == study.summarise(results["runs"], results["study"])
+        assert results["arms"] == study_tables.summarise(results["runs"], results["study"])
         begin, end = f"<!-- {path.stem}: begin, made by --render -->", f"<!-- {path.stem}: end -->"
-        assert f"{begin}\n\n{study.render_table(results)}\n\n{end}" in readme
+        assert f"{begin}\n\n{study_tables.render_table(results)}\n\n{end}" in readme
         assert not [text for text in ("/work", "/tmp", "/home") if text in path.read_text()]
 
 

@@ -79,12 +79,9 @@ def main() -> None:
         model = AutoModelForImageClassification.from_pretrained(args.model, **options).to(accelerator.device)
         check_request(args, model)
         data = load_data(args, model)
+        check_controls(controls, data.name, args.num_images or len(data.test))
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
         earlier = read_earlier(Path(args.model, "results.json"))
-        expected = args.num_images or len(data.test)
-        for name, control in controls.items():
-            if (control.dataset["name"], control.dataset["num_images"]) != (data.name, expected):
-                raise ValueError(f"controls={name!r} was measured on other images than {expected} of {data.name}.")
         report = evaluate(args, model, data, accelerator)
         report.controls = {name: control.metrics for name, control in controls.items()}
         report.model |= {"calibration": calibration} if calibration else {}
@@ -136,6 +133,13 @@ def read_controls(args: Namespace) -> dict[str, RobustnessReport]:
         if threat != {"eps": args.eps, "norm": args.norm}:
             raise ValueError(f"controls={name!r} was attacked with {threat}, not eps={args.eps:g}, norm={args.norm}.")
     return reports
+
+
+def check_controls(controls: dict[str, RobustnessReport], dataset: str, num_images: int) -> None:
+    """Raise a ValueError where a control was measured on another dataset or number of images."""
+    for name, control in controls.items():
+        if (control.dataset["name"], control.dataset["num_images"]) != (dataset, num_images):
+            raise ValueError(f"controls={name!r} was measured on other images than {num_images} of {dataset}.")
 
 
 def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from readme_tables import HERE, RESULTS, markdown_table, replace_section
-from study import mean_sweep, summarise
+from study_tables import mean_sweep, summarise
 
 README = HERE.parents[1] / "README.md"
 PICTURE = "dials.png"
