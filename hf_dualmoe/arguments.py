@@ -88,7 +88,11 @@ class ModelArguments:
     router_aux_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the load-balancing loss, >= 0."})
     pretrained: bool = field(default=False, metadata={"help": "Start every expert from timm's pretrained weights."})
     init_experts_from: str | None = field(
-        default=None, metadata={"help": "Start every expert from a one-expert model: folder or Hub id ('upcycling')."}
+        default=None,
+        metadata={
+            "help": "Start every expert from a one-expert model ('upcycling'), or each mixture from a trained one of "
+            "the same shape: folder or Hub id."
+        },
     )
     mixing: str = field(
         default="probs",

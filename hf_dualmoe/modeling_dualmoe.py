@@ -830,6 +830,16 @@ def create_image_processor(image_size: int) -> CLIPImageProcessor:
 # --- mixture of experts ----------------------------------------------------------------------------------------------
 
 
+def check_same_parameters(own: dict[str, Tensor], given: dict[str, Tensor], target: str) -> None:
+    """Raise a ValueError unless weights have the names and shapes of those that they are to replace."""
+    wrong = set(own) ^ set(given) | {name for name in set(own) & set(given) if own[name].shape != given[name].shape}
+    if wrong:
+        raise ValueError(
+            f"The source does not fit {target}: {len(wrong)} parameters are missing, unexpected or of another shape, "
+            f"such as {', '.join(sorted(wrong)[:5])}."
+        )
+
+
 class MoEForImageClassification(RobustPreTrainedModel):
     """E image classifiers behind a router that sends each image to its k best experts (paper, Section 3).
 
@@ -890,17 +900,19 @@ class MoEForImageClassification(RobustPreTrainedModel):
         init_experts_from: "str | os.PathLike | nn.Module | None" = None,
         **timm_kwargs,
     ) -> "MoEForImageClassification":
-        """Build a mixture whose trunk and experts all start from one network.
+        """Build a mixture that starts from trained weights: of one network for trunk and experts, or of a mixture.
 
         Args:
             config: Configuration of the mixture.
             pretrained: Start from timm's pretrained weights of `config.backbone`.
-            init_experts_from: Start from a trained single network ("upcycling"): a timm module of the same
-                architecture, a `MoEForImageClassification` with one expert, or the folder or Hub id of one.
+            init_experts_from: Start every expert from a trained single network ("upcycling"): a timm module of the
+                same architecture, or a `MoEForImageClassification` with one expert; or start from a mixture of the
+                same shape, whose router is taken over, too. A model, or the folder or Hub id of one.
             timm_kwargs: Passed on to `timm.create_model` with `pretrained=True`.
 
         Raises:
-            ValueError: Both or neither source is given, or the source has other parameters than the backbone.
+            ValueError: Both or neither source is given, or the source has other parameters than the backbone, or, with
+                several experts, than the mixture.
         """
         if pretrained == (init_experts_from is not None):
             raise ValueError(
@@ -913,7 +925,13 @@ class MoEForImageClassification(RobustPreTrainedModel):
         source = init_experts_from
         if isinstance(source, (str, os.PathLike)):
             source = cls.from_pretrained(source)
-        model.load_backbone(source.backbone_state_dict() if isinstance(source, cls) else source.state_dict())
+        if isinstance(source, cls) and len(source.experts) > 1:
+            check_same_parameters(
+                model.state_dict(), source.state_dict(), f"a mixture with num_experts={config.num_experts}"
+            )
+            model.load_state_dict(source.state_dict())
+        else:
+            model.load_backbone(source.backbone_state_dict() if isinstance(source, cls) else source.state_dict())
         return model
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
@@ -935,13 +953,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
         """
         parts = self._backbone_parts()
         own = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
-        names = set(own) ^ set(state_dict)
-        wrong = sorted(names | {n for n in set(own) & set(state_dict) if own[n].shape != state_dict[n].shape})
-        if wrong:
-            raise ValueError(
-                f"The source does not fit backbone={self.config.backbone!r}: {len(wrong)} parameters are missing, "
-                f"unexpected or of another shape, such as {', '.join(wrong[:5])}."
-            )
+        check_same_parameters(own, state_dict, f"backbone={self.config.backbone!r}")
         for part in parts:
             part.load_state_dict(state_dict, strict=False)  # a part reads its own names only; all were checked above
 

@@ -189,6 +189,17 @@ def test_upcycling_starts_every_expert_from_one_network(
     assert len(set(pointers)) == len(pointers)
 
 
+@pytest.mark.parametrize("arch", ["resnet", "vit"])
+def test_a_mixture_goes_on_from_one_of_the_same_shape(arch, make_moe, images, tmp_path):
+    source = make_moe(arch, shared_stages=1, router="pooled")
+    source.save_pretrained(tmp_path)
+    model = MoEForImageClassification.from_backbone(source.config, init_experts_from=str(tmp_path)).eval()
+    assert_same_tensors(source, model)
+    torch.testing.assert_close(model(images).logits, source(images).logits)
+    copy = MoEForImageClassification.from_backbone(source.config, init_experts_from=source)
+    assert not {p.data_ptr() for p in copy.parameters()} & {p.data_ptr() for p in source.parameters()}
+
+
 @pytest.mark.parametrize(
     ("arch", "fields"),
     [("resnet", {}), ("resnet", {"shared_stages": 4}), ("vit", {"shared_stages": 1}), ("vit", {"shared_stages": 3})],
@@ -220,10 +231,19 @@ def test_pretrained_weights_of_timm_fill_every_expert(backbone, tmp_path):
         ({}, {"pretrained": True, "init_experts_from": "somewhere"}, "exactly one source"),
         ({}, {"init_experts_from": nn.Linear(3, 2)}, "does not fit backbone='resnet18'.*such as"),
         ({"width": 0.125, "num_labels": 5}, {"init_experts_from": "single"}, "of another shape"),
-        ({}, {"init_experts_from": "double"}, "num_experts=2"),
+        ({}, {"init_experts_from": "double"}, "does not fit a mixture with num_experts=4: .* such as experts.2"),
+        ({"num_experts": 2, "router": "conv"}, {"init_experts_from": "double"}, "does not fit a mixture.*router"),
         ({}, {"pretrained": True}, "pretrained weights have full width"),
     ],
-    ids=["no-source", "two-sources", "other-network", "other-shape", "several-experts", "narrow-pretrained"],
+    ids=[
+        "no-source",
+        "two-sources",
+        "other-network",
+        "other-shape",
+        "other-number",
+        "other-router",
+        "narrow-pretrained",
+    ],
 )
 def test_unfit_source_of_weights_is_refused(config_fields, kwargs, expected, make_moe, tiny_config):
     models = {"single": lambda: make_moe(num_experts=1), "double": lambda: make_moe(num_experts=2)}
