@@ -212,7 +212,8 @@ def test_every_lever_trains_and_logs_its_term(name, method, make_moe, trainer_of
         ({"passes": 0}, "passes=0 must be > 0"),
         ({"passes": 1, "same_steps_as": "single"}, "does not go with passes"),
         ({"init_from": "nothing"}, "init_from='nothing' is not an arm"),
-        ({"init_from": "moe"}, "init_from='moe' must be an arm with num_experts: 1"),
+        ({"init_from": "moe", "settings": {"shared_stages": 1}}, "init_from='moe' must be one network .* same shape"),
+        ({"init_from": "moe", "settings": {"router_top_k": 4}}, "init_from='moe' costs 1 of 1 passes"),
         ({"init_from": "single"}, "init_from='single' costs 1 of 1 passes"),
         ({"init_from": "mine", "passes": 3}, "mine -> mine is a circle"),
         ({"same_steps_as": "partner"}, "partner -> mine -> partner is a circle"),
@@ -263,6 +264,20 @@ def test_an_upcycled_arm_pays_for_the_model_that_it_starts_from(tiny_run):
         assert totals[arm][1] == pytest.approx(passes, abs=0.51 * own / totals[arm][0]), arm
     assert run.passes_before("up") == totals["half"][1] and run.passes_before("scratch") == 0
     assert totals["up"][0] == pytest.approx(totals["scratch"][0] / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("standard", "robust", "passes"), [("up", "half", 24), ("up", "longer", 52), ("scratch", "half", 36)]
+)
+def test_a_joined_arm_pays_once_for_the_model_that_both_started_from(standard, robust, passes, tiny_run):
+    run = tiny_run({"pair": {"standard": standard, "robust": robust}, **UPCYCLED}, passes=40)
+    trained = {"up": (24, 12), "longer": (40, 12), "half": (12, None), "scratch": (24, None)}
+    for arm, (total, before) in trained.items():
+        training = {"passes": total} | ({"passes_from": before} if before else {})
+        folder = run.model_of(arm).parent
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps({"training": training}))
+    assert run.joined_passes() == passes
 
 
 def test_models_that_others_need_come_first(tiny):

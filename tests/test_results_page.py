@@ -121,6 +121,13 @@ def test_confirmed_numbers_take_the_place_of_the_first(results_page):
     assert runs[0]["sa"] == 50
 
 
+def test_extra_arms_are_kept_apart(results_page):
+    results = kept(single=[(1, 1)], rare=[(2, 2)], dual=[(3, 3)])
+    results["study"] = {"arms": {"dual": {}, "rare": {"extra": True}, "single": {"extra": False}, "never_run": {}}}
+    usual, extra = results_page.by_extra(results)
+    assert (list(usual), list(extra)) == (["single", "dual"], ["rare"])
+
+
 def test_readme_shows_the_page_of_the_kept_results(results_page, monkeypatch):
     monkeypatch.setattr(results_page, "draw", lambda *_: None)
     assert results_page.page() in results_page.README.read_text()

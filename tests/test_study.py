@@ -54,6 +54,7 @@ def budget(tiny, tmp_path):
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_reads_and_plans(path):
     content = study.read_study(path)
+    study.plan(content, study.usual_arms(content), content["seeds"])  # they need no extra arm
     runs = study.plan(content, list(content["arms"]), content["seeds"])
     assert len({run.name for run in runs}) == len(runs) == len(content["arms"]) * len(content["seeds"])
     places = {run.name: i for i, run in enumerate(runs)}
@@ -67,6 +68,7 @@ def test_every_study_reads_and_plans(path):
         ({"arms": {"a": {"setings": {}}}}, "setings"),
         ({"arms": {"a": {"same_steps_as": "b"}}}, "same_steps_as='b'"),
         ({"arms": {"a": {"standard": "a"}}}, "standard and robust go together"),
+        ({"arms": {"a": {"extra": "yes"}}}, "extra='yes' must be true or false"),
     ],
 )
 def test_a_wrong_study_is_refused_by_name(tiny, changes, named):
@@ -144,7 +146,8 @@ def test_a_definition_is_all_that_a_result_depends_on(tiny):
         return {arm for arm in content["arms"] if study.definition({**content, **more}, arm) != before[arm]}
 
     arms = content["arms"]
-    assert changed(seeds=[7], arms={**arms, "new": {}, "single": {**arms["single"], "about": "other words"}}) == set()
+    told = {**arms["single"], "about": "other words", "extra": True}
+    assert changed(seeds=[7], arms={**arms, "new": {}, "single": told}) == set()
     assert changed(passes=7) == set(arms)
     other = {**arms, "rt_er": {"settings": {"method": "rt_er"}}}
     assert {"rt_er", "standard", "separate_dual"} <= changed(arms=other) and "single" not in changed(arms=other)

@@ -312,6 +312,13 @@ def sweep_text(results: dict[str, Any], arm: str) -> str:
     return f"; its dial was chosen under {' and '.join(weakest)} alone" if weakest and len(weakest) == 1 else ""
 
 
+def by_extra(results: dict[str, Any]) -> tuple[Arms, Arms]:
+    """The arms that a study runs always, and those that only `--arms` runs."""
+    extra = {arm for arm, entry in results["study"]["arms"].items() if entry.get("extra")}
+    arms = results["arms"]
+    return {n: arms[n] for n in arms if n not in extra}, {n: arms[n] for n in arms if n in extra}
+
+
 def study_section(name: str, results: dict[str, Any]) -> list[str]:
     """What one study found: all arms, differences, aims, and what is left of it on images not used before."""
     seeds = max(len(arm["seeds"]) for arm in results["arms"].values())
@@ -319,15 +326,16 @@ def study_section(name: str, results: dict[str, Any]) -> list[str]:
     limit = trained.get("max_train_samples")
     about = {arm: f"{entry['about']}{sweep_text(results, arm)}" for arm, entry in results["arms"].items()}
     names = "\n".join(f"- `{arm}`: {text}." for arm, text in about.items())
+    usual, extra = by_extra(results)
     lines = [
         f"### {TITLES[name]}" + (f", {limit:,} training images" if limit else ""),
         f"Each method trains for what {results['study']['passes']} passes of one backbone over the training "
         'images cost, attack included, unless "passes" says otherwise: a dual model has two models to train. '
         f"{images:,} test images; seeds per method in the table, {seeds} at most (mean, range in brackets).",
-        main_table(results["arms"]),
+        main_table(usual),
+        *([folded("More arms, of which some have fewer seeds", main_table(extra))] if extra else []),
         folded("What the names mean", names),
-        "In points, mean and range over the seeds:",
-        "\n".join(findings(results)),
+        folded("Differences in points, mean and range over the seeds", "\n".join(findings(results))),
         markdown_table(["aim", "found", "met"], [*targets(results), *targets_of_curves(results)]),
     ]
     if again := confirmed(results):

@@ -10,10 +10,11 @@ python training/benchmarks/study.py --study digits --render                 # ke
 A study is a YAML file: settings of `training/run.py` that all arms share, the arms with what they change, the seeds,
 and a budget. The budget counts forward+backward passes of one plain backbone per training image, those of the attack
 included; an arm whose steps need more arithmetic gets fewer of them. An arm may change `settings`, have a budget of
-its own (`passes`), a `lever` of levers.py, or start its experts from the one network of another arm (`init_from`),
-whose passes then count as its own. Each run is a process of its own with a log. A run whose run.json is there is not
-repeated, and one that was stopped goes on from its checkpoint. `results.json` has all runs and their mean and range
-per arm; it is written after each run.
+its own (`passes`), a `lever` of levers.py, or start from the model of another arm (`init_from`), one network or a
+mixture of the same shape, whose passes then count as its own. Arms marked `extra` run only where `--arms` names them.
+Each run is a process of its own with a log. A run whose run.json is there is not repeated, and one that was stopped
+goes on from its checkpoint. `results.json` has all runs and their mean and range per arm; it is written after each
+run.
 
 Who changes arms after a look at the results fits them to the test images. `--confirm` judges the models of finished
 runs once more, at the alphas chosen before, on test images that no seed has drawn.
@@ -44,7 +45,9 @@ OPTIONAL_KEYS = {"reference", "most"}  # an arm that the tables show the differe
 LIMITS = ("max_train_samples", "max_validation_samples", "max_test_samples")
 PARTS = ("standard", "robust", "init_from")  # of an arm: other arms whose trained models it needs
 REFERENCES = ("same_steps_as", "match_parameters", *PARTS)
-ARM_KEYS = {"about", "settings", "passes", "lever", "lever_args", *REFERENCES}
+NOTES = {"about", "extra"}  # keys of an arm that its result does not depend on
+ARM_KEYS = {*NOTES, "settings", "passes", "lever", "lever_args", *REFERENCES}
+SHAPE = ("backbone", "stem", "width", "num_experts", "shared_stages", "router")  # settings that weights depend on
 POLL = 0.5  # seconds between two looks at a running process
 
 
@@ -97,8 +100,10 @@ def check_arm(study: dict[str, Any], name: str) -> None:
             raise ValueError(f"{key}={arm[key]!r} is not an arm.")
     if ("standard" in arm) != ("robust" in arm):
         raise ValueError("standard and robust go together.")
-    if "standard" in arm and (wrong := sorted(set(arm) - {"about", "standard", "robust"})):
+    if "standard" in arm and (wrong := sorted(set(arm) - NOTES - {"standard", "robust"})):
         raise ValueError(f"it joins trained models, so that {', '.join(wrong)} have no meaning.")
+    if not isinstance(arm.get("extra", False), bool):
+        raise ValueError(f"extra={arm['extra']!r} must be true or false.")
     if "lever_args" in arm and "lever" not in arm:
         raise ValueError("lever_args needs a lever.")
     if "lever" in arm:
@@ -117,7 +122,7 @@ def check_no_circle(arms: dict[str, Any], name: str, above: tuple[str, ...] = ()
 
 
 def check_budget(study: dict[str, Any], name: str) -> None:
-    """Raise a ValueError unless an arm has one budget, and its init_from is one network that leaves some of it."""
+    """Raise a ValueError unless an arm has one budget, and its init_from is a fitting model that leaves some of it."""
     arm = study["arms"][name]
     if "same_steps_as" in arm and ("passes" in arm or "init_from" in arm):
         raise ValueError("same_steps_as sets the steps; it does not go with passes or init_from.")
@@ -128,8 +133,10 @@ def check_budget(study: dict[str, Any], name: str) -> None:
     source = arm["init_from"]
     entry = study["arms"][source]
     settings = {**study["settings"], **entry.get("settings", {})}
-    if "standard" in entry or settings.get("method") == "jtdmoe" or settings.get("num_experts") != 1:
-        raise ValueError(f"init_from={source!r} must be an arm with num_experts: 1.")
+    own = {**study["settings"], **arm.get("settings", {})}
+    fits = settings.get("num_experts") == 1 or all(own.get(name) == settings.get(name) for name in SHAPE)
+    if "standard" in entry or settings.get("method") == "jtdmoe" or not fits:
+        raise ValueError(f"init_from={source!r} must be one network (num_experts: 1), or a mixture of the same shape.")
     passes, before = (study["arms"][each].get("passes", study["passes"]) for each in (name, source))
     if not before < passes:
         raise ValueError(f"init_from={source!r} costs {before} of {passes} passes: give it fewer passes of its own.")
@@ -155,6 +162,11 @@ def plan(study: dict[str, Any], arms: list[str], seeds: list[int]) -> list[Run]:
     return sorted(runs, key=lambda run: (run.seed, depth(study, run.arm)))  # else a run could wait for one after it
 
 
+def usual_arms(study: dict[str, Any]) -> list[str]:
+    """The arms that run where none are named."""
+    return [name for name, arm in study["arms"].items() if not arm.get("extra")]
+
+
 def parts_of(study: dict[str, Any], arm: str) -> list[str]:
     """Arms whose trained models an arm needs."""
     return [study["arms"][arm][key] for key in PARTS if key in study["arms"][arm]]
@@ -169,7 +181,7 @@ def definition(study: dict[str, Any], arm: str) -> dict[str, Any] | None:
     """All that the result of an arm depends on, that of the arms it refers to included; None if it is not there."""
     if arm not in study["arms"]:
         return None
-    entry = {key: value for key, value in study["arms"][arm].items() if key != "about"}
+    entry = {key: value for key, value in study["arms"][arm].items() if key not in NOTES}
     shared = {key: study[key] for key in ("dataset_name", "passes", "settings", "evaluation")}
     return {**shared, "arm": entry, "others": [definition(study, entry[key]) for key in REFERENCES if key in entry]}
 
@@ -290,7 +302,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="digits", help="a study by name (studies/*.yaml) or a YAML file")
     parser.add_argument("--dataset_name", help="instead of the study's, such as a local folder of the same dataset")
-    parser.add_argument("--arms", nargs="+", help="default: all of the study")
+    parser.add_argument("--arms", nargs="+", help="default: all of the study that are not extra")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the study")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of images")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -312,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
         study = read_study(path)
         study["dataset_name"] = args.dataset_name or study["dataset_name"]
         study = scaled(study, args.scale)
-        runs = plan(study, args.arms or list(study["arms"]), args.seeds or study["seeds"])
+        runs = plan(study, args.arms or usual_arms(study), args.seeds or study["seeds"])
         output_dir = args.output_dir or Path("outputs") / f"study-{path.stem}"
         if args.render:
             keep(path.stem, json.loads((output_dir / "results.json").read_text()))

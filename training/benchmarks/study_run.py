@@ -184,10 +184,22 @@ class StudyRun:
             for name in ("standard", "robust")
         }
         DualMoEForImageClassification.from_models(**parts, alpha=0.75).save_pretrained(self.folder / "model")
-        trained = [
-            json.loads((self.model_of(self.entry[n]).parent / "run.json").read_text()) for n in ("standard", "robust")
-        ]
-        return {"method": "joined", "steps": 0, "passes": sum(t["training"]["passes"] for t in trained)}
+        return {"method": "joined", "steps": 0, "passes": self.joined_passes()}
+
+    def joined_passes(self) -> float:
+        """Passes of the two models that this arm joins; those of a model that both started from count once."""
+        arms = {arm for name in ("standard", "robust") for arm in self.lineage(self.entry[name])}
+        return round(sum(self.own_passes(arm) for arm in arms), 2)
+
+    def lineage(self, arm: str) -> list[str]:
+        """An arm, the one that it starts from, and so on."""
+        source = self.study["arms"][arm].get("init_from")
+        return [arm, *(self.lineage(source) if source else [])]
+
+    def own_passes(self, arm: str) -> float:
+        """Passes of a finished run of another arm, without those of the model that it started from."""
+        training = json.loads((self.model_of(arm).parent / "run.json").read_text())["training"]
+        return training["passes"] - training.get("passes_from", 0)
 
     def evaluate(self) -> dict[str, Any]:
         """Clean accuracy, PGD and the adaptive union on the test images; the dial is chosen on held-out images."""
