@@ -17,7 +17,8 @@ from hf_dualmoe.data import DataSplits, ImageTensorDataset
 
 TRAINING = Path(__file__).parents[1] / "training"
 BENCHMARKS = TRAINING / "benchmarks"
-ROBUST_DEFAULTS = ("cifar10_resnet18", "tinyimagenet_vit_small", "tinyimagenet_vit_small_64px")
+DUAL_CIFAR10 = ("cifar10_resnet18", "cifar10_resnet18_warm")
+ROBUST_DEFAULTS = (*DUAL_CIFAR10, "tinyimagenet_vit_small", "tinyimagenet_vit_small_64px")
 
 sys.path.insert(0, str(BENCHMARKS))
 spec = importlib.util.spec_from_file_location("smoke_recipes", BENCHMARKS / "smoke_recipes.py")
@@ -41,7 +42,7 @@ def data_of(recipe: str) -> DataSplits:
 @cache
 def build(recipe: str) -> MoEForImageClassification | DualMoEForImageClassification:
     """The recipe's model at full size, without memory for its weights."""
-    _, model_args, args, _ = smoke_recipes.parse_recipe(recipe, pretrained=False)
+    _, model_args, args, _ = smoke_recipes.parse_recipe(recipe, **smoke_recipes.FROM_SCRATCH)
     data = data_of(recipe)
     with torch.device("meta"):
         return smoke_recipes.training.create_model(model_args, args, data)
@@ -98,6 +99,25 @@ def test_the_control_differs_in_the_model_alone_and_costs_the_same():
     assert robust["answer"] == pytest.approx(single["answer"], rel=0.05)
     spent = [counts["train"] * r["num_train_epochs"] for counts, r in zip((robust, single), recipes, strict=True)]
     assert spent[0] == pytest.approx(spent[1], rel=0.02)
+
+
+def test_the_warm_start_fits_and_shares_out_the_same_arithmetic():
+    """Its first command's network fills trunk and experts, and both commands cost what the cold recipe costs."""
+    lines = (TRAINING / "recipes" / "cifar10_resnet18_warm.yaml").read_text().splitlines()
+    first = lines[0].split("run.py ")[1].split()
+    options = dict(zip(first[::2], first[1::2], strict=True))
+    source, epochs = options["--recipe"], int(options["--num_train_epochs"])
+    recipes = {name: smoke_recipes.parse_recipe(name) for name in (*DUAL_CIFAR10, source)}
+    assert recipes["cifar10_resnet18_warm"][1].init_experts_from == f"{recipes[source][2].output_dir}/model"
+    warm, single = build("cifar10_resnet18_warm"), build(source)
+    for moe in (warm.standard, warm.robust):
+        moe.load_backbone(single.backbone_state_dict())
+
+    data = data_of("cifar10_resnet18")
+    cost = {name: smoke_recipes.count_flops(name, data)["train"] for name in recipes}
+    cold = cost["cifar10_resnet18"] * recipes["cifar10_resnet18"][2].num_train_epochs
+    both = epochs * cost[source], cost["cifar10_resnet18_warm"] * recipes["cifar10_resnet18_warm"][2].num_train_epochs
+    assert sum(both) == pytest.approx(cold, rel=0.03) and both[0] == pytest.approx(0.4 * cold, rel=0.05)
 
 
 @pytest.mark.parametrize("recipe", ["tinyimagenet_vit_small", "tinyimagenet_vit_small_64px"])

@@ -96,6 +96,14 @@ def test_run_upcycles_a_single_network(run, tmp_path):
         assert torch.equal(expert.fc.weight, one.experts[0].fc.weight)
 
 
+def test_run_refuses_weights_that_are_not_there(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        run(*QUICK, "--output_dir", tmp_path / "out", "--init_experts_from", "outputs/nowhere/model")
+    assert refused.value.code == 2
+    assert "init_experts_from='outputs/nowhere/model': expected a folder with a model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("floor", "chosen"), [([], True), (["--min_ra", "99.9"], False)], ids=["best", "unreachable"])
 def test_run_turns_the_dial_on_request(run, tmp_path, capsys, floor, chosen):
     run(*QUICK, "--output_dir", tmp_path, "--num_train_epochs", 1, "--choose_alpha", *floor)

@@ -238,6 +238,7 @@ def test_readme_shows_the_tables_of_the_results():
 def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, capfd):
     arms = yaml.safe_load(tiny().read_text())["arms"]
     kept = {name: arms[name] for name in ("standard", "rt_er", "separate_clean", "jtdmoe")}
+    kept["warm"] = {"settings": arms["jtdmoe"]["settings"], "init_from": "rt_er", "passes": 3}
     kept["broken"] = {"settings": {"backbone": "no_such_network"}}
     path, folder = tiny(arms=kept), tmp_path / "out"
     command = ["--study", str(path), "--seeds", "0", "--output_dir", str(folder), "--threads", "1", "--jobs", "2"]
@@ -264,7 +265,9 @@ def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, ca
 
     tiny(arms=kept, passes=2)
     assert study.main(command) == 2
-    assert "runs of broken, jtdmoe, rt_er, separate_clean, standard with other settings" in capfd.readouterr().err
+    assert (
+        "runs of broken, jtdmoe, rt_er, separate_clean, standard, warm with other settings" in capfd.readouterr().err
+    )
 
     card = tmp_path / "card"
     study_card.main([str(runs / "jtdmoe-seed0"), str(card), "--controls", "rt_er"])
@@ -274,6 +277,9 @@ def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, ca
     assert model.config.alpha == report.alpha_choice["alpha"] == run["alpha"]
     assert report.metrics["sa"] == run["sa"] and report.controls["F_R alone"]["sa"] == run["robust"]["sa"]
     assert report.training["steps"] == run["training"]["steps"] and "rt_er" in (card / "README.md").read_text()
+    study_card.main([str(runs / "warm-seed0"), str(tmp_path / "warm"), "--controls", "jtdmoe"])
+    warm = RobustnessReport.load(tmp_path / "warm" / "results.json").training
+    assert warm["init_from"] == "rt_er" and warm["passes"] > warm["passes_from"] == results["arms"]["rt_er"]["passes"]
     with pytest.raises(SystemExit):
         study_card.main([str(runs / "separate_clean-seed0"), str(card)])
     assert "settings.json is missing" in capfd.readouterr().err

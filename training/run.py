@@ -173,15 +173,23 @@ def load_data(data_args: DataArguments, model_args: ModelArguments, seed: int) -
 def create_model(
     model_args: ModelArguments, args: RobustTrainingArguments, data: DataSplits
 ) -> DualMoEForImageClassification | MoEForImageClassification:
-    """A dual model for JTDMoE, a single mixture for the other methods, from scratch or from given weights."""
+    """A dual model for JTDMoE, a single mixture for the other methods, from scratch or from given weights.
+
+    Raises:
+        ValueError: The weights to start from are not there, cannot be reached, or do not fit.
+    """
 
     def create_moe() -> MoEForImageClassification:
-        config, source = model_args.moe_config(data), model_args.init_experts_from
-        if model_args.pretrained or source:
-            return MoEForImageClassification.from_backbone(
-                config, pretrained=model_args.pretrained, init_experts_from=source
-            )
-        return MoEForImageClassification(config)
+        config, sources = model_args.moe_config(data), {"pretrained": True} if model_args.pretrained else {}
+        if model_args.init_experts_from:
+            sources["init_experts_from"] = model_args.init_experts_from
+        if not sources:
+            return MoEForImageClassification(config)
+        try:
+            return MoEForImageClassification.from_backbone(config, **sources)
+        except OSError as error:
+            given = ", ".join(f"{name}={value!r}" for name, value in sources.items())
+            raise ValueError(f"{given}: expected a folder with a model, or one on the Hub. {error}") from error
 
     if args.method != "jtdmoe":
         return create_moe()

@@ -42,6 +42,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 FULL_SCALE = (
     "paper",
     "cifar10_resnet18",
+    "cifar10_resnet18_warm",
     "cifar10_resnet18_single",
     "tinyimagenet_vit_small",
     "tinyimagenet_vit_small_64px",
@@ -50,6 +51,7 @@ TRAIN_IMAGES = {"uoft-cs/cifar10": 50_000, "zh-plus/tiny-imagenet": 100_000}  # 
 PEAKS = {"H100": 989, "A100": 312, "RTX 4090": 165}  # dense bf16 TFLOP/s with fp32 accumulation, makers' data sheets
 SHARES = (0.05, 0.15)  # of the peak: what eager training of small networks is assumed to reach
 FEW = {"max_train_samples": 1000, "max_validation_samples": 8, "max_test_samples": 8}
+FROM_SCRATCH = {"pretrained": False, "init_experts_from": ""}  # whatever the recipe starts from
 TIME_LINE = "# Time: "
 
 
@@ -82,7 +84,7 @@ def count_flops(recipe: str, data: DataSplits, **overrides: Any) -> dict[str, fl
         overrides: Settings to change.
     """
     # float32 and attention in its plain form: torch's formulas know neither CPU kernel of autocast attention
-    _, model_args, args, _ = parse_recipe(recipe, **{"pretrained": False, "bf16": False, **overrides})
+    _, model_args, args, _ = parse_recipe(recipe, **{**FROM_SCRATCH, "bf16": False, **overrides})
     set_seed(args.seed)
     model = training.create_model(model_args, args, data)
     trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
@@ -162,6 +164,8 @@ def smoke_settings(recipe: str, steps: int, batch_size: int, pretrained: bool) -
     }
     if model_args.pretrained and not pretrained:
         settings["pretrained"] = False
+    if model_args.init_experts_from:
+        settings["init_experts_from"] = FROM_SCRATCH["init_experts_from"]
     return settings
 
 

@@ -52,7 +52,7 @@ def describe(run: Path, controls: list[str]) -> RobustnessReport:
         "method": trained["method"],
         "num_images": result["images"]["train"],
         "selected_on": "nothing: the weights are those of the last step",
-        **{name: trained[name] for name in ("steps", "passes")},
+        **{name: trained[name] for name in ("steps", "passes", "init_from", "passes_from") if name in trained},
         **{name: settings["training"][name] for name in OF_TRAINING if name in settings["training"]},
     }
     if "sweep" in result:
