@@ -347,10 +347,14 @@ def choice_text(report: RobustnessReport) -> str:
     choice = report.alpha_choice
     if not choice:
         return ""
-    return (
+    text = (
         f"Recommended is alpha = {choice['alpha']:g}: {choice['rule']}, chosen on {choice['chosen_on']} "
         f"(there SA {choice['sa']:.2f} %, RA {choice['ra']:.2f} %)."
     )
+    measured = report.model.get("alpha")
+    if measured is not None and measured != choice["alpha"]:
+        text += f" Numbers on this page that name no alpha are at {measured:g}."
+    return text
 
 
 def routing_text(metrics: dict[str, Any]) -> str:
@@ -385,14 +389,14 @@ def controls_table(report: RobustnessReport) -> str:
 
 
 def checks_text(report: RobustnessReport) -> str:
-    """How many sanity checks passed."""
+    """How many sanity checks passed, and whether those against weak attacks were among them."""
     if not report.sanity:
         return "No sanity checks were run with this evaluation."
     passed = sum(bool(check["passed"]) for check in report.sanity.values())
-    return (
-        f"The evaluation checks itself, for gradients that hide and for attacks that are too weak: {passed} of "
-        f"{count_text(len(report.sanity), 'check')} passed."
-    )
+    counted = f"{passed} of {count_text(len(report.sanity), 'check')} passed."
+    if set(report.sanity) == {"worst_case"}:
+        return f"Gradients that hide and attacks that are too weak were not looked for: {counted}"
+    return f"The evaluation checks itself, for gradients that hide and for attacks that are too weak: {counted}"
 
 
 def training_text(report: RobustnessReport | None) -> dict[str, Any]:

@@ -44,7 +44,21 @@ DUALS = {  # arm: its name in the table of aims
     "separate_dual": "A pair with F_S at eps / 2",
     "separate_heads": "Such a pair of heads and one network",
     "separate_single": "Such a pair of two single networks",
+    "separate_warm": "Such a pair of two single networks, F_S started from F_R,",
+    "jtdmoe_heads_warm": "JTDMoE with F_S at eps / 2, both started from one network,",
 }
+SUMMARY = (  # what the README's first table compares: title, arm, other arm (None: the F_R of the arm itself)
+    ("The dial: JTDMoE at its alpha against its F_R", "jtdmoe", None),
+    ("The dial of a pair without any mixture against its F_R", "separate_single", None),
+    ("JTDMoE against one network, trained as long in all", "jtdmoe", "single_long"),
+    ("JTDMoE with a warm start against one network, trained as long in all", "jtdmoe_heads_warm", "single_long"),
+    ("A warm pair without any mixture against one network, trained as long in all", "separate_warm", "single_long"),
+    ("RT-ER, thin experts, against one network of equal cost", "rt_er", "single"),
+    ("RT-ER, four heads on one trunk, against one network of equal cost", "rt_er_heads", "single"),
+    ("Mixing all (thin) experts against hard routing", "rt_er", "rt_er_hard"),
+    ("The second-expert term of RT-ER against none, hard routing", "rt_er_hard", "moe_at"),
+    ("The paper's form of RT-ER against one network of equal cost", "rt_er_paper", "single"),
+)
 CURVES = (  # whose dial should lie above whose
     ("jtdmoe_clean", "separate_clean", "Dial of the paper's JTDMoE above that of its pair trained apart"),
     ("jtdmoe", "separate_clean", "Dial of JTDMoE with F_S at eps / 2 above that of the paper's pair"),
@@ -129,6 +143,22 @@ def leads_of_curves(results: dict[str, Any], arm: str, other: str) -> list[float
     return [lead for lead in leads if lead is not None]
 
 
+def in_short(results: dict[str, Any], arm: str, other: str | None) -> str:
+    """Mean differences of an arm to another, or of a dual model to its F_R, and how many seeds they are of."""
+    values = gains(results, arm) if other is None else [differences(results, arm, other, key) for key in MEASURES]
+    if not values[0]:
+        return NOT_MEASURED
+    count = "1 seed" if len(values[0]) == 1 else f"{len(values[0])} seeds"
+    changes = (f"{title} {mean(found):+.1f}" for title, found in zip(MEASURES.values(), values, strict=True))
+    return f"{', '.join(changes)} ({count})"
+
+
+def gains(results: dict[str, Any], arm: str) -> list[list[float]]:
+    """By how many points a dual model lies above its own F_R: for each of MEASURES, and for each seed."""
+    runs = [run for run in results["runs"] if run["arm"] == arm]
+    return [[run[key] - run["robust"][key] for run in runs] for key in MEASURES]
+
+
 # --- parts of the page -----------------------------------------------------------------------------------------------
 
 
@@ -152,9 +182,9 @@ def main_table(arms: Arms) -> str:
 
 
 def verdict(met: list[bool], on_average: bool) -> str:
-    """Whether an aim was reached: in the mean, which counts, and by how many of the seeds."""
-    seeds = f"{sum(met)} of {len(met)} seeds"
-    return f"yes ({seeds})" if on_average else f"**no** ({seeds})"
+    """Whether an aim was reached in the mean, and by how many of the seeds."""
+    answer = "**no**" if not on_average else "in the mean only" if 2 * sum(met) < len(met) else "yes"
+    return f"{answer} ({sum(met)} of {len(met)} seeds)"
 
 
 def targets(results: dict[str, Any]) -> list[list[str]]:
@@ -170,10 +200,11 @@ def targets(results: dict[str, Any]) -> list[list[str]]:
         else:
             rows.append([aim, NOT_MEASURED, "-"])
     for name, title in DUALS.items():
-        runs = [run for run in results["runs"] if run["arm"] == name]
-        gain, loss = ([run[key] - run["robust"][key] for run in runs] for key in MEASURES)
+        if name not in results["study"]["arms"]:
+            continue
+        gain, loss = gains(results, name)
         aim = f"{title} at its alpha against its F_R: SA +3 for at most 1.5 RA"
-        if runs:
+        if gain:
             met = [more >= 3 and less >= -1.5 for more, less in zip(gain, loss, strict=True)]
             found = f"SA {in_words(gain)}; RA {in_words(loss)}"
             rows.append([aim, found, verdict(met, mean(gain) >= 3 and mean(loss) >= -1.5)])
@@ -225,9 +256,21 @@ def findings(results: dict[str, Any]) -> list[str]:
         ("jtdmoe", "single", "JTDMoE against one network, at twice the cost of an answer"),
         ("jtdmoe", "single_long", "JTDMoE against one network trained longer"),
         ("jtdmoe", "single_long_milder", "JTDMoE against one network trained longer with 3/4 of eps"),
+        ("jtdmoe_heads_warm", "jtdmoe", "JTDMoE of heads, both models started from one network, against JTDMoE"),
+        ("jtdmoe_heads_warm", "single_long", "That JTDMoE against one network trained longer"),
+        ("separate_warm", "single_long", "The pair whose F_S started from F_R against one network trained longer"),
+        ("separate_warm", "single_long_milder", "That pair against one network trained longer with 3/4 of eps"),
         ("separate_heads", "single", "The pair of heads and one network against one network"),
-        ("separate_heads", "separate_single", "That pair against a pair of two single networks"),
-        ("separate_heads", "single_long_milder", "That pair against one network trained longer with 3/4 of eps"),
+        (
+            "separate_heads",
+            "separate_single",
+            "The pair of heads and one network against two single networks",
+        ),
+        (
+            "separate_heads",
+            "single_long_milder",
+            "The pair of heads and one network against one network trained longer with 3/4 of eps",
+        ),
         ("jtdmoe", "single_half_eps", "JTDMoE against one network trained with half of eps"),
     ]
     arms, lines = results["arms"], []
@@ -349,6 +392,14 @@ def study_section(name: str, results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def summary() -> str:
+    """What the studies found, in one table: CIFAR-10, the same on images not used before, digits."""
+    studies = {name: read(name) for name in TITLES}
+    columns = [studies["cifar10"], confirmed(studies["cifar10"]) or {"runs": []}, studies["digits"]]
+    rows = [[title, *(in_short(results, arm, other) for results in columns)] for title, arm, other in SUMMARY]
+    return markdown_table(["in points", "CIFAR-10", "CIFAR-10, fresh images", "digits"], rows)
+
+
 def page() -> str:
     """The whole section in Markdown."""
     studies = {name: read(name) for name in TITLES}
@@ -412,6 +463,7 @@ def environments() -> list[list[str]]:
 
 def main() -> int:
     try:
+        replace_section("summary", summary(), README)
         replace_section("results", page(), README)
         replace_section("reliability", reliability(), README)
     except (ValueError, FileNotFoundError) as error:
