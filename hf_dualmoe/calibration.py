@@ -132,7 +132,7 @@ def _grid(model: nn.Module, scales: Sequence, clamps: Sequence, powers: Sequence
     return [model.config.robust_logit_map, *maps]
 
 
-class _Component(nn.Module):
+class Component(nn.Module):
     """F_S or F_R of a dual model, with its normalisation and without its logit map: images -> logits (B, C)."""
 
     def __init__(self, model: nn.Module, name: str):
@@ -148,7 +148,7 @@ class _Mixture(nn.Module):
 
     def __init__(self, model: nn.Module, candidate: _Candidate):
         super().__init__()
-        self.standard, self.robust = _Component(model, "standard"), _Component(model, "robust")
+        self.standard, self.robust = Component(model, "standard"), Component(model, "robust")
         self.standard_map, self.candidate = model.config.standard_logit_map, candidate
 
     def forward(self, images: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class _Calibration:
     @torch.no_grad()
     def attack_robust(self) -> None:
         """Attack F_R alone and remember what the search needs."""
-        standard, robust = _Component(self.model, "standard"), _Component(self.model, "robust")
+        standard, robust = Component(self.model, "standard"), Component(self.model, "robust")
         attack = replace(self.attack, objective="margin", keep_best=True)
         rows = {"standard": [], "robust": [], "attacked": []}
         with frozen(self.model):

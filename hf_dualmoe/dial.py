@@ -60,7 +60,7 @@ class DialAttack(Attack):
 
     Args:
         eps: Radius in [0, 1] pixel units.
-        objective: "dlr", or "ce" below three classes: what APGD raises on the model itself.
+        objective: What APGD raises on the model itself: "dlr", or "margin" below three classes.
         norm: "linf" or "l2".
         steps: Gradient passes per image and member.
         seed: Of the random starts.
@@ -95,7 +95,7 @@ def dial_attack(num_classes: int, *, eps: float, norm: str = "linf", steps: int 
         eps: Radius in [0, 1] pixel units.
         norm, steps, seed: As in `DialAttack`.
     """
-    objective = "dlr" if num_classes >= MIN_CLASSES["dlr"] else "ce"
+    objective = "dlr" if num_classes >= MIN_CLASSES["dlr"] else "margin"
     return DialAttack(eps=eps, objective=objective, norm=norm, steps=steps, seed=seed)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .attacks import PGD
 from .autoattack import autoattack
+from .calibration import Component
 from .component_attacks import attack_experts, attack_router, has_experts, is_dual
 from .data import ImageTensorDataset
 from .dial import DialedModel, choose_alpha, dial_attack
@@ -97,7 +98,8 @@ class Evaluation(Measurer):
         """SA and RA of F_S and F_R alone."""
         for name in ("standard", "robust") if self.dual else ():
             part = getattr(self.model, name)
-            values = {key: percent(mask) for key, mask in self.score(part, name, part).items()}
+            classifier = part if has_experts(part) else Component(self.model, name)  # one of ours normalises itself
+            values = {key: percent(mask) for key, mask in self.score(classifier, name, part).items()}
             self.report.metrics.setdefault("components", {})[name] = values
             self.write()
 

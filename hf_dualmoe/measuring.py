@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
+WAITS = count()  # how often all processes have waited for the main one
 Work = Callable[[Tensor, Tensor, Tensor], dict[str, Any]]  # (images, labels, ids) of a batch -> see `run_batch`
 
 
@@ -53,6 +57,16 @@ class Processes:
         """What each process passes, by rank, on all of them."""
         return [value] if self.count == 1 else gather_object([value])
 
+    def await_main(self) -> None:
+        """Hold the other processes until the main one gets here, however long: a barrier would time out."""
+        if self.count == 1 or not (dist.is_available() and dist.is_initialized()):
+            return
+        store, key = dist.distributed_c10d._get_default_store(), f"hf_dualmoe: main got to wait {next(WAITS)}"
+        if self.is_main:
+            store.set(key, "here")
+        else:
+            store.wait([key], timedelta(days=365))
+
     def from_main(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on the main process, on all of them; its exception is raised on all of them too."""
         result: list[Any] = [None, None]
@@ -61,6 +75,7 @@ class Processes:
                 result[0] = make()
             except Exception as error:
                 result[1] = error
+        self.await_main()
         if self.count > 1:
             broadcast_object_list(result)
         if result[1] is not None:

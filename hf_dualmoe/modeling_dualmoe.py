@@ -907,7 +907,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
             pretrained: Start from timm's pretrained weights of `config.backbone`.
             init_experts_from: Start every expert from a trained single network ("upcycling"): a timm module of the
                 same architecture, or a `MoEForImageClassification` with one expert; or start from a mixture of the
-                same shape, whose router is taken over, too. A model, or the folder or Hub id of one.
+                same shape, whose router is taken over, too. A model, or the folder or Hub id of one; of a
+                `MoEForImageClassification` the pixel mean and std are taken over as well.
             timm_kwargs: Passed on to `timm.create_model` with `pretrained=True`.
 
         Raises:
@@ -918,13 +919,17 @@ class MoEForImageClassification(RobustPreTrainedModel):
             raise ValueError(
                 f"Give exactly one source: pretrained={pretrained} and init_experts_from={init_experts_from!r}."
             )
-        model = cls(config)
         if pretrained:
+            model = cls(config)
             model.load_backbone(create_backbone(config, pretrained=True, **timm_kwargs).state_dict())
             return model
         source = init_experts_from
         if isinstance(source, (str, os.PathLike)):
             source = cls.from_pretrained(source)
+        if isinstance(source, cls):  # weights are of use behind the normalisation that they were trained with
+            config = copy.deepcopy(config)
+            config.image_mean, config.image_std = source.config.image_mean, source.config.image_std
+        model = cls(config)
         if isinstance(source, cls) and len(source.experts) > 1:
             check_same_parameters(
                 model.state_dict(), source.state_dict(), f"a mixture with num_experts={config.num_experts}"
@@ -1140,10 +1145,12 @@ class MoEForImageClassification(RobustPreTrainedModel):
 def apply_logit_map(logits: Tensor, logit_map: dict[str, float] | None) -> Tensor:
     """Calibrate logits (B, C) before mixing: scale * relu(layer_norm(z) + clamp) ** power (MixedNUTS, Eq. 6).
 
-    Without "clamp" the logits are neither layer-normalised nor rectified; `power` then keeps their sign.
+    Without "clamp" the logits are neither layer-normalised nor rectified; `power` then keeps their sign. The result of
+    a map is float32: powers overflow in half precision.
     """
     if logit_map is None:
         return logits
+    logits = logits.float()
     if "clamp" in logit_map:
         logits = F.relu(F.layer_norm(logits, logits.shape[-1:]) + logit_map["clamp"])
     if logit_map.get("power", 1.0) != 1.0:

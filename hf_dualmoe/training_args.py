@@ -202,6 +202,15 @@ class RobustTrainingArguments(TrainingArguments):
         self._check("on_nan_loss", self.on_nan_loss in POLICIES, f"one of {', '.join(POLICIES)}")
         self._check("max_skipped_steps", self.max_skipped_steps >= 0, ">= 0")
         self._check("eval_attack_steps", self.eval_attack_steps >= 0, ">= 0")
+        metric = str(self.metric_for_best_model).removeprefix("eval_")
+        if self.eval_attack_steps == 0 and metric in ("ra", "sa_ra_mean"):
+            raise ValueError(
+                f"eval_attack_steps=0 measures no attacked images, which metric_for_best_model={metric!r} needs; give "
+                "steps, or metric_for_best_model='sa'."
+            )
+        if (rate := self.standard_learning_rate) is not None:
+            self._check("standard_learning_rate", 0 <= rate < math.inf, ">= 0 and finite")
+            self._check("standard_learning_rate", self.method == "jtdmoe", "left out where method is not jtdmoe")
         step_size = self.attack_step_size
         self._check("attack_step_size", step_size is None or step_size > 0, "> 0, in the unit of eps")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # lets bf16 recipes run on a CPU too

@@ -72,13 +72,17 @@ def margin_member(name: str, classify: Classifier) -> Member:
 
 
 def whole_members(model: Classifier, num_classes: int) -> list[Member]:
-    """APGD on the model itself, with the cross-entropy and the difference of logits ratio."""
+    """APGD on the model itself: cross-entropy, and difference of logits ratio or, below three classes, soft margin.
+
+    The cross-entropy alone is blind where logits are large: its gradient is then exactly 0.
+    """
 
     def value(objective, images, labels, reference):
         return objective(logits_of(model, images), labels, None)
 
     names = [name for name in ("ce", "dlr") if num_classes >= MIN_CLASSES[name]]
-    return [Member(f"whole {name}", partial(value, APGD_OBJECTIVES[name])) for name in names]
+    members = [Member(f"whole {name}", partial(value, APGD_OBJECTIVES[name])) for name in names]
+    return members if "dlr" in names else [*members, margin_member("whole margin", model)]
 
 
 def component_members(dual: nn.Module, alphas: Sequence[float]) -> list[Member]:

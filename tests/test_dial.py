@@ -109,7 +109,7 @@ def test_the_default_rule_compares_with_the_highest_of_the_dial():
     assert choose_alpha(sweep).alpha == 0.8
 
 
-@pytest.mark.parametrize("num_classes,objective", [(2, "ce"), (3, "dlr")])
+@pytest.mark.parametrize("num_classes,objective", [(2, "margin"), (3, "dlr")])
 def test_dials_are_chosen_with_the_dlr_loss_where_there_are_three_classes(num_classes, objective):
     attack = dial_attack(num_classes, eps=0.1, norm="l2", seed=5)
     assert attack.settings == {"eps": 0.1, "norm": "l2", "steps": 20, "seed": 5}

@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hf_dualmoe.evaluation import RobustnessReport
+from hf_dualmoe.measuring import Processes
 
 TRAINING = Path(__file__).parents[1] / "training"
 # GroupNorm: BatchNorm statistics are those of each process's own images
@@ -30,6 +34,27 @@ def launch(output_dir, processes, method):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def wait_long(rank, folder):
+    """What a process of the next test does: the main one takes longer than a barrier would stand."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=2)
+    )
+    processes = Processes(SimpleNamespace(process_index=rank, num_processes=2))
+    for turn in range(2):
+        if rank == 0:
+            time.sleep(5 * (1 - turn))
+            Path(folder, f"main-{turn}").touch()
+        processes.await_main()
+        assert Path(folder, f"main-{turn}").exists()
+        Path(folder, f"{rank}-{turn}").touch()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_long_measurement_of_the_main_process_does_not_time_out(tmp_path):
+    torch.multiprocessing.spawn(wait_long, (str(tmp_path),), nprocs=2)
+    assert len([*tmp_path.glob("[01]-[01]")]) == 4
 
 
 @pytest.mark.parametrize(

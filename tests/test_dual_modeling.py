@@ -205,6 +205,13 @@ def test_logit_map_by_hand(logit_map, expected):
     torch.testing.assert_close(mapped, torch.tensor([expected]), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logit_map_does_not_round_or_overflow_in_half_precision(dtype):
+    logits = torch.tensor([[12.0, 3.0, -2.0]], dtype=dtype)
+    for logit_map in ({"scale": 16.0, "power": 4.0}, {"clamp": 0.5, "power": 3.0}):
+        torch.testing.assert_close(apply_logit_map(logits, logit_map), apply_logit_map(logits.float(), logit_map))
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
 def test_logit_map_has_a_finite_gradient(power):
     logits = torch.tensor([[4.0, -1.0, 0.0], [2.0, 2.0, 2.0]], requires_grad=True)

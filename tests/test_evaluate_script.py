@@ -115,6 +115,29 @@ def test_controls_stand_on_the_card_if_they_were_measured_alike(evaluate, saved,
         assert reason in capsys.readouterr().err
 
 
+def test_what_the_evaluation_refuses_is_refused_before_the_calibration(evaluate, script, saved, monkeypatch, capsys):
+    monkeypatch.setattr(script, "calibrate", lambda *_: pytest.fail("minutes of calibration would be lost"))
+    command = [*QUICK, "--model", saved / "dual"]
+    for wrong, reason in (
+        (["--calibrate", "--level", "ful"], "level has unknown parts 'ful'"),
+        (["--calibrate", "--alphas", "2"], "alphas="),
+        (["--calibrate", "--num_images", "100000"], "num_images=100000"),
+        (["--write_alpha", "--level", "worst_case"], "write_alpha needs the dial to be measured"),
+    ):
+        assert evaluate(*command, *wrong) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_models_are_evaluated_in_float32_whatever_they_were_saved_in(evaluate, saved, script, tmp_path, monkeypatch):
+    half = AutoModelForImageClassification.from_pretrained(saved / "moe").bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    seen = []
+    monkeypatch.setattr(script, "evaluate", lambda args, model, *_: seen.append(model.dtype) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(*QUICK, "--model", tmp_path / "half")
+    assert seen == [torch.float32]
+
+
 def test_two_models_called_model_are_reported_in_folders_of_their_own(evaluate, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("moe", "dual"):

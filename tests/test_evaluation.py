@@ -62,6 +62,23 @@ def report(model, dataset):
     return evaluate_robustness(model, dataset, eps=0.1, steps=3, dataset_name="toy", progress=False)
 
 
+def test_a_foreign_component_is_measured_behind_its_normalisation(native_vit, make_moe, images):
+    """As the dual model runs it: the number for F_S alone is that of alpha = 0."""
+    moe = make_moe("resnet", num_experts=2)
+    dual = DualMoEForImageClassification.from_models(
+        native_vit, moe, 0.6, standard_image_mean=[0.5] * 3, standard_image_std=[0.01] * 3
+    ).eval()
+    with torch.no_grad():
+        labels = dual(images, alpha=0).logits.argmax(dim=1)
+    data = ImageTensorDataset((255 * images).round().byte(), labels, [*map(str, range(dual.config.num_labels))])
+    with torch.no_grad():
+        right = dual(data.images / 255, alpha=0).logits.argmax(dim=1) == labels
+    options = {**QUIET, "alphas": (0.0, 1.0), "level": ["components", "dial"], "check_names": False}
+    report = evaluate_robustness(dual, data, **options)
+    assert report.metrics["components"]["standard"]["sa"] == pytest.approx(100 * float(right.float().mean()))
+    assert report.alpha_sweep[0]["sa"] == report.metrics["components"]["standard"]["sa"] > 90
+
+
 def test_correct_mask_matches_a_loop_over_images(model, dataset):
     attack = PGD(eps=0.1, steps=3, seed=0)
     mask = correct_mask(model, dataset, attack=attack, batch_size=7)

@@ -196,8 +196,12 @@ def test_a_mixture_goes_on_from_one_of_the_same_shape(arch, make_moe, images, tm
     model = MoEForImageClassification.from_backbone(source.config, init_experts_from=str(tmp_path)).eval()
     assert_same_tensors(source, model)
     torch.testing.assert_close(model(images).logits, source(images).logits)
-    copy = MoEForImageClassification.from_backbone(source.config, init_experts_from=source)
-    assert not {p.data_ptr() for p in copy.parameters()} & {p.data_ptr() for p in source.parameters()}
+    other = copy.deepcopy(source.config)
+    other.image_mean, other.image_std = [0.1] * 3, [0.9] * 3  # of other data: the weights keep those of their own
+    model = MoEForImageClassification.from_backbone(other, init_experts_from=source).eval()
+    torch.testing.assert_close(model(images).logits, source(images).logits)
+    assert model.config.image_mean == source.config.image_mean and other.image_mean == [0.1] * 3
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in source.parameters()}
 
 
 @pytest.mark.parametrize(

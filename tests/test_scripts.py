@@ -67,9 +67,10 @@ def test_run_trains_reports_and_saves(run, tmp_path, capsys):
     again = AutoModelForImageClassification.from_pretrained(folder)
     assert all(torch.equal(v, again.state_dict()[name]) for name, v in model.state_dict().items())
 
-    with pytest.raises(SystemExit):  # other settings must not continue it
-        run(*QUICK, "--output_dir", tmp_path, "--beta", "2")
-    assert "holds a run with other settings" in capsys.readouterr().err
+    for other in (["--beta", "2"], ["--warmup_steps", "3"], ["--max_grad_norm", "0.1"], ["--bf16", "true"]):
+        with pytest.raises(SystemExit):  # other settings must not continue it
+            run(*QUICK, "--output_dir", tmp_path, *other)
+        assert "holds a run with other settings" in capsys.readouterr().err
     run(*QUICK, "--output_dir", tmp_path, "--beta", "2", "--fresh")
     assert RobustnessReport.load(folder / "results.json").training["beta"] == 2
 
@@ -94,6 +95,13 @@ def test_run_upcycles_a_single_network(run, tmp_path):
     dual = AutoModelForImageClassification.from_pretrained(tmp_path / "four" / "model")
     for expert in (*dual.standard.experts, *dual.robust.experts):
         assert torch.equal(expert.fc.weight, one.experts[0].fc.weight)
+
+
+def test_run_refuses_a_report_without_a_radius_before_training(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(*QUICK, "--output_dir", tmp_path / "out", "--method", "standard", "--eps", 0, "--report", "standard")
+    assert "report='standard' has nothing to check with eps=0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_run_refuses_weights_that_are_not_there(run, tmp_path, capsys):

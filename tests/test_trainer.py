@@ -302,6 +302,9 @@ def test_a_model_that_does_not_fit_is_refused(method, model, message, arguments)
         ({"certify_radius": "wide"}, "certify_radius='wide' must be a number or a fraction"),
         ({"route_weight": -1.0}, "route_weight=-1.0 must be >= 0"),
         ({"margin_weight": math.nan}, "margin_weight=nan must be >= 0"),
+        ({"method": "jtdmoe", "standard_learning_rate": -1e-3}, "standard_learning_rate=-0.001 must be >= 0"),
+        ({"method": "at", "standard_learning_rate": 1e-3}, "standard_learning_rate=0.001 must be left out where"),
+        ({"eval_attack_steps": 0, "metric_for_best_model": "eval_ra"}, "metric_for_best_model='ra' needs; give steps"),
     ],
     ids=str,
 )

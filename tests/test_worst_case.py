@@ -293,7 +293,17 @@ def test_two_classes_have_no_ratio_of_three(shown):
     weight = torch.stack([torch.ones(SIDE**2), -torch.ones(SIDE**2)])
     model, labels = linear_moe([(weight, torch.tensor([-72.0, 72.0]))]), torch.zeros(6, dtype=torch.int64)
     result = worst_case(model, shown[0].clamp_min(0.52), labels, eps=EPS, steps=3)
-    assert result.members == {"whole ce": 0}
+    assert result.members == {"whole ce": 0, "whole margin": 0}
+
+
+def test_large_logits_hide_nothing_where_there_are_two_classes(shown):
+    """The gradient of the cross-entropy is 0 there: what the union without the margin could not break, it breaks."""
+    weight = 1e4 * torch.stack([torch.ones(SIDE**2), -torch.ones(SIDE**2)])
+    model, labels = linear_moe([(weight, torch.tensor([-72e4, 72e4]))]), torch.zeros(6, dtype=torch.int64)
+    images = shown[0].clamp(0.505, 0.51)
+    run = {"eps": EPS, "steps": 3}
+    assert worst_case(model, images, labels, **run, members=["whole ce"]).robust.all()
+    assert not worst_case(model, images, labels, **run).robust.any()
 
 
 def test_model_is_left_as_it_was(make_dual, images, labels):

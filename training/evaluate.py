@@ -21,8 +21,17 @@ from transformers import AutoModelForImageClassification
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.calibration import calibrate_robust_logits
 from hf_dualmoe.data import DataSplits
-from hf_dualmoe.environment import pixel_radius, write_text
-from hf_dualmoe.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, evaluate_robustness
+from hf_dualmoe.environment import check_counts, pixel_radius, write_text
+from hf_dualmoe.evaluation import (
+    ALPHAS,
+    LEVELS,
+    PARTS,
+    RobustnessReport,
+    check_model,
+    check_settings,
+    evaluate_robustness,
+    parts_of,
+)
 from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import refresh_model_card
 from hf_dualmoe.plots import attack_examples, save_plots
@@ -76,9 +85,11 @@ def main() -> None:
         check_request(args)
         controls = read_controls(args)
         options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+        options["dtype"] = torch.float32  # whatever it was saved in: half precision rounds small attack steps away
         model = AutoModelForImageClassification.from_pretrained(args.model, **options).to(accelerator.device)
         check_request(args, model)
         data = load_data(args, model)
+        check_evaluation(args, model, data)
         check_controls(controls, data.name, args.num_images or len(data.test))
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
         earlier = read_earlier(Path(args.model, "results.json"))
@@ -114,6 +125,23 @@ def check_request(args: Namespace, model: nn.Module | None = None) -> None:
         raise ValueError(f"{asked[0]} needs a local folder; model={args.model!r} has no config.json.")
     if asked and model is not None and not hasattr(model, "set_alpha"):
         raise ValueError(f"{asked[0]} needs a dual model; {args.model!r} is a {type(model).__name__}.")
+
+
+def check_evaluation(args: Namespace, model: nn.Module, data: DataSplits) -> None:
+    """Raise a ValueError for what the evaluation would refuse, before a calibration that takes minutes."""
+    parts = parts_of(level_of(args), args.eps)
+    floors = {"min_sa": args.min_sa, "min_ra": args.min_ra}
+    check_settings(model, args.eps, args.norm, args.alphas, parts, floors, args.autoattack_version)
+    counts = ("batch_size", "sanity_images", "worst_case_steps", "num_images")
+    check_counts({name: getattr(args, name) for name in counts}, len(data.test))
+    check_model(model, (data.test, data.validation), not args.ignore_class_names)
+    if args.write_alpha and "dial" not in parts:
+        raise ValueError(f"write_alpha needs the dial to be measured; level={args.level!r} leaves it out.")
+
+
+def level_of(args: Namespace) -> str | list[str]:
+    """The level asked for, or the names of parts."""
+    return args.level if args.level in LEVELS else args.level.split(",")
 
 
 def read_controls(args: Namespace) -> dict[str, RobustnessReport]:
@@ -187,7 +215,7 @@ def evaluate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: A
         model,
         data.test,
         **{name: getattr(args, name) for name in (*names.split(), "sanity_images", "fresh")},
-        level=args.level if args.level in LEVELS else args.level.split(","),
+        level=level_of(args),
         held_out=data.validation,
         dataset_name=data.name,
         check_names=not args.ignore_class_names,

@@ -29,8 +29,9 @@ from hf_dualmoe.checkpoints import (
 from hf_dualmoe.data import DataSplits, load_splits
 from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.environment import write_text
-from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
+from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness, parts_of
 from hf_dualmoe.hub import hide_tokens, publish_folder
+from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import PLOTS, write_model_card
 from hf_dualmoe.plots import save_plots
 from hf_dualmoe.trainer import RobustTrainer
@@ -58,6 +59,7 @@ def main() -> None:
         set_seed(args.seed)
         data = load_data(data_args, model_args, args.seed)
         check_dial_request(args.method, run)
+        check_report_request(args.eps, run.report)
         model = create_model(model_args, args, data)
         trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
     except (ValueError, FileNotFoundError, ImportError, CheckpointError) as error:
@@ -74,7 +76,7 @@ def main() -> None:
         save_and_report(trainer, data, data_args, model_args, args, run)
     except (CheckpointError, FloatingPointError) as error:
         sys.exit(f"run.py: error: {hide_tokens(str(error), args.hub_token)}")
-    trainer.accelerator.wait_for_everyone()
+    Processes(trainer.accelerator).await_main()  # who alone measures the report
     trainer.accelerator.end_training()
 
 
@@ -125,11 +127,21 @@ def check_dial_request(method: str, run: argparse.Namespace) -> None:
             raise ValueError(f"{name}={floor!r} must be an accuracy in %, in [0, 100].")
 
 
+def check_report_request(eps: float, level: str) -> None:
+    """Raise a ValueError for a report that cannot be measured, before anything is trained."""
+    if level != "none" and eps == 0 and {"eps_curve", "sanity"} & set(parts_of(level, eps)):
+        raise ValueError(f"report={level!r} has nothing to check with eps=0; give eps > 0, or --report quick.")
+
+
 def settings_of(data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments) -> str:
     """What makes two runs the same, as JSON; where they write and how they report is left out."""
     ours = {name: getattr(args, name) for name in RobustTrainingArguments.__annotations__ if name not in FREE}
     shared = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "optim", "seed")
     shared += ("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "optim_args")
+    shared += ("warmup_steps", "lr_scheduler_kwargs", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
+    shared += ("bf16", "fp16", "tf32", "data_seed", "load_best_model_at_end")
+    if args.load_best_model_at_end:  # then it also matters when is evaluated, and for what
+        shared += ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps")
     training = ours | {name: getattr(args, name) for name in shared}
     settings = {"data": asdict(data_args), "model": asdict(model_args), "training": training}
     return json.dumps(settings, indent=2, default=str) + "\n"
