@@ -20,6 +20,9 @@ def results_page():
     return module
 
 
+DUAL_ARMS = ("separate_clean", "jtdmoe_clean", "separate_dual", "jtdmoe")
+
+
 def kept(**arms: list[tuple[float, float]]) -> dict:
     """Results of a study: arm -> (SA, RA) by seed."""
     runs = [
@@ -84,7 +87,7 @@ def dials(**arms: list[list[tuple[float, float]]]) -> dict:
         for arm, sweeps in arms.items()
         for seed, points in enumerate(sweeps)
     ]
-    return {"runs": runs}
+    return {"runs": runs, "study": {"arms": dict.fromkeys(DUAL_ARMS, {})}}
 
 
 def test_dials_are_compared_seed_by_seed_under_the_same_attack(results_page):

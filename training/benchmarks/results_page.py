@@ -36,6 +36,7 @@ DIALS = {  # arm: label, color, marker, line of the plot
     "separate_dual": ("trained apart, F_S at eps / 2", "#6b6b6b", "s", "-"),
     "separate_heads": ("trained apart, heads, F_S at eps / 2", "#2f2f2f", "^", "-"),
     "jtdmoe": ("JTDMoE, F_S at eps / 2", "#1f6fb4", "o", "-"),
+    "jtdmoe_heads_warm": ("the same, warm start", "#c8641e", "D", "-"),
 }
 MIXTURES = {"rt_er": "RT-ER, thin experts", "rt_er_heads": "RT-ER, four heads on one trunk"}
 DUALS = {  # arm: its name in the table of aims
@@ -63,6 +64,7 @@ CURVES = (  # whose dial should lie above whose
     ("jtdmoe_clean", "separate_clean", "Dial of the paper's JTDMoE above that of its pair trained apart"),
     ("jtdmoe", "separate_clean", "Dial of JTDMoE with F_S at eps / 2 above that of the paper's pair"),
     ("jtdmoe", "separate_dual", "Dial of JTDMoE with F_S at eps / 2 above that of such a pair"),
+    ("jtdmoe_heads_warm", "jtdmoe", "Dial of JTDMoE with a warm start above that without"),
 )
 
 
@@ -220,6 +222,8 @@ def targets_of_curves(results: dict[str, Any]) -> list[list[str]]:
     """Rows as those of `targets`, on held-out images: whose dial lies above whose."""
     rows, arms = [], {run["arm"] for run in results["runs"]}
     for joint, apart, title in CURVES:
+        if not {joint, apart} <= set(results["study"]["arms"]):
+            continue
         if leads := leads_of_curves(results, joint, apart):
             found = f"on held-out images, without the union: SA at equal RA {in_words(leads)}"
             rows.append([title, found, verdict([lead > 0 for lead in leads], mean(leads) > 0)])
