@@ -71,7 +71,7 @@ def test_a_recipe_of_ones_own(parser, tmp_path):
     ("content", "message"),
     [
         ("methodd: at", "unknown settings methodd"),
-        (None, "neither a file nor one of cifar10_resnet18, cifar10_resnet18_single, digits"),
+        (None, "neither a file nor one of cifar10_resnet18, cifar10_resnet18_single, cifar10_resnet18_warm, digits"),
     ],
 )
 def test_bad_recipes_are_named(parser, tmp_path, content, message):

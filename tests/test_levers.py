@@ -334,7 +334,7 @@ def test_the_levers_study_compares_like_with_like(tmp_path):
 
 @pytest.mark.slow
 def test_a_whole_study_of_levers(tiny, tmp_path):
-    shared = {"method": "rt_er", "router_top_k": 4}
+    shared = {"method": "rt_er", "router_top_k": 4, "logging_steps": 1}
     arms = {
         "up": {"settings": shared, "init_from": "half", "passes": 40},
         "half": {"settings": {"num_experts": 1, "shared_stages": 0}, "passes": 20},
