@@ -103,12 +103,21 @@ def evaluate_robustness(
             `resume_dir` belongs to another evaluation.
         RuntimeError: Not even the clean images can be classified.
     """
-    parts, effort = parts_of(level, eps), sanity_effort(level, sanity_images)
     floors = {"min_sa": min_sa, "min_ra": min_ra}
-    check_settings(model, eps, norm, alphas, parts, floors, autoattack_version)
     counts = {"batch_size": batch_size, "sanity_images": sanity_images, "worst_case_steps": worst_case_steps}
-    check_counts({**counts, "num_images": num_images}, len(dataset))
-    check_model(model, (dataset, held_out), check_names)
+    parts = check_evaluation(
+        model,
+        (dataset, held_out),
+        eps=eps,
+        norm=norm,
+        level=level,
+        alphas=alphas,
+        floors=floors,
+        counts={**counts, "num_images": num_images},
+        autoattack_version=autoattack_version,
+        check_names=check_names,
+    )
+    effort = sanity_effort(level, sanity_images)
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
     attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)
     storing = {"batch_size": batch_size, "progress": progress, "resume_dir": resume_dir, "fresh": fresh}
@@ -165,6 +174,37 @@ def measure(
     run.finish()
 
 
+def check_evaluation(
+    model: nn.Module,
+    datasets: tuple[ImageTensorDataset, ImageTensorDataset | None],
+    *,
+    eps: float,
+    norm: str,
+    level: str | Sequence[str],
+    alphas: Sequence[float] = ALPHAS,
+    floors: dict[str, float | None] | None = None,
+    counts: dict[str, int | None] | None = None,
+    autoattack_version: str | None = None,
+    check_names: bool = True,
+) -> Sequence[str]:
+    """Check what `evaluate_robustness` is asked for, before anything is measured; returns the parts to measure.
+
+    Args:
+        model, eps, norm, level, alphas, autoattack_version, check_names: As there.
+        datasets: Test images, and held-out images or None.
+        floors, counts: Its arguments `min_sa` and `min_ra`, and those that count something, by name; None = not given.
+
+    Raises:
+        ValueError: An argument is out of range, or does not fit the model or the images.
+    """
+    parts = parts_of(level, eps)
+    check_settings(model, eps, norm, alphas, parts, floors or {}, autoattack_version)
+    if counts is not None:
+        check_counts(counts, len(datasets[0]))
+    check_model(model, datasets, check_names)
+    return parts
+
+
 def parts_of(level: str | Sequence[str], eps: float) -> Sequence[str]:
     """The parts of a level, or the given names of parts; ValueError where there is no such level or part."""
     if isinstance(level, str):
@@ -188,7 +228,7 @@ def check_model(model: nn.Module, datasets: Sequence[ImageTensorDataset | None],
         if images is not None:
             check_class_names(model, images.class_names, check_names)
     if any(module.training for module in model.modules()):
-        warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=3)
+        warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=4)
 
 
 def check_settings(model, eps, norm, alphas, parts, floors, autoattack_version) -> None:

@@ -20,6 +20,11 @@ def results_page():
     return module
 
 
+@pytest.fixture(scope="module")
+def findings(results_page):
+    return sys.modules["study_findings"]
+
+
 DUAL_ARMS = ("separate_clean", "jtdmoe_clean", "separate_dual", "jtdmoe")
 
 
@@ -33,24 +38,24 @@ def kept(**arms: list[tuple[float, float]]) -> dict:
     return {"runs": runs, "arms": dict.fromkeys(arms, {})}
 
 
-def test_differences_pair_the_seeds_that_both_arms_have(results_page):
+def test_differences_pair_the_seeds_that_both_arms_have(findings):
     results = kept(a=[(50, 30), (52, 31), (60, 40)], b=[(49, 31), (50, 33)])
-    assert results_page.differences(results, "a", "b", "sa") == [1, 2]
-    assert results_page.compared(results, "a", "b") == "SA +1.5 (+1.0 to +2.0), RA -1.5 (-2.0 to -1.0)"
+    assert findings.differences(results, "a", "b", "sa") == [1, 2]
+    assert findings.compared(results, "a", "b") == "SA +1.5 (+1.0 to +2.0), RA -1.5 (-2.0 to -1.0)"
     results["runs"][0]["ra"] = 34
-    assert "RA +0.5 (-2.0 to +3.0), no clear difference" in results_page.compared(results, "a", "b")
-    assert results_page.compared(kept(a=[(1, 1)], b=[(2, 3)]), "a", "b") == "SA -1.0 (one seed), RA -2.0 (one seed)"
+    assert "RA +0.5 (-2.0 to +3.0), no clear difference" in findings.compared(results, "a", "b")
+    assert findings.compared(kept(a=[(1, 1)], b=[(2, 3)]), "a", "b") == "SA -1.0 (one seed), RA -2.0 (one seed)"
 
 
-def test_lead_of_a_curve_is_taken_where_both_have_points(results_page):
+def test_lead_of_a_curve_is_taken_where_both_have_points(findings):
     lower = [{"sa": 60, "ra": 10}, {"sa": 50, "ra": 20}]
     upper = [{"sa": 63, "ra": 10}, {"sa": 53, "ra": 20}, {"sa": 40, "ra": 15}]  # the last lies inside the frontier
-    assert results_page.lead_of_curve(upper, lower) == pytest.approx(3)
-    assert results_page.lead_of_curve(lower, upper) == pytest.approx(-3)
-    assert results_page.lead_of_curve(upper, [{"sa": 50, "ra": 30}, {"sa": 40, "ra": 40}]) is None
+    assert findings.lead_of_curve(upper, lower) == pytest.approx(3)
+    assert findings.lead_of_curve(lower, upper) == pytest.approx(-3)
+    assert findings.lead_of_curve(upper, [{"sa": 50, "ra": 30}, {"sa": 40, "ra": 40}]) is None
 
 
-def test_aims_say_no_where_the_mean_misses_them_and_how_many_seeds_reach_them(results_page):
+def test_aims_say_no_where_the_mean_misses_them_and_how_many_seeds_reach_them(findings):
     results = kept(rt_er=[(50, 30), (53, 31)], single=[(51, 29), (52, 31)])
     for run in results["runs"][:2]:
         run["expert_load"] = [12.0, 88.0]
@@ -58,8 +63,8 @@ def test_aims_say_no_where_the_mean_misses_them_and_how_many_seeds_reach_them(re
         dual = {"arm": "jtdmoe", "seed": seed, "sa": sa, "ra": ra, "robust": {"sa": 50, "ra": 30}}
         results["runs"].append(dual)
     results["study"] = {"arms": {"jtdmoe": {}, "separate_dual": {}}}
-    rows = {row[0]: row[1:] for row in results_page.targets(results)}
-    assert len(rows) == len(results_page.MIXTURES) + 2 + 1
+    rows = {row[0]: row[1:] for row in findings.targets(results)}
+    assert len(rows) == len(findings.MIXTURES) + 2 + 1
     found, met = rows["RT-ER, thin experts against one network: RA and SA at least equal"]
     assert found == "RA +0.5 (+0.0 to +1.0), no clear difference; SA +0.0 (-1.0 to +1.0), no clear difference"
     assert met == "yes (1 of 2 seeds)"
@@ -71,8 +76,8 @@ def test_aims_say_no_where_the_mean_misses_them_and_how_many_seeds_reach_them(re
     ]
     assert ["not measured", "-"] in rows.values()
     results["runs"][0] |= {"ra": 28, "expert_load": [4.0, 96.0]}
-    assert [row[-1] for row in results_page.targets(results)][0] == "**no** (1 of 2 seeds)"
-    assert results_page.targets(results)[-1][1:] == ["least 4 %", "**no** (1 of 2 seeds)"]
+    assert [row[-1] for row in findings.targets(results)][0] == "**no** (1 of 2 seeds)"
+    assert findings.targets(results)[-1][1:] == ["least 4 %", "**no** (1 of 2 seeds)"]
 
 
 def dials(**arms: list[list[tuple[float, float]]]) -> dict:
@@ -90,17 +95,17 @@ def dials(**arms: list[list[tuple[float, float]]]) -> dict:
     return {"runs": runs, "study": {"arms": dict.fromkeys(DUAL_ARMS, {})}}
 
 
-def test_dials_are_compared_seed_by_seed_under_the_same_attack(results_page):
+def test_dials_are_compared_seed_by_seed_under_the_same_attack(findings):
     low, high = [(60, 10), (50, 20)], [(62, 10), (52, 20)]
     results = dials(jtdmoe=[high, high], separate_dual=[high], separate_clean=[low, high])
-    rows = [row[1:] for row in results_page.targets_of_curves(results)]
+    rows = [row[1:] for row in findings.targets_of_curves(results)]
     assert rows[0] == ["not measured", "-"]  # of the paper's JTDMoE
     assert rows[1][0].endswith("SA at equal RA +1.0 (+0.0 to +2.0), no clear difference")
     assert rows[1][1] == "yes (1 of 2 seeds)" and rows[2][1] == "**no** (0 of 1 seeds)"
     results["runs"][-1]["swept_with"] = ["pgd"]
-    assert results_page.targets_of_curves(results)[1][1].endswith("SA at equal RA +2.0 (one seed)")
+    assert findings.targets_of_curves(results)[1][1].endswith("SA at equal RA +2.0 (one seed)")
     apart = dials(jtdmoe=[low], separate_dual=[[(40, 30), (30, 40)]])
-    assert results_page.targets_of_curves(apart)[2][1:] == ["no common range of RA", "-"]
+    assert findings.targets_of_curves(apart)[2][1:] == ["no common range of RA", "-"]
 
 
 def test_the_picture_shows_the_seeds_that_all_dials_have(results_page, tmp_path):
@@ -125,14 +130,14 @@ def test_confirmed_numbers_take_the_place_of_the_first(results_page):
     assert runs[0]["sa"] == 50
 
 
-def test_the_short_table_pairs_seeds_and_takes_a_dial_against_its_own_f_r(results_page):
+def test_the_short_table_pairs_seeds_and_takes_a_dial_against_its_own_f_r(findings):
     results = kept(a=[(50, 30), (52, 31), (60, 40)], b=[(49, 31), (50, 33)])
-    assert results_page.in_short(results, "a", "b") == "SA +1.5, RA -1.5 (2 seeds)"
-    assert results_page.in_short(results, "a", "none") == "not measured"
+    assert findings.in_short(results, "a", "b") == "SA +1.5, RA -1.5 (2 seeds)"
+    assert findings.in_short(results, "a", "none") == "not measured"
     results["runs"][2]["robust"] = {"sa": 58, "ra": 41}
     del results["runs"][:2]
-    assert results_page.in_short(results, "a", None) == "SA +2.0, RA -1.0 (1 seed)"
-    assert results_page.in_short({"runs": []}, "a", None) == "not measured"
+    assert findings.in_short(results, "a", None) == "SA +2.0, RA -1.0 (1 seed)"
+    assert findings.in_short({"runs": []}, "a", None) == "not measured"
 
 
 def test_extra_arms_are_kept_apart(results_page):

@@ -100,7 +100,7 @@ def test_run_upcycles_a_single_network(run, tmp_path):
 def test_run_refuses_a_report_without_a_radius_before_training(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(*QUICK, "--output_dir", tmp_path / "out", "--method", "standard", "--eps", 0, "--report", "standard")
-    assert "report='standard' has nothing to check with eps=0" in capsys.readouterr().err
+    assert "eps=0 leaves nothing to check" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

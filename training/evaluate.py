@@ -21,17 +21,8 @@ from transformers import AutoModelForImageClassification
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.calibration import calibrate_robust_logits
 from hf_dualmoe.data import DataSplits
-from hf_dualmoe.environment import check_counts, pixel_radius, write_text
-from hf_dualmoe.evaluation import (
-    ALPHAS,
-    LEVELS,
-    PARTS,
-    RobustnessReport,
-    check_model,
-    check_settings,
-    evaluate_robustness,
-    parts_of,
-)
+from hf_dualmoe.environment import pixel_radius, write_text
+from hf_dualmoe.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
 from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import refresh_model_card
 from hf_dualmoe.plots import attack_examples, save_plots
@@ -89,7 +80,7 @@ def main() -> None:
         model = AutoModelForImageClassification.from_pretrained(args.model, **options).to(accelerator.device)
         check_request(args, model)
         data = load_data(args, model)
-        check_evaluation(args, model, data)
+        check_measurements(args, model, data)
         check_controls(controls, data.name, args.num_images or len(data.test))
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
         earlier = read_earlier(Path(args.model, "results.json"))
@@ -127,14 +118,18 @@ def check_request(args: Namespace, model: nn.Module | None = None) -> None:
         raise ValueError(f"{asked[0]} needs a dual model; {args.model!r} is a {type(model).__name__}.")
 
 
-def check_evaluation(args: Namespace, model: nn.Module, data: DataSplits) -> None:
+def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> None:
     """Raise a ValueError for what the evaluation would refuse, before a calibration that takes minutes."""
-    parts = parts_of(level_of(args), args.eps)
-    floors = {"min_sa": args.min_sa, "min_ra": args.min_ra}
-    check_settings(model, args.eps, args.norm, args.alphas, parts, floors, args.autoattack_version)
     counts = ("batch_size", "sanity_images", "worst_case_steps", "num_images")
-    check_counts({name: getattr(args, name) for name in counts}, len(data.test))
-    check_model(model, (data.test, data.validation), not args.ignore_class_names)
+    parts = check_evaluation(
+        model,
+        (data.test, data.validation),
+        **{name: getattr(args, name) for name in ("eps", "norm", "alphas", "autoattack_version")},
+        level=level_of(args),
+        floors={name: getattr(args, name) for name in ("min_sa", "min_ra")},
+        counts={name: getattr(args, name) for name in counts},
+        check_names=not args.ignore_class_names,
+    )
     if args.write_alpha and "dial" not in parts:
         raise ValueError(f"write_alpha needs the dial to be measured; level={args.level!r} leaves it out.")
 

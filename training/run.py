@@ -29,7 +29,7 @@ from hf_dualmoe.checkpoints import (
 from hf_dualmoe.data import DataSplits, load_splits
 from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.environment import write_text
-from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness, parts_of
+from hf_dualmoe.evaluation import RobustnessReport, check_evaluation, evaluate_robustness
 from hf_dualmoe.hub import hide_tokens, publish_folder
 from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import PLOTS, write_model_card
@@ -59,8 +59,9 @@ def main() -> None:
         set_seed(args.seed)
         data = load_data(data_args, model_args, args.seed)
         check_dial_request(args.method, run)
-        check_report_request(args.eps, run.report)
         model = create_model(model_args, args, data)
+        if run.report != "none":
+            check_evaluation(model.eval(), (data.test, None), eps=args.eps, norm=args.norm, level=run.report)
         trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
     except (ValueError, FileNotFoundError, ImportError, CheckpointError) as error:
         parser.error(str(error))
@@ -77,6 +78,7 @@ def main() -> None:
     except (CheckpointError, FloatingPointError) as error:
         sys.exit(f"run.py: error: {hide_tokens(str(error), args.hub_token)}")
     Processes(trainer.accelerator).await_main()  # who alone measures the report
+    trainer.accelerator.wait_for_everyone()  # or the main process could be gone before the others know
     trainer.accelerator.end_training()
 
 
@@ -125,12 +127,6 @@ def check_dial_request(method: str, run: argparse.Namespace) -> None:
     for name, floor in floors.items():
         if not 0 <= floor <= 100:
             raise ValueError(f"{name}={floor!r} must be an accuracy in %, in [0, 100].")
-
-
-def check_report_request(eps: float, level: str) -> None:
-    """Raise a ValueError for a report that cannot be measured, before anything is trained."""
-    if level != "none" and eps == 0 and {"eps_curve", "sanity"} & set(parts_of(level, eps)):
-        raise ValueError(f"report={level!r} has nothing to check with eps=0; give eps > 0, or --report quick.")
 
 
 def settings_of(data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments) -> str:
