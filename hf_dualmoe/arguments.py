@@ -108,7 +108,7 @@ class ModelArguments:
         Pixel mean and std are those of the training images. A 1-Lipschitz backbone gets the std 1/2 for all channels:
         its Lipschitz constant counts the smallest std, and so would lose margin in all other channels.
         """
-        pixels = data.train.images[:10_000].float().div(255).transpose(0, 1).flatten(1)
+        mean, std = data.train.channel_statistics
         return MoEConfig(
             backbone=self.backbone,
             backbone_kwargs=parse_json("backbone_kwargs", self.backbone_kwargs),
@@ -117,10 +117,8 @@ class ModelArguments:
             image_size=data.image_size,
             backbone_image_size=self.backbone_image_size,
             num_channels=data.num_channels,
-            image_mean=[round(v, 4) for v in pixels.mean(dim=1).tolist()],
-            image_std=0.5
-            if self.backbone.startswith(LIPSCHITZ)
-            else [max(round(v, 4), 0.01) for v in pixels.std(dim=1).tolist()],
+            image_mean=[round(v, 4) for v in mean],
+            image_std=0.5 if self.backbone.startswith(LIPSCHITZ) else [max(round(v, 4), 0.01) for v in std],
             num_experts=self.num_experts,
             router_top_k=self.router_top_k,
             router=self.router,

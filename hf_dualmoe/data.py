@@ -4,10 +4,12 @@
 test sets. Images stay uint8 until `to_unit_range` makes them float in [0, 1]; normalisation is inside the model.
 """
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -33,6 +35,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LOOK = 1024  # bytes of an image that a search for duplicates looks at first
+MOST_FOR_STATISTICS = 10_000  # images that mean and std are taken from
+AT_ONCE = 256  # images whose values are counted or hashed at once
+ROLES = ("train", "validation", "test")
 
 
 class ImageTensorDataset(Dataset):
@@ -71,6 +76,21 @@ class ImageTensorDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Returns a whole batch: `pixel_values`, uint8 (B, C, H, W), and `labels`, int64 (B,)."""
         return self[torch.as_tensor(indices)]
+
+    @cached_property
+    def channel_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and std (unbiased) of each channel in [0, 1] units, over the first 10,000 images; computed once.
+
+        From the counts of the 256 values: exact, and without a float copy of the images.
+        """
+        images = self.images[:MOST_FOR_STATISTICS]
+        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+        for part in images.split(AT_ONCE):
+            counts += torch.stack([part[:, c].flatten().bincount(minlength=256) for c in range(images.shape[1])])
+        values, total = torch.arange(256, dtype=torch.float64) / 255, counts[0].sum()
+        mean = counts.double() @ values / total  # (C,)
+        squares = (counts * (values - mean[:, None]) ** 2).sum(dim=1)
+        return mean.tolist(), (squares / (total - 1).clamp(min=1)).sqrt().tolist()
 
     def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> "ImageTensorDataset":
         """Copies the images at `indices`, in that order, into a new dataset with the same class names."""
@@ -183,6 +203,20 @@ class DataSplits:
             if shape != expected:
                 raise ValueError(f"{role} images are {shape}, train {expected}; set image_size or num_channels")
 
+    def digest(self) -> str:
+        """32 hexadecimal digits that stand for class names in their order, images and labels of all sets.
+
+        Equal data give equal digits on every machine, wherever they lie. All pixels are read: 100 MB take about 0.2 s.
+        """
+        total = blake2b(json.dumps(self.class_names).encode(), digest_size=16)
+        for role in ROLES:
+            data = getattr(self, role)
+            total.update(json.dumps([role, list(data.images.shape)]).encode())
+            for part in data.images.split(AT_ONCE):  # one by one: a subset may not be contiguous
+                total.update(part.contiguous().numpy())
+            total.update(data.labels.contiguous().numpy().astype("<i8"))
+        return total.hexdigest()
+
     @property
     def class_names(self) -> list[str]:
         return self.train.class_names
@@ -236,10 +270,15 @@ def load_splits(
 ) -> DataSplits:
     """Loads an image-classification dataset and decodes, once, the images that are used.
 
-    Unless an argument names them, the roles of the splits are:
+    A local folder of images is read by the rule of `image_folders`: folders of splits at the top, else one folder per
+    class; what is left out is counted and named in a warning. `decoding` says what becomes of an image.
 
-    1. train: "train", or the only split.
-    2. test: "test"; in a dataset without it the validation split, because a lone extra split is the **test** set.
+    Unless an argument names them, the roles of the splits are, by their usual names (train, training; validation,
+    valid, val, dev; test, testing, eval, evaluation; in any case):
+
+    1. train: the one of that name, or the only split.
+    2. test: the one of that name; in a dataset without it the validation split, because a lone extra split is the
+       **test** set.
     3. validation: the validation split, if it is still free.
     4. What is missing is held out of train, stratified by class: first test, then validation. So model selection never
        sees the test set. `max_train_samples` applies afterwards and does not change what is held out.
@@ -251,8 +290,8 @@ def load_splits(
         image_column: default: the only `datasets.Image` column, else the only column with a usual name.
         label_column: `ClassLabel`, text or integers (classes: the sorted values in train). Default: the only
             `ClassLabel` column, else the only column with a usual name.
-        image_size: side in pixels; the shorter side is resized to it and the centre cropped. Default: no resizing; all
-            images must be square and equally large.
+        image_size: side in pixels; the shorter side is resized to it and the centre cropped, as a saved model's image
+            processor does. Default: no resizing; all images must be square and equally large.
         num_channels: 3 (RGB) or 1 (grey). Default: 3 if the first image has colour, else 1.
         train_split, validation_split, test_split: names of splits of the dataset.
         validation_fraction: share of train for each held-out set, in (0, 1).
@@ -321,7 +360,7 @@ def count_duplicates(train: Tensor, others: Tensor) -> int:
 
 def _with_doubts(splits: DataSplits) -> DataSplits:
     """Notes, in place, which classes a set lacks and how many images it shares with train, and warns of both."""
-    for role in ("train", "validation", "test"):
+    for role in ROLES:
         data = getattr(splits, role)
         counts = torch.bincount(data.labels, minlength=splits.num_labels).tolist()
         missing = [name for name, count in zip(splits.class_names, counts, strict=True) if count == 0]

@@ -814,11 +814,24 @@ class RobustPreTrainedModel(PreTrainedModel):
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
 
+def luminance(images: Tensor) -> Tensor:
+    """Grey (B, 1, H, W) of RGB images (B, 3, H, W): 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), as Pillow's mode L.
+
+    Written so that grey given as RGB comes back to the bit.
+    """
+    red, green, blue = images.split(1, dim=1)
+    return green + 0.299 * (red - green) + 0.114 * (blue - green)
+
+
 def create_image_processor(image_size: int) -> CLIPImageProcessor:
-    """The processor that turns any picture into what our models take: RGB, resized, centre-cropped, in [0, 1]."""
+    """The processor that turns any picture into what our models take: RGB, resized, centre-cropped, in [0, 1].
+
+    Training images are made by the same rule, without this class: `decoding.resize_and_crop`.
+    """
     return CLIPImageProcessor(
         do_convert_rgb=True,
         do_resize=True,
+        resample=3,  # bicubic
         size={"shortest_edge": image_size},
         do_center_crop=True,
         crop_size={"height": image_size, "width": image_size},
@@ -963,11 +976,11 @@ class MoEForImageClassification(RobustPreTrainedModel):
             part.load_state_dict(state_dict, strict=False)  # a part reads its own names only; all were checked above
 
     def _prepare(self, pixel_values: Tensor) -> Tensor:
-        """Check and normalise; a one-channel model also takes RGB (as `pipeline` sends) and averages it."""
+        """Check and normalise; a one-channel model also takes RGB (as `pipeline` sends) and sees its luminance."""
         channels = self.config.num_channels
         is_rgb = pixel_values.ndim == 4 and pixel_values.shape[1] == 3
         if channels == 1 and is_rgb and pixel_values.is_floating_point():
-            pixel_values = pixel_values.mean(dim=1, keepdim=True)
+            pixel_values = luminance(pixel_values)
         check_pixel_values(pixel_values, channels, self.config.image_size)
         return self.normalize(pixel_values).to(self.dtype)
 

@@ -3,6 +3,7 @@
 The steps behind `load_splits`, whose docstring has the rules.
 """
 
+import glob
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .decoding import decode_images
+from .image_folders import SPLIT_NAMES, FolderError, read_image_folder, scan, shorten
 
 if TYPE_CHECKING:
     import datasets
@@ -22,7 +24,8 @@ logger = logging.getLogger("hf_dualmoe.data")  # users find all warnings about d
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
-VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+TABLES = (".parquet", ".arrow")
+OTHER_SOURCES = (".tar", ".zip", ".json", ".jsonl", ".csv")  # `datasets` may know what to do with a folder of these
 
 # --- sources ---------------------------------------------------------------------------------------------------------
 
@@ -41,14 +44,42 @@ def load_source(
         raise ValueError(f"name={name!r} is a file; allowed are folders and .parquet files")
     try:
         if path.is_file():
-            return datasets.load_dataset("parquet", data_files={"train": str(path)})
-        if (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(path)
-        if (path / "state.json").is_file():
-            return {"train": datasets.load_from_disk(path)}
-        return datasets.load_dataset(str(path) if path.exists() else name, config_name, revision=revision, token=token)
+            return datasets.load_dataset("parquet", data_files={"train": glob.escape(str(path))})
+        if path.is_dir():
+            return _load_folder(path, config_name)
+        return datasets.load_dataset(name, config_name, revision=revision, token=token)
     except (IndexError, ValueError) as error:  # what datasets 5 raises for a split without rows
+        if isinstance(error, FolderError):
+            raise
         raise ValueError(f"cannot load {name!r}; has it an empty split? {type(error).__name__}: {error}") from error
+
+
+def _load_folder(path: Path, config_name: str | None) -> "Mapping[str, datasets.Dataset]":
+    """Images are read by `image_folders`, what `save_to_disk` wrote and folders of tables by `datasets`."""
+    import datasets
+
+    if (path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(path)
+    if (path / "state.json").is_file():
+        return {"train": datasets.load_from_disk(path)}
+    found = scan(path)
+    endings = {Path(file).suffix.lower() for files in found.left_out.values() for file in files}
+    tables = endings.intersection(TABLES)
+    holders = [folder for folder in found.root.walk() if folder.images]
+    if tables and len(holders) > 1:
+        raise FolderError(
+            f"dataset folder {str(path)!r} holds images ({shorten([str(f.path) for f in holders])}) and also "
+            f"{' and '.join(tables)} files; give the path of a folder with one of them"
+        )
+    if holders and not tables:
+        return read_image_folder(found)
+    if not tables and endings.isdisjoint(OTHER_SOURCES):
+        left = f"; left out: {found.summary()}" if found.left_out else ""
+        raise FileNotFoundError(f"dataset folder {str(path)!r} holds no image that Pillow reads here{left}")
+    whole = str(path.resolve())  # "." has no name
+    if glob.has_magic(whole):
+        raise FolderError(f"dataset folder {whole!r}: `datasets` would take its name for a pattern; rename it")
+    return datasets.load_dataset(whole, config_name)
 
 
 def assign_roles(splits: list[str], asked: Mapping[str, str | None]) -> dict[str, str]:
@@ -57,14 +88,26 @@ def assign_roles(splits: list[str], asked: Mapping[str, str | None]) -> dict[str
         if split is not None and split not in splits:
             raise ValueError(f"{role}_split={split!r} is not a split of the dataset; available: {splits}")
     roles = {role: split for role, split in asked.items() if split is not None}
-    usual = {"train": ["train"] if len(splits) > 1 else splits, "test": ["test", *VALIDATION_SPLITS]}
-    for role, names in (usual | {"validation": VALIDATION_SPLITS}).items():
-        free = [split for split in names if split in splits and split not in roles.values()]
+    names = {role: _usual(splits, role) for role in SPLIT_NAMES}
+    usual = {"train": names["train"] if len(splits) > 1 else splits, "test": names["test"] + names["validation"]}
+    for role, found in (usual | {"validation": names["validation"]}).items():
+        free = [split for split in found if split not in roles.values()]
         if role not in roles and free:
             roles[role] = free[0]
     if "train" not in roles or len(set(roles.values())) < len(roles):
         raise ValueError(f"train_split, validation_split, test_split: need train and no split twice among {splits}")
+    unused = [split for split in splits if split not in roles.values()]
+    if unused and not any(asked.values()):
+        logger.warning(
+            "splits that are not used: %s; train_split, validation_split, test_split name others", unused
+        )
     return {"train": roles.pop("train"), **roles}
+
+
+def _usual(splits: list[str], role: str) -> list[str]:
+    """The splits with a usual name of that role, the likeliest first."""
+    order = SPLIT_NAMES[role]
+    return sorted((s for s in splits if s.casefold() in order), key=lambda split: order.index(split.casefold()))
 
 
 @dataclass
@@ -103,6 +146,11 @@ def read_labels(
             raise ValueError(
                 f"column {column!r} of split {split!r} has the label {values[row]!r} in row {row}; allowed are the "
                 f"{len(classes)} classes of train (text, integers or a ClassLabel): {classes[:20]}"
+            )
+        if role == "train" and labels.min() == labels.max():
+            raise ValueError(
+                f"all {len(labels)} images of split {split!r}, from which classes are learned, have one label: "
+                f"{values[0]!r} (column {column!r}); at least 2 classes are needed. -1 often stands for hidden labels."
             )
         parts[role] = Part(source, split, labels, np.arange(len(labels)))
     return parts, [str(value) for value in classes]

@@ -5,7 +5,7 @@ forward through the wrapped model, so that accumulation, mixed precision, distri
 any other Trainer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sized
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -60,6 +60,7 @@ class RobustTrainer(ResumableTrainer):
         check_model_fits_method(model, args.method)
         if args.method == "certified":
             check_certifiable(model, args.route_weight, args.gate_weight)
+        check_batches(args, **kwargs)
         kwargs = {"data_collator": collate, "compute_metrics": robust_accuracy_metrics, **kwargs}
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -312,4 +313,26 @@ def check_model_fits_method(model: nn.Module, method: str) -> None:
         )
 
 
-__all__ = ["EmaCallback", "RobustTrainer", "check_model_fits_method", "robust_accuracy_metrics"]
+def check_batches(args: RobustTrainingArguments, **datasets: Any) -> None:
+    """Refuse `dataloader_drop_last` where it drops everything: no step would be made, and nothing said.
+
+    Args:
+        args: Batch sizes and number of processes.
+        **datasets: `train_dataset` and `eval_dataset`, of which those without a length are not checked.
+
+    Raises:
+        ValueError: A dataset has fewer images than one batch of all processes.
+    """
+    processes = 1 if args.accelerator_config.split_batches else args.world_size
+    for role, batch_size in (("train", args.train_batch_size), ("eval", args.eval_batch_size)):
+        images, needed = datasets.get(f"{role}_dataset"), batch_size * processes
+        if not args.dataloader_drop_last or not isinstance(images, Sized) or isinstance(images, Mapping):
+            continue
+        if len(images) < needed:
+            raise ValueError(
+                f"dataloader_drop_last drops all {len(images)} images of {role}_dataset: a batch takes {needed}, "
+                f"per_device_{role}_batch_size times devices; lower it, or leave dataloader_drop_last out."
+            )
+
+
+__all__ = ["EmaCallback", "RobustTrainer", "check_batches", "check_model_fits_method", "robust_accuracy_metrics"]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from hf_dualmoe import DualMoEForImageClassification
+from hf_dualmoe.decoding import decode_images
 from hf_dualmoe.demo import __main__ as command
 from hf_dualmoe.demo import scene as scenes
 from hf_dualmoe.demo.pictures import SHOWN_SIZE, change_gain, change_picture, pictures_html, to_picture
@@ -136,13 +138,25 @@ def test_folder_that_is_no_model(tmp_path):
         load_demo_model(str(tmp_path))
 
 
-def test_examples_from_a_folder(digits_folder, tmp_path):
+def test_examples_from_a_folder(digits_folder, tmp_path, caplog):
     with pytest.raises(ValueError, match="has no image"):
         load_demo_model(str(digits_folder), examples=tmp_path)
     for name in ("b", "a"):
         Image.new("RGB", (20, 10), name == "a" and "white" or "black").save(tmp_path / f"{name}.png")
+    for name in ("._a.png", "broken.png"):  # what a Mac leaves beside each file, and damage
+        (tmp_path / name).write_bytes(b"no image")
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (20, 10), "gray").save(tmp_path / "more" / "c.png")
+    (tmp_path / "zlink").symlink_to(tmp_path / "more")
     demo = load_demo_model(str(digits_folder), examples=tmp_path)
-    assert [(e.caption, float(e.pixels.mean())) for e in demo.examples] == [("a", 1.0), ("b", 0.0)]
+    means = {"a": 1.0, "b": 0.0, "c": 128 / 255}
+    assert [e.caption for e in demo.examples] == ["a", "b", "c", "c"]
+    assert all(abs(float(e.pixels.mean()) - means[e.caption]) < 1e-6 for e in demo.examples)
+    assert "broken.png cannot be read" in caplog.text and "._a.png" not in caplog.text
+    export_space(demo, "x/y", tmp_path / "space", examples=str(tmp_path))
+    kept = tmp_path / "space" / "examples"
+    copied = {str(path.relative_to(kept)) for path in kept.rglob("*.png")}
+    assert copied == {"a.png", "b.png", "broken.png", "more/c.png", "zlink/c.png"}
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -154,7 +168,6 @@ def test_open_image_takes_any_mode(tmp_path):
         "grey.png": Image.fromarray(ramp),
         "clear.png": Image.fromarray(ramp).convert("RGBA"),
         "palette.gif": Image.fromarray(ramp),
-        "deep.png": Image.fromarray(ramp.astype(np.uint16) * 257),
     }
     for name, image in images.items():
         image.save(tmp_path / name)
@@ -172,15 +185,26 @@ def test_open_image_turns_it_upright(tmp_path):
 
 def test_open_image_refuses_what_is_none(tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match="text.png is no image; expected PNG"):
+    with pytest.raises(ValueError, match="text.png cannot be read as an image: no image that can be read"):
         open_image(tmp_path / "text.png")
     Image.new("RGB", (200, 200), "red").save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:100])
     with pytest.raises(ValueError, match="cut.png cannot be read as an image"):
         open_image(tmp_path / "cut.png")
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "floats.tif")
-    with pytest.raises(ValueError, match="floats of unknown range"):
+    with pytest.raises(ValueError, match="floats.tif cannot be read.*its range is unknown"):
         open_image(tmp_path / "floats.tif")
+    Image.new("I;16", (4, 4), 300).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="deep.png cannot be read.*pipeline would clip it"):
+        open_image(tmp_path / "deep.png")
+
+
+def test_grey_model_gets_the_pixels_that_it_was_trained_on(digits_demo, tmp_path):
+    photo = Image.fromarray(load_sample_images().images[0])
+    photo.save(tmp_path / "photo.bmp")
+    pixels = prepare(digits_demo, open_image(tmp_path / "photo.bmp"))
+    trained = decode_images([{"bytes": None, "path": tmp_path / "photo.bmp"}], 1, image_size=8, num_channels=1)[0]
+    assert (255 * pixels - trained).abs().max() <= 1.5
 
 
 # --- looking and attacking -------------------------------------------------------------------------------------------

@@ -632,8 +632,9 @@ def test_pixels_a_rounding_error_above_one_are_accepted(resnet_moe, images):
 def test_grey_model_takes_rgb_images(make_moe, images):
     model = make_moe("vit", num_channels=1, image_mean=0.5, image_std=0.25)
     grey = images[:, :1]
-    torch.testing.assert_close(model(grey.expand(-1, 3, -1, -1)).logits, model(grey).logits)
-    torch.testing.assert_close(model.route(images), model.route(images.mean(dim=1, keepdim=True)))
+    assert torch.equal(model(grey.expand(-1, 3, -1, -1)).logits, model(grey).logits)
+    weighted = (images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)  # as in training
+    torch.testing.assert_close(model.route(images), model.route(weighted))
     with pytest.raises(ValueError, match="torch.uint8"):
         model((255 * images).byte())
     with pytest.raises(ValueError, match=r"\(13, 2, 30, 30\)"):

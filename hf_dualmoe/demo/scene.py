@@ -4,6 +4,7 @@ Images are floats (1, C, H, W) in [0, 1]; the parts of a dual model are called "
 """
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,17 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..attack_primitives import NORMS, check_eps
 from ..attacks import PGD
 from ..component_attacks import has_experts, is_dual
+from ..decoding import open_upright
 from ..export import LogitsModel
-from ..modeling_dualmoe import Normalize, create_image_processor
+from ..image_folders import scan
+from ..modeling_dualmoe import Normalize, create_image_processor, luminance
 
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+logger = logging.getLogger(__name__)
+
 MAX_EXAMPLES = 20
 MAX_STEPS = 50  # about a second on one CPU core for the digits model
 USUAL_EPS = {"linf": 8 / 255, "l2": 0.5}
@@ -214,34 +218,35 @@ def digit_examples(demo: DemoModel) -> list[Example]:
 
 
 def folder_examples(demo: DemoModel, folder: str | os.PathLike) -> list[Example]:
-    """The first images, by name, of a folder."""
-    folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not files:
-        raise ValueError(f"examples={str(folder)!r} has no image ({', '.join(sorted(IMAGE_ENDINGS))}).")
-    return [Example(path.stem, prepare(demo, open_image(path))) for path in files[:MAX_EXAMPLES]]
+    """The first images, by name, in and below a folder; those that cannot be decoded are named in a warning."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"examples={str(folder)!r} is no folder.")
+    found, examples = scan(Path(folder)), []
+    for path in found.root.all_images():
+        try:
+            examples.append(Example(path.stem, prepare(demo, open_image(path))))
+        except ValueError as error:
+            logger.warning("left out of the examples: %s", error)
+        if len(examples) == MAX_EXAMPLES:
+            break
+    if not examples:
+        left = f"; left out: {found.summary()}" if found.left_out else ""
+        raise ValueError(f"examples={str(folder)!r} has no image that Pillow reads here{left}.")
+    return examples
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """An image file as RGB, upright, 16-bit values scaled to 8.
+    """An image file as RGB and upright, by the rules of `decoding`.
 
     Raises:
-        ValueError: The file is no image that Pillow reads, is damaged, or holds values of unknown range.
+        ValueError: The file is no image that Pillow reads, is damaged, or is one that `decoding` refuses.
     """
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise ValueError("its values are floats of unknown range; save it with 8 bits per channel")
-            if image.mode.startswith("I"):
-                image = Image.fromarray(np.rint(np.clip(np.asarray(image), 0, 65535) / 257).astype(np.uint8))
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{Path(path).name} is no image; expected PNG, JPEG, WebP, BMP, GIF or TIFF.") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return open_upright(path).convert("RGB")
+    except Exception as error:  # damage shows as OSError, SyntaxError, struct.error, DecompressionBombError, ...
         raise ValueError(f"{Path(path).name} cannot be read as an image: {error}.") from error
 
 
@@ -249,7 +254,7 @@ def prepare(demo: DemoModel, image: Image.Image) -> Tensor:
     """An RGB image as the model takes it: (1, C, H, W) in [0, 1], resized as the model's processor does."""
     pixels = demo.processor(image, return_tensors="pt")["pixel_values"].float()
     if demo.num_channels == 1 and pixels.shape[1] == 3:
-        pixels = pixels.mean(dim=1, keepdim=True)
+        pixels = luminance(pixels)
     return pixels.clamp(0, 1)  # x * (1 / 255) rounds to just above 1
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from ..image_folders import scan
 from .scene import DemoModel
 
 PACKAGE = Path(__file__).parents[1]
@@ -65,7 +66,7 @@ def export_space(
     if local:
         copy_folder(Path(source), folder / "model", "*")
     if examples:
-        copy_folder(Path(examples), folder / "examples", "*")
+        copy_images(Path(examples), folder / "examples")
     app = APP.format(
         name=demo.name,
         model="model" if local else source,
@@ -96,6 +97,16 @@ def copy_folder(source: Path, target: Path, *patterns: str) -> None:
             if path.is_file() and not left:
                 (target / inside).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target / inside)
+
+
+def copy_images(source: Path, target: Path) -> None:
+    """Replace `target` by the images that are in and below `source`, behind links too."""
+    if target.exists():
+        shutil.rmtree(target)
+    for path in scan(source).root.all_images():
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def requirements() -> list[str]:
