@@ -98,9 +98,7 @@ def assign_roles(splits: list[str], asked: Mapping[str, str | None]) -> dict[str
         raise ValueError(f"train_split, validation_split, test_split: need train and no split twice among {splits}")
     unused = [split for split in splits if split not in roles.values()]
     if unused and not any(asked.values()):
-        logger.warning(
-            "splits that are not used: %s; train_split, validation_split, test_split name others", unused
-        )
+        logger.warning("splits that are not used: %s; train_split, validation_split, test_split name others", unused)
     return {"train": roles.pop("train"), **roles}
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_dualmoe.arguments import RecipeParser, parse_json, parse_width
 from hf_dualmoe.data import load_splits
@@ -102,3 +103,14 @@ def test_help_is_grouped_and_complete(monkeypatch):
     assert "--eps VALUE" in texts["--help"] and "--dataset-name" not in texts["--help"]
     assert "--adam_beta1" not in texts["--help"] and "--adam_beta1" in texts["--help_all"]
     assert len(texts["--help"].splitlines()) < 280
+
+
+def test_pixel_statistics_are_counted_once_and_without_a_float_copy(parser, monkeypatch):
+    data, counts = load_splits("digits"), []
+    bincount = torch.Tensor.bincount
+    monkeypatch.setattr(torch.Tensor, "bincount", lambda self, **kw: counts.append(len(self)) or bincount(self, **kw))
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: pytest.fail(f"a float copy of {tuple(self.shape)}"))
+    model = parser.parse([])[1]
+    configs = [model.moe_config(data), model.dual_config(data, 0.7).standard, model.dual_config(data, 0.7).robust]
+    assert sum(counts) == data.train.images.numel()
+    assert all((c.image_mean, c.image_std) == ([0.3057], [0.3761]) for c in configs)  # those of the published model

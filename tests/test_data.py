@@ -11,7 +11,7 @@ from conftest import encode, solid
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_dualmoe import decoding
+from hf_dualmoe import data, decoding
 from hf_dualmoe.data import (
     DataSplits,
     ImageTensorDataset,
@@ -158,6 +158,75 @@ def test_to_unit_range():
     assert to_unit_range(unit) is unit
     with pytest.raises(ValueError, match="torch.int64"):
         to_unit_range(images.long())
+
+
+def test_channel_statistics_are_those_of_the_float_images():
+    dataset = tiny(600)  # more than are counted at once
+    pixels = dataset.images.double().div(255).transpose(0, 1).flatten(1)
+    mean, std = dataset.channel_statistics
+    torch.testing.assert_close(torch.tensor(mean), pixels.mean(dim=1).float(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(std), pixels.std(dim=1).float(), rtol=0, atol=1e-7)
+    digits = load_digits_splits().train
+    pixels = digits.images.float().div(255)  # as it was computed when models were published
+    assert [round(v[0], 4) for v in digits.channel_statistics] == [
+        round(float(v), 4) for v in (pixels.mean(), pixels.std())
+    ]
+
+
+def test_channel_statistics_are_counted_once_and_of_the_first_images_only(monkeypatch):
+    monkeypatch.setattr(data, "MOST_FOR_STATISTICS", 5)
+    dataset = tiny()
+    first = tiny().subset(range(5)).channel_statistics
+    assert dataset.channel_statistics == first
+    dataset.images = dataset.images * 0
+    assert dataset.channel_statistics is dataset.channel_statistics == first
+
+
+# --- what makes data the same
+
+
+def three(**changed):
+    parts = {role: tiny(n) for role, n in (("train", 13), ("validation", 6), ("test", 7))}
+    return DataSplits(**(parts | changed), name="x")
+
+
+def test_digest_is_the_same_for_equal_data_wherever_it_lies(monkeypatch):
+    parts = {role: tiny(20).subset(range(n)) for role, n in (("train", 13), ("validation", 6), ("test", 7))}
+    strided = ImageTensorDataset(tiny().images.mT.contiguous().mT, tiny().labels, tiny().class_names)
+    digest = three().digest()
+    assert len(digest) == 32 and int(digest, 16) >= 0
+    assert DataSplits(**parts, name="another").digest() == digest == three(train=strided).digest()
+    monkeypatch.setattr(data, "AT_ONCE", 4)
+    assert three().digest() == digest
+    assert load_digits_splits().digest() == "1f8509f6f87e9202b826a0d6058325b3"  # recorded runs hold it
+
+
+def changed_digests():
+    for role, n in (("train", 13), ("validation", 6), ("test", 7)):
+        for key, place in (("images", (-1, -1, -1, -1)), ("labels", (0,))):
+            part = tiny(n)
+            getattr(part, key)[place] += 1
+            yield three(**{role: part}).digest()
+    renamed = [tiny(n) for n in (13, 6, 7)]
+    for part in renamed:
+        part.class_names = ["c1", "c0", "c2"]
+    yield DataSplits(*renamed, "x").digest()
+    yield three(validation=tiny(7), test=tiny(6)).digest()
+    yield three(train=tiny(12)).digest()
+
+
+def test_digest_changes_with_every_part_of_the_data():
+    digests = [three().digest(), *changed_digests()]
+    assert len(set(digests)) == len(digests) == 10
+
+
+def test_digest_changes_when_class_folders_are_renamed(tmp_path):
+    write_folder(tmp_path / "pets", 10)
+    before = load_splits(str(tmp_path / "pets"))
+    (tmp_path / "pets" / "blue").rename(tmp_path / "pets" / "azure")
+    after = load_splits(str(tmp_path / "pets"))
+    assert torch.equal(before.train.images, after.train.images)
+    assert before.digest() != after.digest()
 
 
 # --- augment
@@ -467,10 +536,10 @@ def test_limits_are_stratified_random_choices(tmp_path):
 
 
 def test_columns_given_detected_unknown_and_ambiguous(tmp_path):
-    rows = table(20).add_column("other", [0] * 20)
+    rows = table(20).add_column("other", [7, 8] * 10)
     name = save(tmp_path, train=rows.rename_columns({"image": "photo_x", "label": "kind"}))
     assert load_splits(name).num_labels == 2  # by type, whatever the names
-    assert load_splits(name, label_column="other").class_names == ["0"]
+    assert load_splits(name, label_column="other").class_names == ["7", "8"]
     for kind in ("image", "label"):
         with pytest.raises(ValueError, match=rf"{kind}_column='x' does not exist.*\['photo_x', 'kind', 'other'\]"):
             load_splits(name, **{f"{kind}_column": "x"})
@@ -521,6 +590,16 @@ def test_unlabelled_test_split_is_refused(tmp_path):
     unlabelled = table(4).map(lambda row: {"label": -1})
     with pytest.raises(ValueError, match="split 'test' has the label -1 in row 0"):
         load_splits(save(tmp_path, train=table(10), test=unlabelled))
+
+
+@pytest.mark.parametrize("labels", [[-1] * 10, ["cat"] * 10])
+def test_one_class_is_refused(tmp_path, labels):
+    rows = relabelled(labels)
+    message = rf"all 10 images of split 'train'.* have one label: {labels[0]!r} \(column 'label'\).*at least 2 classes"
+    with pytest.raises(ValueError, match=message):
+        load_splits(save(tmp_path, train=rows, test=rows))
+    with pytest.raises(ValueError, match="all 10 images of split 'train'.*'class 1'.*-1 often stands for hidden"):
+        load_splits(save(tmp_path / "b", train=table(20).select(range(1, 20, 2)), test=table(20)))
 
 
 def test_class_labels_are_matched_by_name(tmp_path):

@@ -9,7 +9,7 @@ from transformers import EvalPrediction
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.data import ImageTensorDataset
-from hf_dualmoe.trainer import RobustTrainer, robust_accuracy_metrics
+from hf_dualmoe.trainer import RobustTrainer, check_batches, robust_accuracy_metrics
 from hf_dualmoe.training_args import METHODS, WITHOUT_ATTACK, PixelValue, RobustTrainingArguments
 
 TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1}
@@ -337,3 +337,35 @@ def test_pixel_values_may_be_fractions():
     assert PixelValue("0.1") == 0.1
     with pytest.raises(ValueError, match="must be a number or a fraction such as 8/255"):
         PixelValue("eight/255")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"per_device_train_batch_size": 61},
+            "all 60 images of train_dataset: a batch takes 61, per_device_train_batch",
+        ),
+        ({"per_device_eval_batch_size": 61}, "all 60 images of eval_dataset: a batch takes 61, per_device_eval_batch"),
+        ({"per_device_train_batch_size": 60, "per_device_eval_batch_size": 60}, None),
+    ],
+)
+def test_dropping_every_batch_is_refused(stripes, arguments, sizes, message):
+    def create(**changes):
+        return RobustTrainer(build("at"), arguments(**sizes, **changes), train_dataset=stripes, eval_dataset=stripes)
+
+    create()  # nothing is dropped
+    if message is None:
+        create(dataloader_drop_last=True)
+    else:
+        with pytest.raises(ValueError, match=f"dataloader_drop_last drops {message}"):
+            create(dataloader_drop_last=True)
+
+
+def test_dropping_counts_the_batches_of_all_processes(stripes, arguments, monkeypatch):
+    args = arguments(dataloader_drop_last=True, per_device_train_batch_size=20)
+    monkeypatch.setattr(RobustTrainingArguments, "world_size", 4)
+    with pytest.raises(ValueError, match="a batch takes 80"):
+        check_batches(args, train_dataset=stripes)
+    args.accelerator_config.split_batches = True  # then a batch is that of all processes together
+    check_batches(args, train_dataset=stripes, eval_dataset={"a": stripes}, model=None)
