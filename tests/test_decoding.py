@@ -8,8 +8,10 @@ import torch
 from conftest import encode, solid
 from PIL import Image, ImageCms
 from sklearn.datasets import load_sample_images
+from transformers import pipeline
 from transformers.image_utils import load_image
 
+from hf_dualmoe.data import to_unit_range
 from hf_dualmoe.decoding import decode_images, resize_and_crop
 from hf_dualmoe.modeling_dualmoe import create_image_processor, luminance
 
@@ -90,6 +92,22 @@ def test_oblong_photos_become_what_pipeline_makes_of_them(photos, mode, num_chan
         if mode in ("RGBA", "LA"):
             image.putalpha(photo.convert("L"))
         assert_same_pixels(encode(image, "JPEG" if mode == "YCbCr" else "TIFF"), 64, num_channels)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_a_saved_model_answers_as_it_was_measured(photos, make_moe, tmp_path, num_channels):
+    statistics = {"image_mean": [0.4] * num_channels, "image_std": [0.1] * num_channels}
+    model = make_moe("vit", num_channels=num_channels, **statistics)
+    model.save_pretrained(tmp_path / "model")
+    classify = pipeline("image-classification", model=str(tmp_path / "model"))
+    for number, photo in enumerate(photos):
+        photo.save(tmp_path / f"{number}.bmp")
+        row = {"bytes": None, "path": str(tmp_path / f"{number}.bmp")}
+        pixels = decode_images([row], 1, image_size=model.config.image_size, num_channels=num_channels)[0]
+        measured = model(to_unit_range(pixels)).logits.softmax(dim=1)[0]
+        answers = {answer["label"]: answer["score"] for answer in classify(row["path"], top_k=model.config.num_labels)}
+        served = torch.tensor([answers[name] for name in model.config.id2label.values()])
+        assert (served - measured).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("size", [7, 64, 400])
