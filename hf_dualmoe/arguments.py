@@ -26,7 +26,8 @@ class DataArguments:
     dataset_name: str = field(
         default="digits",
         metadata={
-            "help": "digits (embedded), a dataset id on the Hub, a folder of images or parquet, a .parquet file."
+            "help": "digits (embedded), a dataset id on the Hub, a folder of images (CLASS/IMAGE, or "
+            "train/CLASS/IMAGE and test/CLASS/IMAGE) or parquet, a .parquet file."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})

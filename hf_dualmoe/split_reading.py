@@ -72,6 +72,8 @@ def _load_folder(path: Path, config_name: str | None) -> "Mapping[str, datasets.
             f"{' and '.join(tables)} files; give the path of a folder with one of them"
         )
     if holders and not tables:
+        if config_name is not None:
+            raise FolderError(f"config_name={config_name!r} does not fit a folder of images; allowed is None")
         return read_image_folder(found)
     if not tables and endings.isdisjoint(OTHER_SOURCES):
         left = f"; left out: {found.summary()}" if found.left_out else ""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import solid
+from conftest import encode, solid
 from PIL import features
 
 from hf_dualmoe import image_folders
@@ -36,6 +36,14 @@ def load(folder):
     """Sizes of train, validation and test, and the class names."""
     splits = load_splits(str(folder))
     return [len(splits.train), len(splits.validation), len(splits.test)], splits.class_names
+
+
+def table(colour):
+    """20 rows of one colour and two classes."""
+    rows = {"image": [encode(solid((colour,) * 3))] * 20, "label": ["a", "b"] * 10}
+    return datasets.Dataset.from_dict(
+        rows, datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    )
 
 
 def total(folder):
@@ -76,10 +84,13 @@ def test_a_pattern_in_a_name_is_a_name(root):
         for label in labels:
             write(root / name / label, 10)
     assert load(root / "photos[1]")[1] == ["a", "b"]
-    rows = {"image": [{"path": "a/0.png"}], "label": [0]}
-    datasets.Dataset.from_dict(rows).to_parquet(root / "tables[1]" / "train.parquet")
+    for name, colour in (("tables[1]", 7), ("tables1", 99)):
+        (root / name).mkdir()
+        table(colour).to_parquet(root / name / "[1].parquet")
+        table(99).to_parquet(root / name / "1.parquet")
     with pytest.raises(ValueError, match=r"tables\[1\]': `datasets` would take its name for a pattern; rename it"):
         load_splits(str(root / "tables[1]"))
+    assert load_splits(str(root / "tables[1]" / "[1].parquet")).train.images.unique().tolist() == [7]
 
 
 def test_current_folder(root, monkeypatch):
@@ -88,6 +99,10 @@ def test_current_folder(root, monkeypatch):
     monkeypatch.chdir(root)
     assert load(".") == ([16, 2, 2], ["a", "b"])
     assert load("../photos") == load("./") == load(".")
+    (root / "tables").mkdir()
+    table(7).to_parquet(root / "tables" / "train.parquet")
+    monkeypatch.chdir(root / "tables")
+    assert load(".") == ([16, 2, 2], ["a", "b"])
 
 
 def test_links_are_followed_but_not_in_a_circle(root, caplog):
@@ -223,6 +238,12 @@ def test_refused_with_how_it_was_read_and_what_was_expected(root, name):
     assert text.startswith(f"dataset folder {str(root)!r} was read as ") and EXPECTED in text
     assert message.format(root=root) in text
     assert " Left out: .csv files, not read as images: 1 (labels.csv)" in text
+
+
+def test_a_configuration_is_of_the_hub(root):
+    write(root / "a", 2)
+    with pytest.raises(ValueError, match="config_name='x' does not fit a folder of images"):
+        load_splits(str(root), config_name="x")
 
 
 def test_a_folder_of_other_files_names_them(root):
