@@ -100,7 +100,7 @@ def check_outputs(model: nn.Module, dataset: ImageTensorDataset, batch_size: int
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step: a reader or a crash never meets half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -147,7 +147,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 def _cpu_name() -> str:
     """Model name of the processor where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     return next((ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), platform.machine())
 
 

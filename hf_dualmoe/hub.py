@@ -122,7 +122,12 @@ def plan_upload(folder: str | os.PathLike, repo_id: str, *, refuse_pickles: bool
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which config.json's auto_map names.")
     check_weights(files)
     card = final_card(folder, repo_id, **metadata)
-    check_no_token({**{n: p.read_text(errors="replace") for n, p in files.items() if is_text(n)}, CARD_NAME: card})
+    check_no_token(
+        {
+            **{n: p.read_text(errors="replace", encoding="utf-8") for n, p in files.items() if is_text(n)},
+            CARD_NAME: card,
+        }
+    )
     left_out = [name for name in names if name not in files and name != CARD_NAME]
     return Upload(repo_id, files, card, left_out, upload_warnings(folder, files))
 

@@ -193,7 +193,7 @@ def write_card(args: Namespace, report: RobustnessReport) -> None:
 def write_config(folder: str, changes: dict[str, Any]) -> None:
     """Change fields of the folder's config.json."""
     config = Path(folder, "config.json")
-    write_text(config, json.dumps(json.loads(config.read_text()) | changes, indent=2) + "\n")
+    write_text(config, json.dumps(json.loads(config.read_text(encoding="utf-8")) | changes, indent=2) + "\n")
     print(f"Wrote {', '.join(f'{name} = {value}' for name, value in changes.items())} to {config}")
 
 

@@ -161,7 +161,7 @@ def find_checkpoint(output_dir: Path, settings: str, fresh: bool) -> str | None:
                 "choose another --output_dir, or start over in it with --fresh."
             )
         return None
-    if recorded.read_text() != settings:
+    if recorded.read_text(encoding="utf-8") != settings:
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds a run with other settings; choose another --output_dir, or start "
             "over in it with --fresh."
