@@ -1,9 +1,11 @@
 """What surrounds an evaluation: checks of its input, digests, descriptions of model and hardware."""
 
 import hashlib
+import io
 import json
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,13 @@ def check_outputs(model: nn.Module, dataset: ImageTensorDataset, batch_size: int
 
 
 # --- files and digests -----------------------------------------------------------------------------------------------
+
+
+def print_in_any_encoding() -> None:
+    """Let a script print any text: where a terminal or pipe has no letter for it (C locale, Windows), as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def write_text(path: Path, text: str) -> None:
