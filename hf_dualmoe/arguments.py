@@ -265,7 +265,7 @@ class RecipeParser(HfArgumentParser):
         path = self.recipes / f"{recipe}.yaml" if recipe in self.named else Path(recipe)
         if not path.is_file():
             raise ValueError(f"recipe={recipe!r} is neither a file nor one of {', '.join(self.named)}.")
-        settings = yaml.safe_load(path.read_text()) or {}
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         allowed = {action.dest for action in self._actions}
         if unknown := sorted(set(settings) - allowed):
             raise ValueError(f"recipe {path.name} has unknown settings {', '.join(unknown)}.")

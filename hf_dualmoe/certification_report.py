@@ -69,7 +69,7 @@ class CertificationReport:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CertificationReport":
         """Read what `save` wrote."""
-        return cls(**json.loads(Path(path).read_text()))
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
     def table(self) -> str:
         """Certified accuracy in % per model and radius; "-" where there is no certificate."""

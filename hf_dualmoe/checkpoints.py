@@ -53,7 +53,7 @@ def check_checkpoint(folder: "str | Path") -> None:
     """
     folder = Path(folder)
     try:
-        files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+        files = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: it was never finished.") from None
@@ -81,7 +81,7 @@ def last_good_checkpoint(output_dir: "str | Path") -> Path | None:
     for folder in reversed(checkpoints.values()):
         try:
             check_checkpoint(folder)
-            best = json.loads((folder / STATE_NAME).read_text())["best_model_checkpoint"]
+            best = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["best_model_checkpoint"]
             if best:  # by its name: the output folder may have moved
                 check_checkpoint(folder.parent / Path(best).name)
         except (CheckpointError, OSError, ValueError, KeyError) as error:
@@ -97,7 +97,7 @@ def last_good_checkpoint(output_dir: "str | Path") -> Path | None:
 def read_progress(folder: "str | Path") -> dict[str, Any]:
     """What `RobustTrainer` keeps beside transformers' own state; empty in a checkpoint of another trainer."""
     path = Path(folder) / PROGRESS_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

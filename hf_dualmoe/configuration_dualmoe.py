@@ -6,6 +6,9 @@ This file travels to the Hub as remote code together with `modeling_dualmoe.py`;
 Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach*, https://arxiv.org/abs/2502.06832
 """
 
+import json
+import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -27,8 +30,9 @@ MAX_SIZES = {
     **{"num_channels": 1024, "num_experts": 1024, "router_top_k": 1024, "shared_stages": 1024, "num_labels": 200_000},
 }
 MAX_WIDTH = 100  # multiplier of the stage channels
-MAX_NUMBER = 100_000  # of anything in backbone_kwargs, width, or the config of another kind of model
-MAX_ITEMS = 1_000  # in those
+MAX_NUMBER = 100_000  # of anything in backbone_kwargs and width
+MAX_COMPONENT_INTEGER = 2**24  # in the config of another kind of model: above any vocabulary or context length
+MAX_ITEMS = 1_000  # in a list or dict of those
 MAX_NESTING = 8  # levels of dicts and lists in those
 MAX_TEXT = 200  # letters of a name, or of a value in a message
 MIN_STD = 1e-6  # in [0, 1] pixel units; dividing by less would overflow
@@ -85,23 +89,47 @@ def check_flag(name: str, value: bool) -> None:
         raise ValueError(f"{name}={shown(value)} must be True or False.")
 
 
-def check_loads_nothing(name: str, value: Any, skip: tuple[str, ...] = (), depth: int = 0) -> None:
+def check_small(name: str, value: int | float) -> None:
+    """Raise a ValueError unless `value` is in [-`MAX_NUMBER`, `MAX_NUMBER`]."""
+    if not -MAX_NUMBER <= value <= MAX_NUMBER:  # NaN too
+        raise ValueError(f"{name}={shown(value)} must be a number in [-{MAX_NUMBER}, {MAX_NUMBER}].")
+
+
+def check_component_number(name: str, value: int | float) -> None:
+    """Raise a ValueError where a config class could make an endless list of an integer, or `value` is NaN."""
+    if isinstance(value, float):
+        low, high = -math.inf, math.inf
+    else:
+        high = MAX_SIZES["num_labels"] if name.endswith("['num_labels']") else MAX_COMPONENT_INTEGER
+        low = -MAX_COMPONENT_INTEGER
+    if not low <= value <= high:
+        raise ValueError(f"{name}={shown(value)} must be a number in [{low}, {high}].")
+
+
+def check_loads_nothing(
+    name: str,
+    value: Any,
+    skip: tuple[str, ...] = (),
+    check_size: Callable[[str, int | float], None] = check_small,
+    depth: int = 0,
+) -> None:
     """Refuse a value that could make timm or transformers load something, or build something huge.
 
     Args:
         name: Its name in the config.
         value: Plain data: text, numbers, lists and dicts of them; other objects are left alone.
         skip: Keys of dicts that are not looked at.
+        check_size: Called with the name and value of each number; raises where it is out of range.
         depth: Levels above `value`.
 
     Raises:
-        ValueError: A key of `LOADING_KEYS`, text that names something on the Hub, a number beyond `MAX_NUMBER`, more
-            than `MAX_ITEMS` items, or nested too deeply.
+        ValueError: A key of `LOADING_KEYS`, text that names something on the Hub, a number out of range, more than
+            `MAX_ITEMS` items, or nested too deeply.
     """
     if depth > MAX_NESTING:
         raise ValueError(f"{name} is nested too deeply.")
-    if isinstance(value, (int, float)) and not -MAX_NUMBER <= value <= MAX_NUMBER:  # NaN too
-        raise ValueError(f"{name}={shown(value)} must be a number in [-{MAX_NUMBER}, {MAX_NUMBER}].")
+    if isinstance(value, (int, float)):
+        check_size(name, value)
     if isinstance(value, str) and value.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         raise ValueError(f"{name}={shown(value)} would load another model; a config cannot.")
     elif isinstance(value, (list, tuple, dict)):
@@ -113,22 +141,32 @@ def check_loads_nothing(name: str, value: Any, skip: tuple[str, ...] = (), depth
                 continue
             if key in LOADING_KEYS and not harmless:
                 raise ValueError(f"{name}[{key!r}]={shown(item)} is not allowed: a config cannot load files or code.")
-            check_loads_nothing(f"{name}[{shown(key)}]", item, skip, depth + 1)
+            check_loads_nothing(f"{name}[{shown(key)}]", item, skip, check_size, depth + 1)
 
 
-def check_labels_maps(id2label: Any, label2id: Any) -> None:
-    """Raise a ValueError unless `id2label` names the labels 0, 1, ... and `label2id` gives their numbers, or None."""
+def check_labels_size(id2label: Any, label2id: Any) -> None:
+    """Raise a ValueError unless both are None or dicts of a sensible number of labels."""
     for name, value in (("id2label", id2label), ("label2id", label2id)):
         if value is not None and not isinstance(value, dict):
             raise ValueError(f"{name}={shown(value)} must be a dict, or None.")
         if value is not None and len(value) > MAX_SIZES["num_labels"]:
             raise ValueError(f"{name} has {len(value)} labels; at most {MAX_SIZES['num_labels']} are allowed.")
+
+
+def check_labels_maps(id2label: Any, label2id: Any) -> None:
+    """Raise a ValueError unless `id2label` names the labels 0, 1, ... and `label2id` gives their numbers, or None."""
+    check_labels_size(id2label, label2id)
     if id2label is not None and {str(key) for key in id2label} != {str(i) for i in range(len(id2label))}:
         raise ValueError(f"id2label={shown(id2label)} must name the labels 0, 1, 2, ... without a gap.")
     if id2label is not None and not (id2label and all(isinstance(name, str) for name in id2label.values())):
         raise ValueError(f"id2label={shown(id2label)} must name at least one label, each with a text.")
-    if label2id is not None and not all(is_number(number) for number in label2id.values()):
+    if label2id is not None and not all(is_label_number(number) for number in label2id.values()):
         raise ValueError(f"label2id={shown(label2id)} must give each label its number.")
+
+
+def is_label_number(value: Any) -> bool:
+    """Whether `value` is a number, or the text of one, as examples of transformers write into `label2id`."""
+    return is_number(value) or (isinstance(value, str) and len(value) <= MAX_TEXT and value.isdecimal())
 
 
 def check_format_version(version: int) -> None:
@@ -176,6 +214,8 @@ class ValidatedConfig(PreTrainedConfig):
         if kwargs.get("num_labels") is not None:
             check_count("num_labels", kwargs["num_labels"], 1, MAX_SIZES["num_labels"])
         check_labels_maps(self.id2label, self.label2id)
+        if self.label2id is not None:
+            self.label2id = {name: int(number) for name, number in self.label2id.items()}
         if str(self.dtype).removeprefix("torch.") not in ("None", "float32", "float64", "float16", "bfloat16"):
             raise ValueError(f"dtype={shown(self.dtype)} must be 'float32', 'float64', 'float16', 'bfloat16' or None.")
         super().__post_init__(**kwargs)
@@ -297,6 +337,22 @@ class MoEConfig(ValidatedConfig):
         return [float(v) if is_number(v) else v for v in value]
 
 
+def side_of(name: str, image_size: int | list[int] | tuple[int, ...] | None) -> int | None:
+    """The side in pixels of a component's square images, which other configs also write as (height, width)."""
+    if not isinstance(image_size, (list, tuple)):
+        return image_size
+    if len(set(image_size)) != 1:
+        raise ValueError(f"{name}.image_size={shown(image_size)} must be square: one picture size serves both parts.")
+    return image_size[0]
+
+
+def without_origin(value: Any) -> Any:
+    """The dict of a config, and of those inside it, without `_name_or_path`."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without_origin(item) for key, item in value.items() if key != "_name_or_path"}
+
+
 class DualMoEConfig(ValidatedConfig):
     """Configuration of `DualMoEForImageClassification`: F_D = (1 - alpha) F_S + alpha F_R.
 
@@ -340,7 +396,7 @@ class DualMoEConfig(ValidatedConfig):
         self.robust = self._component("robust")
         if self.id2label is None and kwargs.get("num_labels") is None:
             kwargs.pop("num_labels", None)  # transformers would build no labels at all from an explicit None
-            self.id2label = dict(self.robust.id2label or {})
+            self.id2label = {i: str(name) for i, name in (self.robust.id2label or {}).items()}
             self.label2id = {name: i for i, name in self.id2label.items()}
         self._check_fields()
         super().__post_init__(**kwargs)
@@ -353,6 +409,8 @@ class DualMoEConfig(ValidatedConfig):
         self._check_logit_map("robust_logit_map")
         for name in ("image_size", "num_channels", "num_labels"):
             standard, robust = getattr(self.standard, name, None), getattr(self.robust, name, None)
+            if name == "image_size":
+                standard, robust = side_of("standard", standard), side_of("robust", robust)
             if standard is not None and robust is not None and standard != robust:
                 raise ValueError(f"standard.{name}={standard} and robust.{name}={robust} must be equal.")
         for name in ("standard", "robust"):
@@ -363,12 +421,12 @@ class DualMoEConfig(ValidatedConfig):
         value = getattr(self, name)
         if value is None:
             return MoEConfig()
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, PreTrainedConfig):  # what could not be loaded again is refused before it is trained
+            self._check_component(name, json.loads(value.to_json_string(use_diff=False)))
             return value
         if not isinstance(value, dict):
             raise ValueError(f"{name}={shown(value)} must be a config, the dict of one, or None.")
-        check_loads_nothing(name, value, skip=("id2label", "label2id", "pretrained_cfg"))
-        check_labels_maps(value.get("id2label"), value.get("label2id"))
+        self._check_component(name, value)
         model_type = value.get("model_type", MoEConfig.model_type)
         if not isinstance(model_type, str):
             raise ValueError(f"{name}['model_type']={shown(model_type)} must be text.")
@@ -377,6 +435,21 @@ class DualMoEConfig(ValidatedConfig):
             return config_class.from_dict(value)  # some classes translate what `to_dict` wrote
         except Exception as error:  # each config class of transformers checks in its own way, or not at all
             raise ValueError(f"{name} is no usable config of model_type={shown(model_type)}: {error}") from error
+
+    def _check_component(self, name: str, value: dict[str, Any]) -> None:
+        """Refuse the dict of a config that could load something, or build something huge."""
+        labels = ("id2label", "label2id", "label_names")
+        check_loads_nothing(name, value, (*labels, "pretrained_cfg"), check_component_number)
+        check_labels_size(value.get("id2label"), value.get("label2id"))
+        if len(value.get("label_names") or ()) > MAX_SIZES["num_labels"]:  # of a TimmWrapperConfig
+            raise ValueError(f"{name} has more than {MAX_SIZES['num_labels']} label_names.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As that of the parent, without where the components came from: paths of this machine, in most cases."""
+        return {
+            key: without_origin(value) if key in self.sub_configs else value
+            for key, value in super().to_dict().items()
+        }
 
     def _check_logit_map(self, name: str) -> None:
         logit_map = getattr(self, name)
@@ -396,7 +469,8 @@ class DualMoEConfig(ValidatedConfig):
     @property
     def image_size(self) -> int | None:
         """Height and width of the images in pixels; None where neither component states it."""
-        return getattr(self.robust, "image_size", None) or getattr(self.standard, "image_size", None)
+        sides = (side_of(name, getattr(getattr(self, name), "image_size", None)) for name in ("robust", "standard"))
+        return next((side for side in sides if side), None)
 
     @image_size.setter
     def image_size(self, value: int) -> None:

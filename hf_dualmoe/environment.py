@@ -1,9 +1,11 @@
 """What surrounds an evaluation: checks of its input, digests, descriptions of model and hardware."""
 
 import hashlib
+import io
 import json
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,10 +99,17 @@ def check_outputs(model: nn.Module, dataset: ImageTensorDataset, batch_size: int
 # --- files and digests -----------------------------------------------------------------------------------------------
 
 
+def print_in_any_encoding() -> None:
+    """Let a script print any text: where a terminal or pipe has no letter for it (C locale, Windows), as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step: a reader or a crash never meets half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -147,7 +156,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 def _cpu_name() -> str:
     """Model name of the processor where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     return next((ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), platform.machine())
 
 

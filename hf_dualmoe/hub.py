@@ -1,6 +1,7 @@
 """Publishing a saved model to the Hub: everything is checked first, then sent in one commit.
 
 Only safetensors, JSON, the model's own code files, plots and the card are sent; checkpoints and pickles never are.
+Paths of the publisher's machine are shortened to their last part, or refused where only the publisher can remove them.
 """
 
 import filecmp
@@ -28,8 +29,10 @@ from huggingface_hub import (
 from huggingface_hub.utils import RepositoryNotFoundError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_imports
 
 from .card_text import PLOTS
+from .local_paths import LOCAL_PATH, PROCESSOR_NAME, check_no_path, cleaned_texts, is_private, shorten_paths
 from .model_card import (
     CARD_NAME,
     CONFIG_NAME,
@@ -43,7 +46,6 @@ from .model_card import (
 from .report import RobustnessReport
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-PROCESSOR_NAME = "preprocessor_config.json"
 SENT = (CONFIG_NAME, PROCESSOR_NAME, RESULTS_NAME, CARD_NAME, "*.png", "*.svg", *WEIGHTS)
 REPLACED = (RESULTS_NAME, *PLOTS, *WEIGHTS)  # removed from the repository where the folder no longer has them
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
@@ -57,6 +59,7 @@ class Upload:
     Args:
         repo_id: Hub id, user/name.
         files: Name in the repository -> file; the card, which is rendered for the repository, is in `card`.
+        texts: Name in the repository -> text that is sent instead of what the file holds.
         card: Text of README.md.
         left_out: Names in the folder that are not sent.
         warnings: What the publisher should know.
@@ -64,6 +67,7 @@ class Upload:
 
     repo_id: str
     files: dict[str, Path]
+    texts: dict[str, str]
     card: str
     left_out: Sequence[str]
     warnings: Sequence[str]
@@ -71,7 +75,15 @@ class Upload:
     def sizes(self) -> dict[str, int]:
         """Bytes of each file that would be sent, by name."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
-        return dict(sorted({**sizes, CARD_NAME: len(self.card.encode())}.items()))
+        sizes |= {name: len(text.encode()) for name, text in {**self.texts, CARD_NAME: self.card}.items()}
+        return dict(sorted(sizes.items()))
+
+    def operations(self) -> list[CommitOperationAdd]:
+        """What the commit adds, without the card."""
+        return [
+            CommitOperationAdd(name, self.texts[name].encode() if name in self.texts else path)
+            for name, path in self.files.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ def plan_upload(folder: str | os.PathLike, repo_id: str, *, refuse_pickles: bool
 
     Raises:
         ValueError: An invalid id, a folder that is no saved model or holds pickles, a broken file, a missing code
-            file, a card that is not valid, or an access token inside a text file.
+            file, a card that is not valid, or an access token or a path of this machine inside a text file.
     """
     folder = Path(folder)
     check_repo_id(repo_id)
@@ -115,16 +127,20 @@ def plan_upload(folder: str | os.PathLike, repo_id: str, *, refuse_pickles: bool
             f"{folder} holds {', '.join(pickles)}: pickles can run code where they are loaded and are not published. "
             "Move them away, or publish a folder that save_pretrained wrote."
         )
-    code = code_files(config)
+    code = code_files(folder, config)
     wanted = [name for name in names if (folder / name).is_file() and any(fnmatch(name, o) for o in (*SENT, *code))]
     files = {name: folder / name for name in wanted if name != CARD_NAME}
     if missing := [name for name in code if name not in files]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which config.json's auto_map names.")
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}, which config.json's auto_map or one of its code files names."
+        )
     check_weights(files)
     card = final_card(folder, repo_id, **metadata)
-    check_no_token({**{n: p.read_text(errors="replace") for n, p in files.items() if is_text(n)}, CARD_NAME: card})
+    texts = cleaned_texts(files)
+    read = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in files.items() if is_text(name)}
+    check_no_token({**read, CARD_NAME: card})
     left_out = [name for name in names if name not in files and name != CARD_NAME]
-    return Upload(repo_id, files, card, left_out, upload_warnings(folder, files))
+    return Upload(repo_id, files, texts, card, left_out, upload_warnings(folder, files))
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -150,10 +166,16 @@ def check_saved_folder(folder: Path) -> dict[str, Any]:
     return config
 
 
-def code_files(config: dict[str, Any]) -> list[str]:
-    """Files of the code that `auto_map` calls; our modeling file imports the configuration file beside it."""
-    modules = {str(target).split("--")[-1].split(".")[0] for target in config.get("auto_map", {}).values()}
-    return sorted(f"{module}.py" for module in modules)
+def code_files(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Files of the code that `auto_map` calls, and of the code beside it that these import, whether there or not."""
+    found: list[str] = []
+    modules = [str(target).split("--")[-1].split(".")[0] for target in config.get("auto_map", {}).values()]
+    while modules:
+        name = f"{modules.pop()}.py"
+        if name not in found:
+            found.append(name)
+            modules += get_relative_imports(folder / name) if (folder / name).is_file() else []
+    return sorted(found)
 
 
 def check_weights(files: dict[str, Path]) -> None:
@@ -182,8 +204,9 @@ def final_card(folder: Path, repo_id: str, **metadata: Any) -> str:
     if path.is_file() and not is_rendered(text := path.read_text(encoding="utf-8")):
         load_report(folder)  # a broken results.json is refused here too
         check_card(text)
+        check_no_path(CARD_NAME, [path for path in LOCAL_PATH.findall(text) if is_private(path, folder)])
         return text
-    return str(render_folder(folder, repo_id=repo_id, **metadata))
+    return shorten_paths(str(render_folder(folder, repo_id=repo_id, **metadata)))
 
 
 def check_no_token(texts: dict[str, str]) -> None:
@@ -264,7 +287,7 @@ def publish_folder(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     head = api.repo_info(repo_id, revision=revision).sha
     there = set(api.list_repo_files(repo_id, revision=head))
-    operations = [CommitOperationAdd(name, path) for name, path in upload.files.items()]
+    operations = upload.operations()
     notes = []
     if CARD_NAME in there and is_rendered(upload.card) and not is_rendered(read_remote_card(api, repo_id, head)):
         notes.append(f"the {CARD_NAME} on the Hub was edited by somebody and is kept; delete it there to replace it.")

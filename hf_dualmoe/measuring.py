@@ -164,7 +164,7 @@ class Store:
             for path in [*self.folder.glob("*.safetensors"), *self.folder.glob("*.partial")]:
                 path.unlink()
         elif recorded.is_file():
-            there = json.loads(recorded.read_text())
+            there = json.loads(recorded.read_text(encoding="utf-8"))
             differing = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
             if differing:
                 shown = ", ".join(f"{n}: {there.get(n)!r} there, {settings.get(n)!r} here" for n in differing)

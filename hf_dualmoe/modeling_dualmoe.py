@@ -1008,7 +1008,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
         expert_index: Tensor | None = None,
         output_router_logits: bool | None = None,
         extra_expert_index: Tensor | None = None,
-    ) -> MoEImageClassifierOutput:
+        return_dict: bool | None = None,
+    ) -> MoEImageClassifierOutput | tuple[Tensor, ...]:
         """Classify images.
 
         Args:
@@ -1019,6 +1020,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
             output_router_logits: Whether to return the router logits; default: the config's.
             extra_expert_index: (B,) int64: an expert whose own logits to return as well, -1 = none. It shares the
                 trunk's work with the rest.
+            return_dict: False gives a tuple of the fields that are not None. The config's field of this name has no
+                effect, since the code around the model reads fields by name.
 
         Raises:
             ValueError: Wrong shape, dtype or values of an argument.
@@ -1042,7 +1045,10 @@ class MoEForImageClassification(RobustPreTrainedModel):
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if labels is None and not torch.is_grad_enabled():
             aux_loss = None
-        return MoEImageClassifierOutput(loss, logits, router_logits if wanted else None, index, aux_loss, extra_logits)
+        output = MoEImageClassifierOutput(
+            loss, logits, router_logits if wanted else None, index, aux_loss, extra_logits
+        )
+        return output.to_tuple() if return_dict is False else output
 
     def _forced_rows(self, name: str, index: Tensor | None, batch_size: int) -> Tensor | None:
         """(B,) bool: the rows for which the argument `name` names an expert; None where it was not given."""
@@ -1228,22 +1234,29 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
                 for a model that expects normalised images.
 
         Raises:
-            ValueError: The two disagree on labels, image size or channels, or alpha is out of range.
+            ValueError: The two disagree on labels, image size or channels, alpha is out of range, or one could not be
+                built again from its config, as loading the saved model will.
         """
-        labels = standard.config.id2label, robust.config.id2label
-        generic = [all(name == f"LABEL_{i}" for i, name in names.items()) for names in labels]
-        if labels[0] != labels[1] and not (any(generic) and len(labels[0]) == len(labels[1])):
-            raise ValueError(f"standard has labels {labels[0]} but robust has {labels[1]}; they must agree in order.")
-        named = labels[0] if generic[1] else labels[1]
-        config_kwargs = {"id2label": named, "label2id": {v: k for k, v in named.items()}, **config_kwargs}
+        named = common_labels(standard.config.id2label, robust.config.id2label)
+        config_kwargs = {"id2label": named, "label2id": {name: i for i, name in named.items()}, **config_kwargs}
         configs = copy.deepcopy((standard.config, robust.config))
+        for config, model in zip(configs, (standard, robust), strict=True):
+            config.architectures = [type(model).__name__]  # transformers has two classes for some model types
         config = cls.config_class(standard=configs[0], robust=configs[1], alpha=alpha, **config_kwargs)
         with torch.device("meta"):  # no second copy of the weights
-            model = cls(config)
-        model.standard = standard
-        model.robust = copy.deepcopy(robust) if robust is standard else robust  # shared tensors cannot be saved
-        model._create_normalizers()
-        return model.train(standard.training)
+            joined = cls(config)
+        for name, model in (("standard", standard), ("robust", robust)):
+            target = f"a {type(getattr(joined, name)).__name__} of {name}.config, which would be built on loading"
+            check_same_parameters(getattr(joined, name).state_dict(), model.state_dict(), target)
+        joined.standard = standard
+        joined.robust = copy.deepcopy(robust) if robust is standard else robust  # shared tensors cannot be saved
+        joined._create_normalizers()
+        return joined.train(standard.training)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider of the two components' dtypes, in which both are saved and loaded again: nothing is rounded."""
+        return torch.promote_types(self.standard.dtype, self.robust.dtype)
 
     def set_alpha(self, alpha: float) -> None:
         """Turn the dial: the weight of F_R in [0, 1], from now on and in what is saved.
@@ -1263,7 +1276,8 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         robust_pixel_values: Tensor | None = None,
         output_router_logits: bool | None = None,
         extra_expert_index: Tensor | None = None,
-    ) -> DualMoEImageClassifierOutput:
+        return_dict: bool | None = None,
+    ) -> DualMoEImageClassifierOutput | tuple[Tensor, ...]:
         """Classify images with both models and mix.
 
         Args:
@@ -1276,6 +1290,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
                 in one call, so that DDP sees one forward; there is then no mixture and `logits` is None.
             output_router_logits: Whether to return the router logits.
             extra_expert_index: As in `MoEForImageClassification.forward`, for F_R.
+            return_dict: As in `MoEForImageClassification.forward`.
 
         Raises:
             ValueError: Wrong shape, dtype or values of an argument.
@@ -1304,7 +1319,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             if labels is not None:
                 check_labels(labels, len(pixel_values), self.config.num_labels)
                 loss = F.cross_entropy(logits, labels) + aux_loss
-        return DualMoEImageClassifierOutput(
+        output = DualMoEImageClassifierOutput(
             loss=loss,
             logits=logits,
             standard_logits=standard.logits,
@@ -1316,6 +1331,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             aux_loss=None if labels is None and not torch.is_grad_enabled() else aux_loss,
             robust_extra_logits=robust.get("extra_logits"),
         )
+        return output.to_tuple() if return_dict is False else output
 
     def mix(self, standard_logits: Tensor, robust_logits: Tensor, alpha: float | Tensor | None = None) -> Tensor:
         """`mix_logits` under this model's logit maps, mixing rule and (by default) alpha."""
@@ -1339,12 +1355,25 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         if expert_index is not None or extra_expert_index is not None:
             raise ValueError(f"expert_index was given, but the {name} model has no experts.")
         check_pixel_values(pixel_values, getattr(model.config, "num_channels", 3), None)
-        return model(getattr(self, f"normalize_{name}")(pixel_values).to(model.dtype))
+        output = model(getattr(self, f"normalize_{name}")(pixel_values).to(model.dtype))
+        return ModelOutput(logits=output[0]) if isinstance(output, tuple) else output  # config.return_dict=False
 
     def _weighted_aux_loss(self, name: str, output: ModelOutput) -> Tensor:
         if output.get("aux_loss") is None:
             return output.logits.new_zeros(())
         return getattr(self.config, name).router_aux_loss_coef * output.aux_loss
+
+
+def common_labels(standard: dict[int, str], robust: dict[int, str]) -> dict[int, str]:
+    """The label names of two components: those of the one that has any, or of both where they agree.
+
+    Raises:
+        ValueError: They disagree.
+    """
+    generic = [all(name == f"LABEL_{i}" for i, name in names.items()) for names in (standard, robust)]
+    if standard != robust and not (any(generic) and len(standard) == len(robust)):
+        raise ValueError(f"standard has labels {standard} but robust has {robust}; they must agree in order.")
+    return {i: str(name) for i, name in (standard if generic[1] else robust).items()}
 
 
 def check_alpha(alpha: float | Tensor) -> None:

@@ -60,7 +60,7 @@ class RobustnessReport:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RobustnessReport":
         """Read what `save` wrote."""
-        return cls(**json.loads(Path(path).read_text()))
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
     def table(self) -> str:
         """A table for the terminal: whole model with its intervals, components and dial; "-" = not measured."""

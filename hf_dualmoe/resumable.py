@@ -171,7 +171,7 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 folder = run_dir / UNFINISHED / f"checkpoint-{step}"
                 self.state.save_to_json(str(folder / STATE_NAME))  # again: with the name of the best checkpoint
-                (folder / PROGRESS_NAME).write_text(progress)
+                (folder / PROGRESS_NAME).write_text(progress, encoding="utf-8")
                 if self.ema is not None:
                     save_model(self.ema.module, str(folder / EMA_WEIGHTS_NAME))
                 finish_checkpoint(run_dir, step)

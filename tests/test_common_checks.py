@@ -298,12 +298,23 @@ def test_tuple_and_dict_of_an_output_agree(with_labels, model, images, labels):
     assert output[0] is (output.loss if with_labels else output.logits) and output["logits"] is output.logits
 
 
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_return_dict_false_gives_the_fields_as_a_tuple(with_labels, model, images, labels):
+    arguments = {"labels": labels if with_labels else None, "output_router_logits": True}
+    with torch.no_grad():
+        output, values = model(images, **arguments), model(images, **arguments, return_dict=False)
+        assert model(images, return_dict=True).keys() == model(images).keys()
+    assert type(values) is tuple and len(values) == len(output)
+    for name, value in zip(output, values, strict=True):
+        assert torch.equal(output[name], value), name
+
+
 def test_what_is_not_offered_is_refused_by_name(model, load, images):
-    switches = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
+    switches = {"output_hidden_states": True, "output_attentions": True}
     for name, value in switches.items():
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
             model(images, **{name: value})
-    loaded = load(**switches)  # fields of every config of transformers, without effect here
+    loaded = load(**switches, return_dict=False)  # fields of every config of transformers, without effect here
     assert loaded(images).keys() == model(images).keys()
 
 

@@ -7,10 +7,20 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same_tensors, save_and_load
 from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    ConvNextConfig,
+    DeiTConfig,
+    DeiTForImageClassification,
+    HieraConfig,
     ResNetConfig,
     ResNetForImageClassification,
+    SiglipConfig,
+    SwinConfig,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTModel,
 )
 
 from hf_dualmoe import DualMoEForImageClassification
@@ -138,6 +148,104 @@ def test_timm_model_inside_transformers_as_standard_model(resnet_moe, images, tm
     logits = model(images).logits
     torch.testing.assert_close(model(images, alpha=0).logits.softmax(dim=1), standard(images).logits.softmax(dim=1))
     torch.testing.assert_close(save_and_load(model, tmp_path)(images).logits, logits)
+
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 37}
+VIT = {**SIZES, "image_size": 30, "patch_size": 6}
+STAGES = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2]}
+TEXT_NUMBERS = {"id2label": dict(enumerate("abcdefg")), "label2id": {name: str(i) for i, name in enumerate("abcdefg")}}
+FOREIGN = {
+    "label2id of texts": ViTConfig(**VIT, **TEXT_NUMBERS),
+    "labels that are numbers": ViTConfig(**VIT, id2label={i: i for i in range(7)}),
+    "image size of two numbers": ViTConfig(**{**VIT, "image_size": [30, 30]}, num_labels=7),
+    "vocabulary": BeitConfig(**VIT, vocab_size=250_002, out_indices=[1], num_labels=7),
+    "vocabulary inside": SiglipConfig(vision_config=VIT, text_config={**SIZES, "vocab_size": 256_000}, num_labels=7),
+    "infinite number": ConvNextConfig(
+        hidden_sizes=[8, 12, 16, 20],
+        depths=[1] * 4,
+        image_size=30,
+        patch_size=2,
+        layer_scale_cap=math.inf,
+        num_labels=7,
+    ),
+    "shifted windows": SwinConfig(**STAGES, image_size=30, patch_size=5, window_size=3, num_labels=7),
+    "square of a tuple": HieraConfig(
+        **{**STAGES, "image_size": [30, 30], "patch_size": [7, 7], "patch_stride": [5, 5], "num_query_pool": 1},
+        **{"masked_unit_size": [2, 2], "query_stride": [2, 2], "num_labels": 7},
+    ),
+    "label_names": TimmWrapperConfig(
+        architecture="test_resnet", label_names=[f"name {i}" for i in range(1_200)], return_dict=False
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_component_is_loaded_as_it_was_saved(kind, make_moe, images, tmp_path):
+    config = FOREIGN[kind]
+    standard = AutoModelForImageClassification.from_config(config).eval()
+    small = {"backbone": "lipschitz_mlp", "backbone_kwargs": {"hidden_sizes": [6]}, "num_experts": 1}
+    robust = make_moe("vit", **small, num_labels=config.num_labels)
+    model = DualMoEForImageClassification.from_models(standard, robust)
+    with torch.no_grad():
+        output, alone = model(images[:2]), standard(images[:2], return_dict=True).logits
+        loaded = save_and_load(model, tmp_path)
+        assert torch.equal(output.standard_logits, alone) and torch.equal(loaded(images[:2]).logits, output.logits)
+    assert loaded.config.image_size == 30
+    assert loaded.config.id2label == {i: str(name) for i, name in config.id2label.items()}
+    assert loaded.config.label2id == {name: i for i, name in loaded.config.id2label.items()}
+    assert_same_tensors(model, loaded)
+
+
+def test_component_of_a_model_type_with_two_classes(make_moe, images, tmp_path):
+    standard = DeiTForImageClassification(DeiTConfig(**VIT, num_labels=7)).eval()
+    model = DualMoEForImageClassification.from_models(standard, make_moe("resnet"))
+    loaded = save_and_load(model, tmp_path)
+    assert type(loaded.standard) is DeiTForImageClassification
+    torch.testing.assert_close(loaded(images).logits, model(images).logits)
+
+
+def test_component_that_could_not_be_built_again_is_refused(native_vit, resnet_moe):
+    native_vit.classifier = torch.nn.Sequential(native_vit.classifier, torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"not fit a ViTForImageClassification of standard.config.*classifier.0.bias"):
+        DualMoEForImageClassification.from_models(native_vit, resnet_moe)
+    with pytest.raises(ValueError, match="not fit a ViTForImageClassification of robust.config"):
+        DualMoEForImageClassification.from_models(resnet_moe, ViTModel(native_vit.config))
+    resnet_moe.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match="standard.'quantization_config'.* is not allowed"):
+        DualMoEForImageClassification.from_models(resnet_moe, resnet_moe)
+
+
+def test_oblong_component_is_refused(resnet_moe):
+    oblong = AutoModelForImageClassification.from_config(ViTConfig(**{**VIT, "image_size": [30, 36]}, num_labels=7))
+    with pytest.raises(ValueError, match=r"standard.image_size=\[30, 36\] must be square"):
+        DualMoEForImageClassification.from_models(oblong, resnet_moe)
+
+
+@pytest.mark.parametrize("halved", ["standard", "robust"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_components_of_two_precisions_keep_their_values(halved, half, make_moe, images, tmp_path):
+    parts = {"standard": make_moe("vit", num_experts=1), "robust": make_moe("resnet", num_experts=2)}
+    parts[halved].to(half)
+    model = DualMoEForImageClassification.from_models(**parts)
+    assert model.dtype == torch.float32
+    loaded = save_and_load(model, tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.to(loaded.state_dict()[name].dtype)), name
+    other = "robust" if halved == "standard" else "standard"
+    assert torch.equal(getattr(loaded(images), f"{other}_logits"), getattr(model(images), f"{other}_logits"))
+
+
+def test_saved_config_does_not_say_where_the_components_came_from(native_vit, make_moe, tmp_path):
+    for name, part in (("standard", native_vit), ("robust", make_moe("resnet"))):
+        part.save_pretrained(tmp_path / name)
+    parts = (AutoModelForImageClassification.from_pretrained(tmp_path / name) for name in ("standard", "robust"))
+    model = DualMoEForImageClassification.from_models(*parts)
+    model.save_pretrained(tmp_path / "joined")
+    assert str(tmp_path) not in (tmp_path / "joined" / "config.json").read_text(encoding="utf-8")
+    loaded = DualMoEForImageClassification.from_pretrained(tmp_path / "joined")
+    for text in (model.config.to_json_string(use_diff=False), loaded.config.to_json_string()):
+        assert str(tmp_path) not in text.replace(str(tmp_path / "joined"), "")
 
 
 def test_same_model_as_both_components_can_be_saved(resnet_moe, images, tmp_path):

@@ -381,7 +381,10 @@ ABSURD_MOE = [
 ]
 ABSURD_DUAL = [
     ({"standard": deep}, "nested too deeply"),
-    ({"standard": {**VIT, "hidden_size": 10**7}}, "standard.'hidden_size'.=10000000 must be"),
+    ({"standard": {**VIT, "hidden_size": 10**7}}, "model of more than"),
+    ({"standard": {**VIT, "hidden_size": 10**8}}, "standard.'hidden_size'.=100000000 must be"),
+    ({"standard": {**VIT, "num_labels": 10**6}}, "standard.'num_labels'.=1000000 must be"),
+    ({"standard": {"model_type": "timm_wrapper", "label_names": ["a"] * 300_000}}, "more than 200000 label_names"),
     ({"standard": {**VIT, "num_hidden_layers": 10**9}}, "standard.'num_hidden_layers'.=1000000000 must be"),
     ({"standard": {**VIT, "num_hidden_layers": 10**5}}, "model of more than"),
     ({"standard": {**VIT, "hidden_size": "wide"}}, "standard is no usable config of model_type='vit'"),

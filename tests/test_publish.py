@@ -9,6 +9,7 @@ import pytest
 
 from hf_dualmoe import hub
 from hf_dualmoe.hub import check_no_token, hide_tokens, plan_upload, publish_folder
+from hf_dualmoe.local_paths import shorten_paths
 from hf_dualmoe.model_card import MARKER
 from hf_dualmoe.report import RobustnessReport
 
@@ -189,6 +190,70 @@ def test_pickles_can_be_left_out_instead(folder):
     (folder / "training_args.bin").write_bytes(b"\x80")
     upload = plan_upload(folder, "user/name", refuse_pickles=False)
     assert "training_args.bin" not in upload.files and "training_args.bin" in upload.left_out
+
+
+# --- code that imports code ------------------------------------------------------------------------------------------
+
+
+def test_code_that_other_code_imports_is_sent(publish, folder):
+    modeling = folder / "modeling_dualmoe.py"
+    modeling.write_text(modeling.read_text() + "\nfrom .first_helper import (\n    one,\n)\n")
+    (folder / "first_helper.py").write_text("from .second_helper import two\nfrom .first_helper import one\n")
+    (folder / "unrelated.py").write_text("secret = 1\n")
+    code, text = publish("--dry_run")
+    assert code == 2 and "lacks second_helper.py, which config.json's auto_map or one of its code files names" in text
+    (folder / "second_helper.py").write_text("two = 2\n")
+    upload = plan_upload(folder, "user/name")
+    assert {"first_helper.py", "second_helper.py", "configuration_dualmoe.py"} <= set(upload.files)
+    assert "unrelated.py" in upload.left_out
+
+
+# --- paths of the publisher's machine --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/me/photos", "photos"),
+        ("/home/me/photos/", "photos"),
+        (r"C:\Users\me\photos", "photos"),
+        ("~/work/photos", "photos"),
+        ("file /data/x/a.png: broken, as /data/x/b.png", "file a.png: broken, as b.png"),
+        ("https://arxiv.org/abs/2502.06832 and user/name", "https://arxiv.org/abs/2502.06832 and user/name"),
+        ("L∞ 8/255, path/to/this/folder, <b>/</b>, and/or", "L∞ 8/255, path/to/this/folder, <b>/</b>, and/or"),
+    ],
+)
+def test_paths_are_shortened_and_nothing_else(text, expected):
+    assert shorten_paths(text) == expected
+
+
+def test_paths_in_results_and_configs_stay_at_home(folder):
+    report = RobustnessReport.load(folder / "results.json")
+    report.dataset["name"], report.failures = "/home/me/photos", {"dial": "no file /home/me/photos/a.png"}
+    report.save(folder / "results.json")
+    change_config(folder, standard={"_name_or_path": "/home/me/part", "vision_config": {"_name_or_path": "."}})
+    before = contents(folder)
+    upload = plan_upload(folder, "user/name")
+    sent = {op.path_in_repo: op.path_or_fileobj for op in upload.operations()}
+    assert json.loads(sent["results.json"])["dataset"]["name"] == "photos"
+    assert json.loads(sent["config.json"])["standard"] == {"vision_config": {}}
+    assert not any(b"/home/me" in text for text in (sent["results.json"], sent["config.json"], upload.card.encode()))
+    assert upload.sizes()["results.json"] == len(sent["results.json"])
+    assert Path(sent["model.safetensors"]) == folder / "model.safetensors" and contents(folder) == before
+    change_config(folder, cache="/home/me/cache")
+    with pytest.raises(ValueError, match="config.json holds a path of somebody's machine, '/home/me/cache'"):
+        plan_upload(folder, "user/name")
+
+
+def test_path_in_an_edited_card_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    edited = plan_upload(folder, "user/name").card.replace(MARKER, "") + "\n#!/usr/bin/env python\n"
+    (folder / "README.md").write_text(edited)
+    assert plan_upload(folder, "user/name").card == edited
+    for path in ("/home/me/photos/birds", folder.resolve() / "results.json"):
+        (folder / "README.md").write_text(f"{edited}\nTrained on {path}.\n")
+        with pytest.raises(ValueError, match=f"README.md holds a path of somebody's machine, '{path}"):
+            plan_upload(folder, "user/name")
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.certification_report import ALPHAS, CertificationReport, certify_dataset, plot_certificates
 from hf_dualmoe.data import DataSplits
-from hf_dualmoe.environment import pixel_radius
+from hf_dualmoe.environment import pixel_radius, print_in_any_encoding
 from hf_dualmoe.operator_norms import NORMS
 from hf_dualmoe.script_arguments import add_run_arguments, load_images, model_parser, output_folder
 
@@ -52,6 +52,7 @@ def create_parser() -> ArgumentParser:
 
 
 def main() -> None:
+    print_in_any_encoding()
     parser = create_parser()
     args = parser.parse_args()
     # launched on CPUs alone, accelerate would start unconnected processes unless told

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.calibration import calibrate_robust_logits
 from hf_dualmoe.data import DataSplits
-from hf_dualmoe.environment import pixel_radius, write_text
+from hf_dualmoe.environment import pixel_radius, print_in_any_encoding, write_text
 from hf_dualmoe.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
 from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import refresh_model_card
@@ -66,6 +66,7 @@ def create_parser() -> ArgumentParser:
 
 
 def main() -> None:
+    print_in_any_encoding()
     parser = create_parser()
     args = parser.parse_args()
     # launched on CPUs alone, accelerate would start unconnected processes unless told
@@ -193,7 +194,7 @@ def write_card(args: Namespace, report: RobustnessReport) -> None:
 def write_config(folder: str, changes: dict[str, Any]) -> None:
     """Change fields of the folder's config.json."""
     config = Path(folder, "config.json")
-    write_text(config, json.dumps(json.loads(config.read_text()) | changes, indent=2) + "\n")
+    write_text(config, json.dumps(json.loads(config.read_text(encoding="utf-8")) | changes, indent=2) + "\n")
     print(f"Wrote {', '.join(f'{name} = {value}' for name, value in changes.items())} to {config}")
 
 

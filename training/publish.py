@@ -7,6 +7,7 @@ python training/publish.py --model outputs/digits-jtdmoe/model --repo_id user/na
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from typing import NoReturn
 
+from hf_dualmoe.environment import print_in_any_encoding
 from hf_dualmoe.hub import Upload, hide_tokens, plan_upload, publish_folder
 
 
@@ -31,6 +32,7 @@ def create_parser() -> ArgumentParser:
 
 
 def main() -> None:
+    print_in_any_encoding()
     parser = create_parser()
     args = parser.parse_args()
     try:

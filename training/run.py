@@ -28,7 +28,7 @@ from hf_dualmoe.checkpoints import (
 )
 from hf_dualmoe.data import DataSplits, load_splits
 from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
-from hf_dualmoe.environment import write_text
+from hf_dualmoe.environment import print_in_any_encoding, write_text
 from hf_dualmoe.evaluation import RobustnessReport, check_evaluation, evaluate_robustness
 from hf_dualmoe.hub import hide_tokens, publish_folder
 from hf_dualmoe.measuring import Processes
@@ -51,6 +51,7 @@ FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter")  # may cha
 
 
 def main() -> None:
+    print_in_any_encoding()
     parser = RecipeParser(RECIPES, description=__doc__.splitlines()[0])
     try:
         data_args, model_args, args, run = parser.parse(sys.argv[1:])
@@ -161,7 +162,7 @@ def find_checkpoint(output_dir: Path, settings: str, fresh: bool) -> str | None:
                 "choose another --output_dir, or start over in it with --fresh."
             )
         return None
-    if recorded.read_text() != settings:
+    if recorded.read_text(encoding="utf-8") != settings:
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds a run with other settings; choose another --output_dir, or start "
             "over in it with --fresh."

@@ -200,7 +200,7 @@ def read_threat(path: Path) -> dict[str, Any]:
     """eps and norm that a model was measured with, from its results.json; empty where there is none."""
     if not path.is_file():
         return {}
-    threat = json.loads(path.read_text()).get("threat", {})
+    threat = json.loads(path.read_text(encoding="utf-8")).get("threat", {})
     return {"eps": threat["eps"], "norm": threat["norm"]} if threat.get("norm") in NORMS else {}
 
 

@@ -74,16 +74,16 @@ def export_space(
         trust=trust_remote_code,
         examples="examples" if examples else None,
     )
-    (folder / "app.py").write_text(app)
-    (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n")
-    (folder / "README.md").write_text(space_readme(demo, None if local else source))
+    (folder / "app.py").write_text(app, encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(space_readme(demo, None if local else source), encoding="utf-8")
     return sorted(path for path in folder.iterdir())
 
 
 def is_space(folder: Path) -> bool:
     """Whether `export_space` wrote this folder."""
     app = folder / "app.py"
-    return app.is_file() and "hf_dualmoe.demo.page" in app.read_text()
+    return app.is_file() and "hf_dualmoe.demo.page" in app.read_text(encoding="utf-8")
 
 
 def copy_folder(source: Path, target: Path, *patterns: str) -> None:

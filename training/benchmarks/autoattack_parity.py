@@ -140,13 +140,13 @@ def attacked_images(splits: DataSplits, num_images: int, with_validation: bool, 
 
 def store(run: dict, path: Path) -> None:
     """Write a run into the results file; rows of an earlier one of the same settings stay, unless measured anew."""
-    runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     new = {row["attack"] for row in run["rows"]}  # may be some of the attacks only
     for other in [other for other in runs if other["settings"] == run["settings"]]:
         run = run | {"rows": [row for row in other["rows"] if row["attack"] not in new] + run["rows"]}
         runs.remove(other)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
+    path.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n", encoding="utf-8")
 
 
 def pointwise(rows: list[dict]) -> dict:
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = create_parser()
     args = parser.parse_args(arguments)
     if args.render:
-        replace_section("autoattack_parity", render_table(json.loads(args.output.read_text())))
+        replace_section("autoattack_parity", render_table(json.loads(args.output.read_text(encoding="utf-8"))))
         return
     if args.model is None:
         parser.error("--model is missing; give a saved model folder.")

@@ -176,17 +176,17 @@ def render_table(results: dict) -> str:
 
 def store(run: dict, path: Path) -> None:
     """Write a run into the results file, in the place of an earlier one of the same settings."""
-    runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     kept = [other for other in runs if other["settings"] != run["settings"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runs": [*kept, run]}, indent=1) + "\n")
+    path.write_text(json.dumps({"runs": [*kept, run]}, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = create_parser()
     args = parser.parse_args(arguments)
     if args.render:
-        replace_section("calibrated_mixing", render_table(json.loads(args.output.read_text())))
+        replace_section("calibrated_mixing", render_table(json.loads(args.output.read_text(encoding="utf-8"))))
         return
     if bool(args.model) == bool(args.standard and args.robust):
         parser.error("give --model, or both --standard and --robust.")

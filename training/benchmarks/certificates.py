@@ -169,7 +169,7 @@ def settings_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
     """Refuse to mix runs of different settings in one folder."""
     text = json.dumps(settings, indent=2) + "\n"
-    if path.is_file() and path.read_text() != text:
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise SystemExit(f"{path.parent} holds runs with other settings; choose another --output_dir.")
     if not path.is_file():
         write_text(path, text)
@@ -222,7 +222,7 @@ def train(
     folder = args.output_dir / f"{arm}-seed{seed}"
     if (folder / "train_seconds.json").is_file():
         model = MoEForImageClassification.from_pretrained(folder)
-        return model, json.loads((folder / "train_seconds.json").read_text())
+        return model, json.loads((folder / "train_seconds.json").read_text(encoding="utf-8"))
     rate = preset["learning_rate"]
     if arm == "standard":
         rate = preset.get("standard_learning_rate", rate)

@@ -195,7 +195,7 @@ def first_dual(results: dict[str, Any]) -> str:
 def literature_table(path: Path = RESULTS / "certified_literature.json") -> str:
     """What others published, in Markdown, each row with the page that states it."""
     rows = []
-    for row in json.loads(path.read_text())["rows"]:
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         values = [row["clean"], *row["certified"].values()]
         cells = ["-" if value is None else f"{value:.2f}" for value in values]
         rows.append([f"[{row['what']}]({row['source']})", *cells])
@@ -255,7 +255,7 @@ def goal_line(name: str, dual: dict[str, Any]) -> str:
 def render(name: str, folder: Path) -> int:
     """Keep results and curves of a preset in the repository, and put the tables into both READMEs; the exit status."""
     try:
-        results = json.loads((folder / "results.json").read_text())
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         name = name.removesuffix("_cpu")  # two sizes of one study: the settings are in the results
         RESULTS.mkdir(exist_ok=True)
         plot(results, RESULTS / f"certificates_{name}.png")
@@ -276,4 +276,4 @@ def render(name: str, folder: Path) -> int:
 def kept_results() -> dict[str, dict[str, Any]]:
     """The results in the repository by the name of their dataset."""
     paths = {name: RESULTS / f"certificates_{name}.json" for name in KEPT_DATASETS}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}

@@ -206,7 +206,9 @@ def main() -> None:
     result = summary(records) | {"seconds": round(time.perf_counter() - started, 1), "seeds": seeds}
     packages = describe_environment(torch.device("cpu")) | {"hypothesis": version("hypothesis")}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result | {"environment": packages}, indent=2, default=str) + "\n")
+    args.output.write_text(
+        json.dumps(result | {"environment": packages}, indent=2, default=str) + "\n", encoding="utf-8"
+    )
     for record in result["faults"]:
         print(f"FAULT {record['target']}({record['drawn']}): {record['message']}")
     print(f"written to {args.output}")

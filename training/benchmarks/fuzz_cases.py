@@ -220,7 +220,7 @@ def run_config(config_class: type, drawn: dict[str, Any], folder: Path) -> None:
 def run_config_file(drawn: dict[str, Any], folder: Path) -> None:
     """Read a config.json that somebody changed."""
     text = json.dumps({"model_type": "robust_moe", **TINY, **drawn}, default=str)
-    (folder / "config.json").write_text(text)
+    (folder / "config.json").write_text(text, encoding="utf-8")
     build(MoEConfig.from_pretrained(folder))
 
 

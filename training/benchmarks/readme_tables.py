@@ -24,11 +24,11 @@ def replace_section(name: str, table: str, readme: Path = README) -> None:
     Raises:
         ValueError: The README has no such place.
     """
-    text, (begin, end) = readme.read_text(), marks(name)
+    text, (begin, end) = readme.read_text(encoding="utf-8"), marks(name)
     if begin not in text or end not in text:
         raise ValueError(f"{readme} has no section {name!r}; expected {begin!r} and {end!r} in it.")
     before, after = text.split(begin)[0], text.split(end)[1]
-    readme.write_text(before + section(name, table) + after)
+    readme.write_text(before + section(name, table) + after, encoding="utf-8")
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -46,7 +46,7 @@ def read(name: str) -> dict[str, Any]:
     path = RESULTS / f"study_{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the study {name!r}, then study.py --study {name} --render.")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- parts of the page -----------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def levers_table(results: dict[str, Any]) -> str:
 
 def public_table() -> str:
     """Numbers that others have published, for scale."""
-    rows = json.loads((RESULTS / "public_numbers.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "public_numbers.json").read_text(encoding="utf-8"))["rows"]
     cells = [[row["what"], row["clean"], row["robust"], row["source"]] for row in rows]
     return markdown_table(["CIFAR-10, L∞ 8/255 unless said otherwise", "clean %", "robust %", "source"], cells)
 
@@ -216,7 +216,10 @@ def page() -> str:
 
 def reliability() -> str:
     """What was tried to break runs and loading, and what came of it."""
-    kept = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("survival", "fuzz", "smoke_recipes")}
+    kept = {
+        name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("survival", "fuzz", "smoke_recipes")
+    }
     survival, fuzz = kept["survival"], kept["fuzz"]
     where = ", ".join(f"{count} in {place}" for place, count in sorted(survival["where"].items()))
     equal = [name for name, same in survival["equal_to_the_bit"].items() if same]
@@ -246,7 +249,7 @@ def environments() -> list[list[str]]:
     """A row for each environment of tests/environments.py that had an interpreter."""
     path = RESULTS / "environments.json"
     rows = []
-    for name, result in json.loads(path.read_text())["environments"].items() if path.is_file() else ():
+    for name, result in json.loads(path.read_text(encoding="utf-8"))["environments"].items() if path.is_file() else ():
         if "passed" not in result:
             continue
         packages = ", ".join(f"{package} {result['packages'][package]}" for package in CORE)

@@ -177,8 +177,10 @@ def run_until(command: list[str], log: Path, lines_wanted: int | None) -> tuple[
     """
     lines = 0
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with open(log, "a") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment)
+    with open(log, "a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment, encoding="utf-8"
+        )
         try:
             for line in process.stdout:
                 file.write(line)
@@ -229,7 +231,7 @@ def smoke(recipe: str, folder: Path, settings: dict[str, Any], test_images: torc
         seconds = time.perf_counter() - started
         if status != 0:
             raise SmokeError(f"exit status {status} after the interruption")
-        state = json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())
+        state = json.loads((last_checkpoint(folder) / "trainer_state.json").read_text(encoding="utf-8"))
         losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
         if state["global_step"] != steps or len(losses) != steps // every:
             raise SmokeError(f"ended at step {state['global_step']} of {steps} with {len(losses)} logged losses")
@@ -268,7 +270,10 @@ def measure(recipe: str, args: argparse.Namespace) -> dict[str, Any]:
     dataset = {"uoft-cs/cifar10": args.cifar10, "zh-plus/tiny-imagenet": args.tinyimagenet}[data_args.dataset_name]
     small, model_args, run_args, _ = parse_recipe(recipe, dataset or data_args.dataset_name, **FEW)
     data = training.load_data(small, model_args, run_args.seed)
-    result = {"recipe": recipe, "recipe_settings": yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())}
+    result = {
+        "recipe": recipe,
+        "recipe_settings": yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")),
+    }
     known = read_results(args.output)["recipes"].get(recipe, {})
     if args.estimate or known.get("recipe_settings") != result["recipe_settings"]:
         result["cost"] = cost_of(recipe, data, tuple(args.share))
@@ -289,7 +294,7 @@ def measure(recipe: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def read_results(path: Path) -> dict[str, Any]:
     """The results file; without recipes where there is none yet."""
-    return json.loads(path.read_text()) if path.is_file() else {"recipes": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"recipes": {}}
 
 
 def save(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -336,7 +341,10 @@ def render(results: dict[str, Any]) -> None:
     """Put the tables into the README of the recipes, and the estimate into the comments of each recipe."""
     for result in results["recipes"].values():
         path = RECIPES / f"{result['recipe']}.yaml"
-        path.write_text(with_time(path.read_text(), describe_cost(result["cost"], results["share"])))
+        path.write_text(
+            with_time(path.read_text(encoding="utf-8"), describe_cost(result["cost"], results["share"])),
+            encoding="utf-8",
+        )
     replace_section("smoke_recipes", render_table(results), RECIPES / "README.md")
 
 

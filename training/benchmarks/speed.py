@@ -60,13 +60,15 @@ def run_part(name: str, extra: list[str], threads: int) -> dict:
         command = [sys.executable, HERE / f"{script}.py", *arguments, "--threads", str(threads), "--output", output]
         started, note = time.perf_counter(), {"arguments": portable(arguments)}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIME_LIMIT)
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=environment, timeout=TIME_LIMIT, encoding="utf-8"
+            )
         except subprocess.TimeoutExpired:
             return {**note, "error": f"took more than {TIME_LIMIT} s"}
         note["seconds"] = time.perf_counter() - started
         if done.returncode:
             return {**note, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-        result = json.loads(output.read_text())
+        result = json.loads(output.read_text(encoding="utf-8"))
         for key in ("output", "render", "model"):
             result["settings"].pop(key, None)
         return {**note, **result}
@@ -84,7 +86,11 @@ def is_done(part: dict, name: str, extra: list[str]) -> bool:
 
 def run_all(args: argparse.Namespace, extra: list[str]) -> dict:
     """Run the parts that are not done, `jobs` at a time, and write the file after each."""
-    kept = json.loads(args.output.read_text())["parts"] if args.output.is_file() and not args.fresh else {}
+    kept = (
+        json.loads(args.output.read_text(encoding="utf-8"))["parts"]
+        if args.output.is_file() and not args.fresh
+        else {}
+    )
     todo = [name for name in PARTS if name in args.parts and not is_done(kept.get(name, {"error": ""}), name, extra)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     lock = threading.Lock()
@@ -95,7 +101,9 @@ def run_all(args: argparse.Namespace, extra: list[str]) -> dict:
         with lock:
             kept[name] = part
             ordered = {name: kept[name] for name in PARTS if name in kept}
-            args.output.write_text(json.dumps({"jobs": args.jobs, "parts": ordered}, indent=1) + "\n")
+            args.output.write_text(
+                json.dumps({"jobs": args.jobs, "parts": ordered}, indent=1) + "\n", encoding="utf-8"
+            )
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, todo))
@@ -207,7 +215,7 @@ def render(results: dict, readme: Path = README, benchmarks: Path = BENCHMARKS_R
     if not measured(results):
         raise ValueError("no part has a result yet; run speed.py without --render first.")
     for name, path in (("speed", readme), ("speed_parts", benchmarks)):
-        if marks(name)[0] not in path.read_text():
+        if marks(name)[0] not in path.read_text(encoding="utf-8"):
             raise ValueError(f"{path} has no section {name!r}; expected {marks(name)[0]!r} in it.")
     replace_section("speed", readme_text(results), readme)
     replace_section("speed_parts", benchmarks_text(results), benchmarks)
@@ -227,7 +235,7 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--output", type=Path, default=RESULTS / "speed.json")
     add("--render", action="store_true", help="run nothing, only write the sections of the READMEs")
     args, extra = parser.parse_known_args(arguments)
-    results = json.loads(args.output.read_text()) if args.render else run_all(args, extra)
+    results = json.loads(args.output.read_text(encoding="utf-8")) if args.render else run_all(args, extra)
     if args.render or args.output == RESULTS / "speed.json":
         render(results)
     return results

@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> dict:
         )
     for line in result["plan"]:
         print(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
-    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     return result
 
 

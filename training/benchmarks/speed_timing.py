@@ -124,7 +124,7 @@ def run_script(parser: argparse.ArgumentParser, measure: Callable, arguments: li
     """Measure, print and write: hardware, versions, settings and rows; or only render what was written."""
     args = parser.parse_args(arguments)
     if args.render:
-        result = json.loads(args.output.read_text())
+        result = json.loads(args.output.read_text(encoding="utf-8"))
         replace_section(name, render_table(result))
         return result
     torch.set_num_threads(args.threads)
@@ -133,7 +133,7 @@ def run_script(parser: argparse.ArgumentParser, measure: Callable, arguments: li
     result = {"settings": settings, "environment": describe_environment(args.device), "rows": measure(args)}
     print(render_table(result), flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     return result
 
 

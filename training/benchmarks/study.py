@@ -73,7 +73,7 @@ def read_study(path: Path) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (HERE / "studies").glob("*.yaml")))
         raise ValueError(f"study={str(path)!r} is neither a file nor one of {known}.")
-    study = yaml.safe_load(path.read_text())
+    study = yaml.safe_load(path.read_text(encoding="utf-8"))
     if wrong := sorted((set(study) - OPTIONAL_KEYS) ^ KEYS):
         raise ValueError(f"study {path.name}: unknown or missing keys {', '.join(wrong)}.")
     if study.get("reference", next(iter(study["arms"]))) not in study["arms"]:
@@ -211,8 +211,8 @@ class Study:
         path, confirmed = (self.folder(name) / file for file in ("run.json", "confirmed.json"))
         if not path.is_file():
             return None
-        more = {"confirmed": json.loads(confirmed.read_text())} if confirmed.is_file() else {}
-        return {**json.loads(path.read_text()), **more}
+        more = {"confirmed": json.loads(confirmed.read_text(encoding="utf-8"))} if confirmed.is_file() else {}
+        return {**json.loads(path.read_text(encoding="utf-8")), **more}
 
     def work(self) -> None:
         """Run everything; a run that fails costs no other.
@@ -222,7 +222,7 @@ class Study:
         """
         settled = self.output_dir / "study.json"
         if settled.is_file():
-            before, begun = json.loads(settled.read_text()), self.output_dir.glob("runs/*-seed*")
+            before, begun = json.loads(settled.read_text(encoding="utf-8")), self.output_dir.glob("runs/*-seed*")
             arms = {folder.name.rpartition("-seed")[0] for folder in begun} & set(self.study["arms"])
             if other := sorted(arm for arm in arms if definition(self.study, arm) != definition(before, arm)):
                 raise ValueError(
@@ -265,7 +265,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(HERE / "study_run.py"), str(self.output_dir / "study.json")]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        with open(folder / "log.txt", "a") as log:
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
             code = subprocess.run(
                 [*command, run.arm, str(run.seed), str(folder), *more], stdout=log, stderr=log, env=environment
             ).returncode
@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
         runs = plan(study, args.arms or usual_arms(study), args.seeds or study["seeds"])
         output_dir = args.output_dir or Path("outputs") / f"study-{path.stem}"
         if args.render:
-            keep(path.stem, json.loads((output_dir / "results.json").read_text()))
+            keep(path.stem, json.loads((output_dir / "results.json").read_text(encoding="utf-8")))
             return 0
         threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
         work = Study(study, runs, output_dir, args.jobs, threads, confirm=args.confirm)
@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
-    print((work.output_dir / "table.txt").read_text())
+    print((work.output_dir / "table.txt").read_text(encoding="utf-8"))
     for name, reason in work.failed.items():
         print(f"FAILED: {name}: {reason}")
     return 1 if work.failed else 0

@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; expected the folder of a finished run that trained its own model.")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def describe(run: Path, controls: list[str]) -> RobustnessReport:

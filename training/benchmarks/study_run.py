@@ -79,7 +79,7 @@ class StudyRun:
     def write_recipe(self, settings: dict[str, Any], folder: Path) -> Path:
         """A recipe of `training/run.py` with these settings."""
         path = folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump({**settings, "dataset_name": self.study["dataset_name"]}))
+        path.write_text(yaml.safe_dump({**settings, "dataset_name": self.study["dataset_name"]}), encoding="utf-8")
         return path
 
     def settings_of(self, arm: str) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class StudyRun:
 
     def own_passes(self, arm: str) -> float:
         """Passes of a finished run of another arm, without those of the model that it started from."""
-        training = json.loads((self.model_of(arm).parent / "run.json").read_text())["training"]
+        training = json.loads((self.model_of(arm).parent / "run.json").read_text(encoding="utf-8"))["training"]
         return training["passes"] - training.get("passes_from", 0)
 
     def evaluate(self) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class StudyRun:
         attack = dial_attack(self.data.num_labels, eps=float(args.eps), norm=args.norm)
         asked = {"alphas": self.study["evaluation"]["alphas"], "swept_with": list(attack.members)}
         path = self.folder / "sweep.json"
-        kept = json.loads(path.read_text()) if path.is_file() else {}
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if asked.items() <= kept.items():
             return kept["sweep"], kept["swept_with"]
         sweep = sweep_alpha(model, self.data.validation, attack=attack, alphas=asked["alphas"], progress=False)
@@ -236,7 +236,7 @@ class StudyRun:
         """Those of F_R alone; an arm that joins the models of others takes them from the run that trained F_R."""
         if "robust" not in self.entry:
             return numbers(self.report(model, "robust", settings))
-        trained = json.loads((self.model_of(self.entry["robust"]).parent / "run.json").read_text())
+        trained = json.loads((self.model_of(self.entry["robust"]).parent / "run.json").read_text(encoding="utf-8"))
         return {name: trained[name] for name in NUMBERS}
 
     def trained_model(self) -> nn.Module:
@@ -255,10 +255,10 @@ class StudyRun:
         model, images, settings = self.trained_model(), self.unseen_images(), self.attack_settings()
         result: dict[str, Any] = {}
         if hasattr(model, "set_alpha"):
-            model.set_alpha(json.loads((self.folder / "run.json").read_text())["alpha"])
+            model.set_alpha(json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["alpha"])
             known = self.model_of(self.entry["robust"]).parent / "confirmed.json" if "robust" in self.entry else None
             if known is not None and known.is_file():
-                result["robust"] = json.loads(known.read_text())
+                result["robust"] = json.loads(known.read_text(encoding="utf-8"))
             else:
                 result["robust"] = numbers(self.report(model.robust, "confirm-robust", settings, images))
         return result | numbers(self.report(model, "confirm-whole", settings, images))
@@ -329,7 +329,7 @@ def forward_flops(model: nn.Module, image: torch.Tensor) -> int:
 
 def main() -> None:
     study, arm, seed, folder, *more = sys.argv[1:]
-    run = StudyRun(json.loads(Path(study).read_text()), arm, int(seed), Path(folder))
+    run = StudyRun(json.loads(Path(study).read_text(encoding="utf-8")), arm, int(seed), Path(folder))
     if more == ["confirm"]:
         name, result = "confirmed.json", run.confirm()
     else:

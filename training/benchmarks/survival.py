@@ -72,8 +72,8 @@ class Start:
         self.leftover = folder.stat().st_mtime_ns if folder else None  # of the start that was killed before
         self.began = time.monotonic()
         self.process = multiprocessing.get_context("fork").Process(target=run, args=(options, printed))
-        printed.write_text("")
-        self.printed = printed.open()
+        printed.write_text("", encoding="utf-8")
+        self.printed = printed.open(encoding="utf-8")
         self.process.start()
 
     def look(self) -> None:
@@ -135,7 +135,7 @@ def run(options: list[str], printed: Path) -> None:
     descriptor = os.open(printed, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, encoding="utf-8")
     sys.argv = ["run.py", *options]
     training.main()
 
@@ -235,7 +235,7 @@ def fill_disk(folder: Path, steps: int, checkpoint_bytes: int, expected: dict[st
 def end_state(output_dir: Path) -> dict[str, Any]:
     """Everything that must not depend on interruptions."""
     last = list(list_checkpoints(output_dir).values())[-1]
-    state = json.loads((last / "trainer_state.json").read_text())
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
     log = [{k: v for k, v in e.items() if not any(t in k for t in TIMED)} for e in state["log_history"]]
     with torch.serialization.safe_globals(
         [np.ndarray, np.dtype, np._core.multiarray._reconstruct, np.dtypes.UInt32DType]
