@@ -44,7 +44,8 @@ from .report import RobustnessReport
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PROCESSOR_NAME = "preprocessor_config.json"
-SENT = (CONFIG_NAME, PROCESSOR_NAME, RESULTS_NAME, CARD_NAME, "*.png", "*.svg", *WEIGHTS)
+OWN_CODE = "*_dualmoe.py"  # what the modeling file imports from beside it
+SENT = (CONFIG_NAME, PROCESSOR_NAME, RESULTS_NAME, CARD_NAME, OWN_CODE, "*.png", "*.svg", *WEIGHTS)
 REPLACED = (RESULTS_NAME, *PLOTS, *WEIGHTS)  # removed from the repository where the folder no longer has them
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
