@@ -207,8 +207,8 @@ def kind_text(report: RobustnessReport | None, config: dict[str, Any]) -> str:
     task = f"that tells {classes} classes of images apart" if classes else "for images"
     if is_dual(report, config) and mixes_weights(report, config):
         return (
-            f"A classifier {task}, made of two: one network answers, whose weights lie between those of a standard and "
-            f"a robust model; a dial says where. The robust one is {moe}{of}."
+            f"A classifier {task}, made of two: one network answers, whose weights lie between those of a standard "
+            f"and a robust model; a dial says where. The robust one is {moe}{of}."
         )
     if is_dual(report, config):
         return (

@@ -263,6 +263,14 @@ def largest_distance(shape: Sequence[int], norm: str) -> float:
     return {"l2": math.sqrt(count), "linf": 1.0, "l1": float(count)}[norm]
 
 
+def check_rule_applies(model: nn.Module) -> None:
+    """Raise a NotApplicableError where the way in which a dual model answers rules out certificates."""
+    if mixes_weights(model):  # else it was merged
+        raise NotApplicableError("the merged network has a normalisation of its own outside the model.")
+    if is_dual(model) and model.config.mixing != "probs":
+        raise NotApplicableError(f"mixing={model.config.mixing!r}: the dual rule bounds mixed probabilities.")
+
+
 class Certifier:
     """Certifies images of one model, deterministically: every radius is a proof.
 
@@ -300,10 +308,7 @@ class Certifier:
         self.limit = largest_distance(shape, norm)
         self.robust = self.standard = None
         try:
-            if mixes_weights(model):
-                raise NotApplicableError("the merged network has a normalisation of its own outside the model.")
-            if self.dual and model.config.mixing != "probs":
-                raise NotApplicableError(f"mixing={model.config.mixing!r}: the dual rule bounds mixed probabilities.")
+            check_rule_applies(model)
             self.robust = BoundedModel(part, norm, shape)
             self.scales = {n: self._scale(n) for n in (("robust", "standard") if self.dual else ())}
             if self.dual and self.scales["robust"] is None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .apgd import MIN_CLASSES
 from .attack_primitives import Attack, check_eps
-from .component_attacks import mixes_weights
 from .calibration import ROUNDING, calibrate_robust_logits, check_alphas
+from .component_attacks import mixes_weights
 from .data import ImageTensorDataset
 from .measuring import correct_mask, percent
 from .worst_case import worst_case

@@ -217,11 +217,12 @@ def smoothed_certificates(
     `smoothed_radius`.
 
     Args:
-        model: Image classifier in eval mode; of a dual model F_R votes, with a dial in the weights the merged network.
+        model: Image classifier in eval mode; of a dual model F_R votes, or with a dial in the weights the merged
+            network.
         images: (B, C, H, W) floats in [0, 1].
         sigma: Standard deviation of the noise, > 0, in [0, 1] pixel units.
-        alpha: Weight of F_R of a dual model, in (1/2, 1], or with a dial in the weights in [0, 1]; None = the config's.
-            Of other models None.
+        alpha: Weight of F_R of a dual model, in (1/2, 1], or with a dial in the weights in [0, 1]; None = the
+            config's. Of other models None.
         n0, n, batch_size, seed, ids: As in `sample_votes`.
         confidence: Probability, for each image, that its certificate is right.
 

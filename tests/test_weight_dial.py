@@ -131,7 +131,7 @@ def test_tied_weights_are_interpolated_once():
     assert torch.equal(interpolate(Tied(0.0), Tied(1.0), 0.5).right.weight, torch.full((2, 2), 0.5))
 
 
-# --- when the merged network is made anew ------------------------------------------------------------------------------
+# --- when the merged network is made anew ----------------------------------------------------------------------------
 
 CHANGES = {
     "set_alpha": lambda model: model.set_alpha(0.9),
@@ -205,7 +205,7 @@ def test_compiled_model_follows_the_dial(make_pair, images):
             torch.testing.assert_close(compiled(images).logits, pair(images).logits)
 
 
-# --- merge -------------------------------------------------------------------------------------------------------------
+# --- merge -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mixing", ["probs", "weights"])
@@ -342,7 +342,7 @@ def test_loss_of_the_merged_network(pair, images, labels):
     torch.testing.assert_close(output.loss, expected)
 
 
-# --- attacks -----------------------------------------------------------------------------------------------------------
+# --- attacks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def test_at_alpha_leaves_the_model_alone(pair, images):
     assert twin.robust is pair.robust
 
 
-# --- everything else that knows of the dial -----------------------------------------------------------------------------
+# --- everything else that knows of the dial --------------------------------------------------------------------------
 
 
 def test_sweep_and_report_along_the_dial(pair, images, labels):
@@ -485,7 +485,9 @@ def test_demo_asks_the_merged_network(pair, images, monkeypatch):
 
 def test_card_says_which_dial_it_is():
     unknown = {"dataset": {"name": "digits"}, "threat": {}}
-    report = RobustnessReport(model={"kind": "dual model", "alpha": 0.5, "mixing": "weights"}, metrics={"sa": 70.0}, **unknown)
+    report = RobustnessReport(
+        model={"kind": "dual model", "alpha": 0.5, "mixing": "weights"}, metrics={"sa": 70.0}, **unknown
+    )
     config = {"model_type": "dual_moe", "mixing": "weights", "alpha": 0.5, "auto_map": {}}
     card = create_model_card(report, CardSubject("tiny", config=config)).content
     assert "one network answers, whose weights lie between" in card and "Any answer costs one network" in card

@@ -12,8 +12,9 @@ and a budget. The budget counts forward+backward passes of one plain backbone pe
 included; an arm whose steps need more arithmetic gets fewer of them. An arm may change `settings`, have a budget of
 its own (`passes`), a `lever` of levers.py, or start from the model of another arm (`init_from`), one network or a
 mixture of the same shape, whose passes then count as its own. An arm may join the trained models of two others
-(`standard` and `robust`), mixing their outputs (`mixing`: probs, the default, or logits) or their weights (weights), or
-probabilities with a logit map of F_R that is chosen on held-out images (`calibrate: true`, MixedNUTS). Arms marked `extra` run only where `--arms` names them.
+(`standard` and `robust`): it mixes their probabilities, or `mixing: logits`, or `mixing: weights` into one network, or
+with `calibrate: true` probabilities behind a logit map of F_R that is chosen on held-out images (MixedNUTS). Arms
+marked `extra` run only where `--arms` names them.
 Each run is a process of its own with a log. A run whose run.json is there is not repeated, and one that was stopped
 goes on from its checkpoint. `results.json` has all runs and their mean and range per arm; it is written after each
 run.
