@@ -6,7 +6,6 @@ This file travels to the Hub as remote code together with `modeling_dualmoe.py`;
 Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach*, https://arxiv.org/abs/2502.06832
 """
 
-import json
 from dataclasses import fields
 from typing import Any
 
@@ -57,6 +56,13 @@ def shown(value: Any) -> str:
     except Exception:  # an integer too long to print inside a list, or a broken __repr__
         return f"a {type(value).__name__} that cannot be printed"
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
+
+
+def plain(value: Any) -> Any:
+    """A value as a config.json gives it back: lists for tuples, text for keys."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def is_number(value: Any) -> bool:
@@ -378,7 +384,7 @@ class DualMoEConfig(ValidatedConfig):
         kinds = self.standard.model_type, self.robust.model_type
         if kinds[0] != kinds[1]:
             return [f"their architectures differ ({kinds[0]} and {kinds[1]})"]
-        values = [json.loads(json.dumps(part.to_dict(), default=str)) for part in (self.standard, self.robust)]
+        values = [plain(part.to_dict()) for part in (self.standard, self.robust)]
         keys = sorted({*values[0], *values[1]} - NO_PART_OF_THE_FUNCTION)
         obstacles = [
             f"their configs differ in {key} ({shown(values[0].get(key))} and {shown(values[1].get(key))})"

@@ -52,7 +52,8 @@ def interpolate(standard: nn.Module, robust: nn.Module, alpha: float) -> nn.Modu
         alpha: Weight of F_R in [0, 1].
     """
     with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be attacked later
-        merged = without_watchers(copy.deepcopy(robust)).eval()
+        merged = without_watchers(copy.deepcopy(robust))
+        merged.eval()
         ends = standard.state_dict(), robust.state_dict()
         for name, tensor in merged.state_dict().items():
             if tensor.is_floating_point():

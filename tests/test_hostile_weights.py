@@ -37,6 +37,7 @@ STANDARD_LIBRARY = {
     "numbers",
     "os",
     "typing",
+    "weakref",
 }
 OTHERS = {"torch", "timm", "transformers", "deel"}  # deel: optional, for training
 OF_OS = {"os.PathLike", "os.path.basename", "os.path.normpath", "os.path.getsize", "os.path.isdir"}
