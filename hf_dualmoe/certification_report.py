@@ -149,7 +149,8 @@ class Certification(Measurer):
             return {"right": votes.selected == labels.cpu(), "selected": votes.selected, "counts": votes.counts}
 
         counted = self.model.robust if dual else self.model
-        title = f"{'F_R' if dual else 'model'} smoothed, sigma = {sigma:g}"
+        voter = f"merged at alpha = {self.model.config.alpha!r}" if mixes_weights(self.model) else "model"
+        title = f"{'F_R' if dual else voter} smoothed, sigma = {sigma:g}"
         found = self.measure(f"{title}, n0 = {n0}, n = {n}, seed = {seed}", work, counted)
         if found is None:
             return

@@ -714,7 +714,9 @@ class RobustPreTrainedModel(PreTrainedModel):
     """What the two models share: initialisation that keeps timm's, saving that needs nothing else to load, and loading
     that refuses what does not fit."""
 
-    _auto_class = "AutoModelForImageClassification"  # so that a part of a model from the Hub is saved with its code, too
+    _auto_class = (
+        "AutoModelForImageClassification"  # so that a part of a model from the Hub is saved with its code, too
+    )
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer scales it for gradient accumulation

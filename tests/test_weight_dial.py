@@ -16,6 +16,7 @@ from hf_dualmoe.attacks import PGD
 from hf_dualmoe.batchnorm_folding import foldable_pairs, folded
 from hf_dualmoe.calibration import calibrate_robust_logits
 from hf_dualmoe.certification import Certifier, certify
+from hf_dualmoe.certification_report import certify_dataset
 from hf_dualmoe.component_attacks import at_alpha, attack_experts, attack_router
 from hf_dualmoe.data import ImageTensorDataset
 from hf_dualmoe.demo.scene import AttackSettings, DemoModel, answers, attack_scene, kept_alphas, new_scene
@@ -436,6 +437,23 @@ def test_certificates_are_those_of_the_merged_network(make_moe, images):
     votes = {"sigma": 0.1, "n0": 2, "n": 20}
     found = smoothed_certificates(model, images, alpha=0.2, **votes)
     assert torch.equal(found.prediction, smoothed_certificates(model.merge(0.2), images, **votes).prediction)
+
+
+def test_certificates_of_a_dataset_name_each_merged_network(make_moe, images, labels, tmp_path):
+    robust = make_moe(backbone="lipschitz_mlp", width=None, backbone_kwargs={"hidden_sizes": [8]}, num_experts=1)
+    model = DualMoEForImageClassification.from_models(moved(robust), robust, 0.3, mixing="weights")
+    data = ImageTensorDataset((255 * images).byte(), labels, [str(i) for i in range(7)])
+    settings = {"sigmas": (0.1,), "n0": 2, "n": 20, "check_names": False, "progress": False, "resume_dir": tmp_path}
+    report = certify_dataset(model, data, alphas=(0.25, 1.0), **settings)
+    proofs = ["F_S alone", "F_R alone", "merged, alpha = 0.25", "merged, alpha = 1"]
+    assert [entry["name"] for entry in report.entries] == [*proofs, "merged at alpha = 0.3 smoothed, sigma = 0.1"]
+    assert report.entries[1]["sa"] == report.entries[3]["sa"] and not report.failures
+    model.set_alpha(0.9)  # another network, which must not get the votes of the one before
+    assert (
+        certify_dataset(model, data, alphas=(0.25,), **settings)
+        .entries[-1]["name"]
+        .startswith("merged at alpha = 0.9")
+    )
 
 
 def test_other_tools_get_the_merged_network(pair, images):
