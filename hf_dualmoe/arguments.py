@@ -97,7 +97,11 @@ class ModelArguments:
     )
     mixing: str = field(
         default="probs",
-        metadata={"help": "Mix probabilities or logits of the two models.", "choices": ("probs", "logits")},
+        metadata={
+            "help": "What the saved dial mixes: probs or logits of the two models, or their weights into one network "
+            "(trained with probs mixed; needs pretrained or init_experts_from as a common start).",
+            "choices": ("probs", "logits", "weights"),
+        },
     )
     alpha: float | None = field(
         default=None, metadata={"help": "Dial of the saved dual model, in [0, 1]; default: train_alpha."}
@@ -130,11 +134,10 @@ class ModelArguments:
         )
 
     def dual_config(self, data: DataSplits, train_alpha: float) -> DualMoEConfig:
-        """The dual model's configuration: two mixtures of the same shape."""
+        """The dual model's configuration in training: two mixtures of the same shape, whose outputs are mixed."""
         alpha = train_alpha if self.alpha is None else self.alpha
-        return DualMoEConfig(
-            standard=self.moe_config(data), robust=self.moe_config(data), alpha=alpha, mixing=self.mixing
-        )
+        mixing = "probs" if self.mixing == "weights" else self.mixing
+        return DualMoEConfig(standard=self.moe_config(data), robust=self.moe_config(data), alpha=alpha, mixing=mixing)
 
 
 def parse_json(name: str, text: "str | dict | None") -> dict[str, Any] | None:

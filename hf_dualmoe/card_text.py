@@ -127,6 +127,12 @@ def is_dual(report: RobustnessReport | None, config: dict[str, Any]) -> bool:
     return config.get("model_type") == "dual_moe" or (report is not None and report.model.get("kind") == "dual model")
 
 
+def mixes_weights(report: RobustnessReport | None, config: dict[str, Any]) -> bool:
+    """Whether the dial is in the weights, so that one network answers."""
+    measured = None if report is None else report.model.get("mixing")
+    return config.get("mixing", measured) == "weights"
+
+
 def has_code(report: RobustnessReport | None, config: dict[str, Any]) -> bool:
     """Whether the model comes with code of its own."""
     ours = report is not None and report.model.get("kind") in ("dual model", "mixture of experts")
@@ -150,12 +156,13 @@ def model_text(report: RobustnessReport | None, subject: CardSubject) -> dict[st
     return {
         "title": subject.name,
         "summary": summary(report, config),
-        "caution": caution(report, alpha),
+        "caution": caution(report, alpha, config.get("mixing")),
         "has_code": has_code(report, config),
         "needs_package": needs_package(config),
         "source": pinned,
         "pinned": subject.repo_id is not None,
         "is_dual": dual,
+        "mixes_weights": mixes_weights(report, config),
         "alpha": alpha,
         "mild_standard": report is not None and bool(report.training.get("standard_eps")),
         "plots": list(subject.plots),
@@ -198,6 +205,11 @@ def kind_text(report: RobustnessReport | None, config: dict[str, Any]) -> str:
     of = f" ({backbone})" if backbone else ""
     classes = len((report.dataset.get("class_names") if report else None) or config.get("id2label") or [])
     task = f"that tells {classes} classes of images apart" if classes else "for images"
+    if is_dual(report, config) and mixes_weights(report, config):
+        return (
+            f"A classifier {task}, made of two: one network answers, whose weights lie between those of a standard "
+            f"and a robust model; a dial says where. The robust one is {moe}{of}."
+        )
     if is_dual(report, config):
         return (
             f"A classifier {task}, made of two: a standard and a robust model behind one dial. The robust one is "
@@ -208,7 +220,7 @@ def kind_text(report: RobustnessReport | None, config: dict[str, Any]) -> str:
     return f"A classifier {task}: {known['kind']}." if "kind" in known else f"A classifier {task}."
 
 
-def caution(report: RobustnessReport | None, alpha: float | None) -> str:
+def caution(report: RobustnessReport | None, alpha: float | None, mixing: str | None = None) -> str:
     """What a reader must know before the numbers; empty where there is nothing."""
     if report is None:
         return ""
@@ -220,6 +232,9 @@ def caution(report: RobustnessReport | None, alpha: float | None) -> str:
     measured = report.model.get("alpha")
     if None not in (alpha, measured) and alpha != measured:
         reasons.append(f"They were measured at alpha = {measured:g}, but the saved dial is at alpha = {alpha:g}.")
+    mixed = report.model.get("mixing")
+    if None not in (mixing, mixed) and mixing != mixed:
+        reasons.append(f"They were measured with mixing = {mixed}, but the saved model has mixing = {mixing}.")
     if report.training.get("method") == "standard":
         reasons.append("The model was trained without attacks: expect no robustness.")
     return " ".join(reasons)

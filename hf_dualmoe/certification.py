@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .attack_primitives import logits_of
-from .component_attacks import has_experts, is_dual
+from .component_attacks import at_alpha, has_experts, is_dual, mixes_weights
 from .lipschitz import (
     LipschitzBound,
     NotApplicableError,
@@ -263,6 +263,14 @@ def largest_distance(shape: Sequence[int], norm: str) -> float:
     return {"l2": math.sqrt(count), "linf": 1.0, "l1": float(count)}[norm]
 
 
+def check_rule_applies(model: nn.Module) -> None:
+    """Raise a NotApplicableError where the way in which a dual model answers rules out certificates."""
+    if mixes_weights(model):  # else it was merged
+        raise NotApplicableError("the merged network has a normalisation of its own outside the model.")
+    if is_dual(model) and model.config.mixing != "probs":
+        raise NotApplicableError(f"mixing={model.config.mixing!r}: the dual rule bounds mixed probabilities.")
+
+
 class Certifier:
     """Certifies images of one model, deterministically: every radius is a proof.
 
@@ -273,7 +281,8 @@ class Certifier:
     give better radii than a Lipschitz constant of the probabilities (`dual_radius`).
 
     Args:
-        model: Dual model, mixture of experts, or any network that `lipschitz_bound` takes, in eval mode.
+        model: Dual model, mixture of experts, or any network that `lipschitz_bound` takes, in eval mode. With a dial
+            in the weights, the network merged at its alpha when the certifier is made.
         norm: "l2", "linf" or "l1", in [0, 1] pixel units.
         shape: (C, H, W) of an image; only needed for a plain network.
 
@@ -287,6 +296,8 @@ class Certifier:
     def __init__(self, model: nn.Module, norm: str = "l2", shape: tuple[int, int, int] | None = None):
         check_norm(norm)
         check_eval_mode(model)
+        if mixes_weights(model) and isinstance(model.normalize_robust, nn.Identity):
+            model = model.merge()
         self.model, self.norm = model, norm
         self.dual, self.reason = is_dual(model), ""
         part = model.robust if self.dual else model
@@ -297,8 +308,7 @@ class Certifier:
         self.limit = largest_distance(shape, norm)
         self.robust = self.standard = None
         try:
-            if self.dual and model.config.mixing != "probs":
-                raise NotApplicableError(f"mixing={model.config.mixing!r}: the dual rule bounds mixed probabilities.")
+            check_rule_applies(model)
             self.robust = BoundedModel(part, norm, shape)
             self.scales = {n: self._scale(n) for n in (("robust", "standard") if self.dual else ())}
             if self.dual and self.scales["robust"] is None:
@@ -332,7 +342,10 @@ class Certifier:
         """
         check_eval_mode(self.model)
         if alpha is not None and not self.dual:
-            raise ValueError(f"alpha={alpha!r} was given, but the model has no dial.")
+            raise ValueError(
+                f"alpha={alpha!r} was given, but the model has no dial; with a dial in the weights each position is a "
+                "network of its own: certify model.merge(alpha)."
+            )
         if not self.dual:
             prediction = logits_of(self.model, images).argmax(dim=1)
             if self.reason:
@@ -388,6 +401,8 @@ def certify(model: nn.Module, images: Tensor, *, norm: str = "l2", alpha: float 
     Raises:
         ValueError: The model is in train mode, or an argument is out of range.
     """
+    if alpha is not None and mixes_weights(model):
+        model, alpha = at_alpha(model, alpha), None
     return Certifier(model, norm, tuple(images.shape[1:]))(images, alpha)
 
 

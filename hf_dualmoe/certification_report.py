@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attack_primitives import frozen
 from .certification import Certificates, Certifier
-from .component_attacks import is_dual
+from .component_attacks import at_alpha, has_dial, is_dual, mixes_weights
 from .data import ImageTensorDataset
 from .environment import check_class_names, check_counts, describe_environment, describe_model, write_text
 from .lipschitz import check_eval_mode
@@ -116,13 +116,16 @@ class Certification(Measurer):
 
     def all_proofs(self, alphas: Sequence[float]) -> None:
         """Deterministic certificates of the model; of a dual model those of its parts and along the dial."""
-        if not is_dual(self.model):
+        if not has_dial(self.model):
             self.proofs("model", self.model, (None,))
             return
         for title, part in (("F_S alone", "standard"), ("F_R alone", "robust")):
             if isinstance(getattr(self.model, f"normalize_{part}"), nn.Identity):  # else it takes other images
                 self.proofs(title, getattr(self.model, part), (None,))
-        self.proofs("dual", self.model, alphas)
+        for alpha in alphas if mixes_weights(self.model) else ():  # each position is a network of its own
+            self.proofs(f"merged, alpha = {alpha:g}", at_alpha(self.model, alpha), (None,))
+        if is_dual(self.model):
+            self.proofs("dual", self.model, alphas)
 
     def proofs(self, name: str, model: nn.Module, alphas: Sequence[float | None]) -> None:
         """Deterministic certificates of a model, at positions of the dial (None: it has none)."""
@@ -146,7 +149,8 @@ class Certification(Measurer):
             return {"right": votes.selected == labels.cpu(), "selected": votes.selected, "counts": votes.counts}
 
         counted = self.model.robust if dual else self.model
-        title = f"{'F_R' if dual else 'model'} smoothed, sigma = {sigma:g}"
+        voter = f"merged at alpha = {self.model.config.alpha!r}" if mixes_weights(self.model) else "model"
+        title = f"{'F_R' if dual else voter} smoothed, sigma = {sigma:g}"
         found = self.measure(f"{title}, n0 = {n0}, n = {n}, seed = {seed}", work, counted)
         if found is None:
             return

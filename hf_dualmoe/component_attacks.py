@@ -1,5 +1,6 @@
 """Attacks on one part of a mixture or dual model: its experts (RA-E), its router (RA-R); and the parts themselves."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -19,9 +20,32 @@ SHARPNESS = 10  # of `soft_margin`: the scores' range in nats
 # --- parts of a model ------------------------------------------------------------------------------------------------
 
 
-def is_dual(model: Classifier) -> bool:
-    """Whether `model` mixes F_S and F_R; by attributes, since remote code has a class of its own."""
+def has_dial(model: Classifier) -> bool:
+    """Whether `model` joins F_S and F_R; by attributes, since remote code has a class of its own."""
     return hasattr(model, "standard") and hasattr(model, "robust")
+
+
+def mixes_weights(model: Classifier) -> bool:
+    """Whether `model` has a dial in its weights, so that it answers as one network."""
+    return has_dial(model) and getattr(getattr(model, "config", None), "mixing", None) == "weights"
+
+
+def is_dual(model: Classifier) -> bool:
+    """Whether `model` mixes the outputs of F_S and F_R."""
+    return has_dial(model) and not mixes_weights(model)
+
+
+def answering(model: Classifier) -> Classifier:
+    """The network that answers: with a dial in the weights the merged one, else `model` itself."""
+    return model.merged_network() if mixes_weights(model) else model
+
+
+def at_alpha(model: nn.Module, alpha: float) -> nn.Module:
+    """The same dual model, weights shared, with its dial at `alpha`."""
+    twin = copy.copy(model)
+    twin.config = copy.copy(model.config)
+    twin.set_alpha(alpha)
+    return twin
 
 
 def has_experts(model: Classifier, minimum: int = 1) -> bool:
@@ -31,7 +55,7 @@ def has_experts(model: Classifier, minimum: int = 1) -> bool:
 
 def mixture_of(model: Classifier) -> nn.Module:
     """The mixture whose routes are attacked: `model`, or F_R of a dual model; ValueError where that has no experts."""
-    moe = model.robust if is_dual(model) else model
+    moe = model.robust if is_dual(model) else answering(model)
     if not has_experts(moe):
         part = "robust component is" if is_dual(model) else "model is"
         raise ValueError(f"model={type(model).__name__} has no experts to attack: its {part} no mixture of experts.")
@@ -64,7 +88,7 @@ def soft_mixture(moe: nn.Module, images: Tensor, temperature: float) -> Tensor:
 def soft_logits(model: nn.Module, images: Tensor, temperature: float) -> Tensor:
     """Logits (B, C) with `soft_mixture` in the place of every hard route: of a MoE, or in F_S and F_R alike."""
     if not is_dual(model):
-        return soft_mixture(model, images, temperature)
+        return soft_mixture(answering(model), images, temperature)
     output = model(images)
     parts = ((model.standard, output.standard_logits), (model.robust, output.robust_logits))
     return model.mix(*(soft_mixture(part, images, temperature) if has_experts(part, 2) else z for part, z in parts))
@@ -163,11 +187,15 @@ def attack_router(
 
 
 __all__ = [
+    "answering",
+    "at_alpha",
     "attack_experts",
     "attack_router",
     "fixed_expert",
+    "has_dial",
     "has_experts",
     "is_dual",
+    "mixes_weights",
     "mixture_of",
     "soft_logits",
     "soft_margin",

@@ -20,8 +20,14 @@ logger = logging.get_logger(__name__)
 FORMAT_VERSION = 1  # raise it when an older hf_dualmoe could no longer read the config rightly
 STEMS = ("cifar", "default")
 ROUTERS = ("linear", "pooled", "conv", "features")
-MIXINGS = ("probs", "logits")
+MIXINGS = ("probs", "logits", "weights")
 LOGIT_MAP_KEYS = {"scale", "clamp", "power"}
+# keys of a component's config in which two networks may differ and still be merged: what a trained one does not use
+NO_PART_OF_THE_FUNCTION = {
+    *("_name_or_path", "name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"),
+    *("id2label", "label2id", "num_labels", "problem_type", "use_cache", "initializer_range", "format_version"),
+    *("router_aux_loss_coef", "output_router_logits", "return_dict", "output_hidden_states", "output_attentions"),
+}
 
 # A config may come from a stranger. These limits are far above any sensible model, and low enough that what a config
 # asks for is refused before it exhausts the memory; `check_model_size` in modeling_dualmoe.py counts the parameters.
@@ -54,6 +60,13 @@ def shown(value: Any) -> str:
     except Exception:  # an integer too long to print inside a list, or a broken __repr__
         return f"a {type(value).__name__} that cannot be printed"
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
+
+
+def plain(value: Any) -> Any:
+    """A value as a config.json gives it back: lists for tuples, text for keys."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def is_number(value: Any) -> bool:
@@ -360,7 +373,9 @@ class DualMoEConfig(ValidatedConfig):
         standard: Config of F_S (or a dict of one); any image classifier of transformers or a `MoEConfig`.
         robust: Config of F_R, likewise.
         alpha: Weight of F_R in [0, 1]. Robustness of F_R can only carry over where alpha > 1/2.
-        mixing: "probs" mixes probabilities, "logits" mixes logits (as the paper's code does).
+        mixing: "probs" mixes probabilities, "logits" mixes logits (as the paper's code does). "weights" mixes nothing
+            but weights: one network with (1 - alpha) theta_S + alpha theta_R answers, at half the cost; for trained
+            components of one shape and with a common start.
         standard_logit_map, robust_logit_map: Optional calibration before mixing, as in MixedNUTS
             (https://arxiv.org/abs/2402.02263): a dict with any of `scale` (> 0), `clamp` (bias c of a
             layer-normalised, rectified logit; omitted = neither) and `power` (> 0).
@@ -376,7 +391,7 @@ class DualMoEConfig(ValidatedConfig):
     sub_configs = {"standard": AutoConfig, "robust": AutoConfig}
     keys_to_ignore_at_inference = [
         *("standard_logits", "robust_logits", "standard_router_logits", "robust_router_logits"),
-        *("standard_expert_index", "robust_expert_index", "aux_loss"),
+        *("standard_expert_index", "robust_expert_index", "aux_loss", "router_logits", "expert_index"),
     ]
 
     standard: dict[str, Any] | PreTrainedConfig | None = None
@@ -416,6 +431,35 @@ class DualMoEConfig(ValidatedConfig):
         for name in ("standard", "robust"):
             mean, std = getattr(self, f"{name}_image_mean"), getattr(self, f"{name}_image_std")
             check_normalisation(f"{name}_image", mean, std, getattr(getattr(self, name), "num_channels", 3))
+        if self.mixing == "weights" and (obstacles := self.merge_obstacles()):
+            raise ValueError(f"mixing='weights' cannot merge F_S and F_R: {'; '.join(obstacles)}.")
+
+    def merge_obstacles(self) -> list[str]:
+        """Why no network between F_S and F_R can stand for both, as far as the configs tell; [] where it can.
+
+        Whether the two have a common start, without which such a network is of no use, no config tells.
+        """
+        kinds = self.standard.model_type, self.robust.model_type
+        if kinds[0] != kinds[1]:
+            return [f"their architectures differ ({kinds[0]} and {kinds[1]})"]
+        values = [plain(part.to_dict()) for part in (self.standard, self.robust)]
+        keys = sorted({*values[0], *values[1]} - NO_PART_OF_THE_FUNCTION)
+        obstacles = [
+            f"their configs differ in {key} ({shown(values[0].get(key))} and {shown(values[1].get(key))})"
+            for key in keys
+            if values[0].get(key) != values[1].get(key)
+        ]
+        for name in ("image_mean", "image_std"):
+            pair = getattr(self, f"standard_{name}"), getattr(self, f"robust_{name}")
+            if pair[0] != pair[1]:
+                obstacles.append(f"standard_{name}={shown(pair[0])} and robust_{name}={shown(pair[1])} differ")
+        labels = [part.id2label or {} for part in (self.standard, self.robust)]
+        named = [names for names in labels if any(name != f"LABEL_{i}" for i, name in names.items())]
+        if len(named) == 2 and named[0] != named[1]:
+            obstacles.append("they have other labels or another order of labels")
+        if self.standard_logit_map or self.robust_logit_map:
+            obstacles.append("logit maps apply to the outputs of two networks; set both to None")
+        return obstacles
 
     def _component(self, name: str) -> PreTrainedConfig:
         value = getattr(self, name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .apgd import MIN_CLASSES
 from .attack_primitives import Attack, check_eps
 from .calibration import ROUNDING, calibrate_robust_logits, check_alphas
+from .component_attacks import mixes_weights
 from .data import ImageTensorDataset
 from .measuring import correct_mask, percent
 from .worst_case import worst_case
@@ -33,6 +34,10 @@ class DialedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images, alpha=self.alpha).logits
+
+    def merged_network(self) -> nn.Module | None:
+        """With a dial in the weights the network that answers, for whoever wants to hold it; else None."""
+        return self.model.merged_network(self.alpha) if mixes_weights(self.model) else None
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class DialAttack(Attack):
 
     APGD on the model itself, then, on the images that still stand, on the model at two other positions of the dial and
     with soft routes. One attack on the mixture alone is too kind a judge: where one part decides by a small margin, or
-    is saturated, the mixture's gradient is all but blind.
+    is saturated, the mixture's gradient is all but blind. With a dial in the weights nothing is mixed: there the first
+    member remains, and soft routes where the network has experts.
 
     Args:
         eps: Radius in [0, 1] pixel units.

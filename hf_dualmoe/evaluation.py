@@ -14,7 +14,7 @@ from torch import nn
 from .attack_primitives import check_eps, frozen
 from .attacks import PGD
 from .autoattack import VERSIONS
-from .component_attacks import is_dual
+from .component_attacks import has_dial
 from .data import ImageTensorDataset
 from .dial import DialedModel
 from .environment import check_class_names, check_counts, describe_environment, describe_model
@@ -236,13 +236,13 @@ def check_settings(model, eps, norm, alphas, parts, floors, autoattack_version) 
     check_eps(eps, norm)
     if eps == 0 and {"eps_curve", "sanity"} & set(parts):
         raise ValueError("eps=0 leaves nothing to check; give eps > 0, or level='quick'.")
-    if is_dual(model) and "dial" in parts:
+    if has_dial(model) and "dial" in parts:
         check_alphas(alphas)
     given = {name: floor for name, floor in floors.items() if floor is not None}
     for name, floor in given.items():
         if not isinstance(floor, (int, float)) or not 0 <= floor <= 100:
             raise ValueError(f"{name}={floor!r} must be an accuracy in %, in [0, 100].")
-        if not (is_dual(model) and "dial" in parts):
+        if not (has_dial(model) and "dial" in parts):
             raise ValueError(f"{name}={floor!r} chooses the dial of a dual model; there is none to measure here.")
     if len(given) > 1:
         raise ValueError(f"min_sa={floors['min_sa']!r} and min_ra={floors['min_ra']!r} were both given; give one.")

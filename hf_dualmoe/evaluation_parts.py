@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from .attacks import PGD
 from .autoattack import autoattack
 from .calibration import Component
-from .component_attacks import attack_experts, attack_router, has_experts, is_dual
+from .component_attacks import (
+    answering,
+    attack_experts,
+    attack_router,
+    has_dial,
+    has_experts,
+    is_dual,
+    mixture_of,
+)
 from .data import ImageTensorDataset
 from .dial import DialedModel, choose_alpha, dial_attack
 from .environment import data_digest
@@ -39,14 +47,17 @@ class Evaluation(Measurer):
         report.failures, report.cost = self.failures, self.cost
         self.key, self.started = f"ra_pgd{attack.steps}", time.perf_counter()
         self.ball = {"eps": attack.eps, "norm": attack.norm}
-        self.dual = is_dual(model)
-        part = model.robust if self.dual else model
-        self.moe = part if has_experts(part) else None
-        self.counted = part  # runs once whenever the whole model does
+        self.dual = has_dial(model)
+        self.counted = model.robust if is_dual(model) else model  # runs once whenever the whole model does
         self.at = f" at alpha={model.config.alpha!r}" if self.dual else ""
         self.standing: Tensor | None = None  # (N,) bool: right when clean and under all attacks on the whole model
         self.own: dict[str, float] = {}  # RA in % under each of them alone
         self.routed: list[Found] = []  # of the mixture: first choices and loads, clean and attacked
+
+    @property
+    def moe(self) -> nn.Module | None:
+        """The mixture whose routes are measured; None where there is none."""
+        return mixture_of(self.model) if has_experts(answering(self.counted)) else None
 
     def write(self) -> None:
         """Bring `results.json` up to date."""
@@ -66,7 +77,7 @@ class Evaluation(Measurer):
         masks = {} if clean is None else {"sa": clean.tensors["right"]}
         if clean is not None and attacked is not None:
             masks[self.key] = clean.tensors["right"] & attacked.tensors["right"]
-            if classifier is self.moe:
+            if classifier is self.counted and self.moe is not None:
                 self.routed = [clean, attacked]
         return masks
 

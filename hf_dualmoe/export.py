@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .attack_primitives import frozen, logits_of
-from .component_attacks import has_experts, is_dual
+from .component_attacks import has_dial, has_experts, is_dual, mixes_weights
 
 TOLERANCE = 1e-4  # largest difference of a logit between a model and its ONNX file
 ONE_FILE_BYTES = 1_900_000_000  # an ONNX file cannot exceed 2 GB; the weights of larger models lie beside it
@@ -55,7 +55,7 @@ class DenseModel(nn.Module):
     """The same function as a mixture or dual model, without grouping images by expert: what a tracer can record.
 
     Every expert sees every image and the router's choice is picked afterwards, so that an image costs all E experts
-    instead of k.
+    instead of k. With a dial in the weights it is the network that `merge` gives.
 
     Args:
         model: Mixture, dual model, or other classifier of images in [0, 1] whose output carries `logits`.
@@ -65,12 +65,15 @@ class DenseModel(nn.Module):
     def __init__(self, model: nn.Module, alpha: float | None = None):
         super().__init__()
         check_dial(model, alpha)
+        self.normalize = None
+        if mixes_weights(model):
+            model, alpha, self.normalize = model.merge(alpha), None, model.normalize_robust
         self.model, self.alpha = model, alpha
 
     def forward(self, images: Tensor, alpha: Tensor | None = None) -> Tensor:
         """Logits (B, C), float32, of images (B, C, H, W) in [0, 1], at this call's `alpha` (a scalar) if given."""
         if not is_dual(self.model):
-            return dense_logits(self.model, images)
+            return dense_logits(self.model, images, self.normalize)
         standard, robust = (
             dense_logits(part, images, normalize)
             for part, normalize in (
@@ -105,7 +108,7 @@ def check_dial(model: nn.Module, alpha: float | None) -> None:
     """Raise a ValueError unless `alpha` is None or a position in [0, 1] of a model that has a dial."""
     if alpha is None:
         return
-    if not is_dual(model):
+    if not has_dial(model):
         raise ValueError(f"alpha={alpha!r} was given, but {type(model).__name__} has no dial; expected None.")
     if not 0 <= alpha <= 1:  # also false for NaN
         raise ValueError(f"alpha={alpha!r} must be in [0, 1].")
@@ -137,7 +140,7 @@ def export_onnx(
         path: File to write, such as "model.onnx". Weights over 1.9 GB go beside it, to "model.onnx.data".
         alpha: Position of a dual model's dial that is written into the file; None = where it is set.
         dial_input: Keep the dial of a dual model: the file takes a second input "alpha", a float32 scalar in [0, 1]
-            (not checked there).
+            (not checked there). Not with a dial in the weights: such a file holds the network merged at one alpha.
         image_size, num_channels: Of the images; None = what the config says.
         opset_version: ONNX operator set; None = PyTorch's default.
 
@@ -157,6 +160,8 @@ def export_onnx(
         raise ValueError(f"path={str(path)!r}: the folder {str(path.parent)!r} does not exist.")
     if dial_input and (not is_dual(model) or alpha is not None):
         reason = "alpha was given too" if is_dual(model) else f"{type(model).__name__} has no dial"
+        if mixes_weights(model):
+            reason = "with mixing='weights' a file holds the network of one alpha; write one file for each"
         raise ValueError(f"dial_input=True cannot be used: {reason}.")
     shape = image_shape(model, image_size, num_channels)
     device = next(model.parameters()).device

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .attack_primitives import Classifier, frozen, logits_of
 from .attacks import PGD
-from .component_attacks import has_experts
+from .component_attacks import answering, has_experts
 from .data import ImageTensorDataset, to_unit_range
 from .environment import check_outputs, data_digest, model_digest, write_text
 from .modeling_dualmoe import gate_weights
@@ -307,7 +307,7 @@ def classify(classifier: Classifier, attack: PGD | None = None) -> Work:
     def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Any]:
         if attack is not None:
             images = attack(classifier, images, labels, ids=ids)
-        routed = routing(classifier, images) if has_experts(classifier) else {}
+        routed = routing(answering(classifier), images) if has_experts(answering(classifier)) else {}
         return {"right": is_right(classifier, images, labels), **routed}
 
     return work

@@ -31,7 +31,8 @@ from transformers import AutoModelForImageClassification, CLIPImageProcessor, Pr
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import find_adapter_config_file, is_peft_available, logging
 
-from .configuration_dualmoe import DualMoEConfig, MoEConfig
+from .configuration_dualmoe import MIXINGS, DualMoEConfig, MoEConfig, check_choice
+from .merging_dualmoe import cached_merge, forget_merge, interpolate, weights_obstacles
 
 try:  # trains the 1-Lipschitz backbones; a trained one needs torch alone
     from deel.torchlip.normalizers import bjorck_normalization, spectral_normalization
@@ -82,14 +83,16 @@ class DualMoEImageClassifierOutput(ModelOutput):
 
     Args:
         loss: Scalar: cross-entropy of the mixture + aux_loss; only with labels.
-        logits: (B, C) log-probabilities (mixing="probs") or mixed logits (mixing="logits"); None where the two models
-            saw different images.
-        standard_logits, robust_logits: (B, C) logits of F_S and F_R, before any logit map.
+        logits: (B, C) log-probabilities (mixing="probs"), mixed logits (mixing="logits") or logits of the merged
+            network (mixing="weights"); None where the two models saw different images.
+        standard_logits, robust_logits: (B, C) logits of F_S and F_R, before any logit map. They and all else of F_S
+            and F_R are None with mixing="weights", where neither runs: `model.standard` and `model.robust` tell.
         standard_router_logits, robust_router_logits: (B, E) before softmax; only where asked for.
         standard_expert_index, robust_expert_index: As in `MoEImageClassifierOutput`; None for a component without
             experts.
         aux_loss: Scalar sum of the load-balancing losses, each weighted with its router_aux_loss_coef; None as there.
         robust_extra_logits: `extra_logits` of F_R.
+        router_logits, expert_index: Those of the merged network, with mixing="weights" and experts.
     """
 
     loss: Tensor | None = None
@@ -102,6 +105,8 @@ class DualMoEImageClassifierOutput(ModelOutput):
     robust_expert_index: Tensor | None = None
     aux_loss: Tensor | None = None
     robust_extra_logits: Tensor | None = None
+    router_logits: Tensor | None = None
+    expert_index: Tensor | None = None
 
 
 def gate_weights(router_logits: Tensor, top_k: int) -> Tensor:
@@ -709,6 +714,9 @@ class RobustPreTrainedModel(PreTrainedModel):
     """What the two models share: initialisation that keeps timm's, saving that needs nothing else to load, and loading
     that refuses what does not fit."""
 
+    _auto_class = (
+        "AutoModelForImageClassification"  # so that a part of a model from the Hub is saved with its code, too
+    )
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer scales it for gradient accumulation
@@ -794,7 +802,7 @@ class RobustPreTrainedModel(PreTrainedModel):
         raise ValueError(NO_ADAPTERS)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save weights, config, the two code files and an image processor, for all Auto classes and `pipeline`.
+        """Save weights, config, the code files and an image processor, for all Auto classes and `pipeline`.
 
         Takes the arguments of `PreTrainedModel.save_pretrained`.
         """
@@ -1188,7 +1196,12 @@ def mix_logits(standard_logits: Tensor, robust_logits: Tensor, alpha: float | Te
 
     Returns:
         (B, C) float32.
+
+    Raises:
+        ValueError: `mixing` mixes no outputs.
     """
+    if mixing not in ("probs", "logits"):
+        raise ValueError(f"mixing={mixing!r} mixes no outputs; expected 'probs' or 'logits'.")
     standard_logits, robust_logits = standard_logits.float(), robust_logits.float()
     alpha = torch.as_tensor(alpha, dtype=torch.float32, device=robust_logits.device)
     if mixing == "logits":
@@ -1201,6 +1214,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
     """The dual model F_D(x) = (1 - alpha) F_S(x) + alpha F_R(x) of a standard and a robust classifier (paper, Eq. 7).
 
     alpha = 0 is F_S alone, alpha = 1 is F_R alone; `set_alpha` or `forward(..., alpha=)` turn the dial at run time.
+    With mixing="weights" the dial is in the weights: see `merging_dualmoe` and `merge`.
     """
 
     config_class = DualMoEConfig
@@ -1231,11 +1245,11 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             robust: F_R, with the same labels in the same order.
             alpha: Weight of F_R in [0, 1].
             config_kwargs: Further fields of `DualMoEConfig`, such as `standard_image_mean` and `standard_image_std`
-                for a model that expects normalised images.
+                for a model that expects normalised images, or `mixing`.
 
         Raises:
-            ValueError: The two disagree on labels, image size or channels, alpha is out of range, or one could not be
-                built again from its config, as loading the saved model will.
+            ValueError: The two disagree on labels, image size or channels, alpha is out of range, mixing="weights" and
+                they cannot be merged, or one could not be built again from its config, as loading will.
         """
         named = common_labels(standard.config.id2label, robust.config.id2label)
         config_kwargs = {"id2label": named, "label2id": {name: i for i, name in named.items()}, **config_kwargs}
@@ -1251,6 +1265,8 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         joined.standard = standard
         joined.robust = copy.deepcopy(robust) if robust is standard else robust  # shared tensors cannot be saved
         joined._create_normalizers()
+        if joined.config.mixing == "weights":
+            joined._check_mergeable()
         return joined.train(standard.training)
 
     @property
@@ -1265,7 +1281,69 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             ValueError: alpha is out of range.
         """
         check_alpha(alpha)
+        forget_merge(self)
         self.config.alpha = float(alpha)
+
+    def set_mixing(self, mixing: str) -> None:
+        """Say what alpha mixes, from now on and in what is saved: "probs", "logits" or "weights".
+
+        Raises:
+            ValueError: There is no such mixing, or F_S and F_R cannot be merged.
+        """
+        check_choice("mixing", mixing, MIXINGS)
+        if mixing == "weights":
+            self._check_mergeable()
+        self.config.mixing = mixing
+
+    def merge(self, alpha: float | None = None) -> PreTrainedModel:
+        """The network with weights and BatchNorm statistics (1 - alpha) theta_S + alpha theta_R, as a plain model.
+
+        Of the class of F_R, in eval mode, with weights of its own: to be saved, attacked or trained like any other.
+        Images that F_R gets normalised by `robust_image_mean` and `robust_image_std` must be given to it so.
+
+        Args:
+            alpha: Weight of F_R in [0, 1]; None = the config's.
+
+        Raises:
+            ValueError: alpha is out of range, or F_S and F_R cannot be merged; the message says why.
+        """
+        alpha = self._merging_alpha(alpha)
+        self._check_mergeable()
+        model = interpolate(self.standard, self.robust, alpha)
+        model.config.id2label, model.config.label2id = dict(self.config.id2label), dict(self.config.label2id)
+        return model
+
+    @torch.compiler.disable
+    def merged_network(self, alpha: float | None = None) -> PreTrainedModel | None:
+        """With mixing="weights" the network that answers, kept until alpha or a weight changes; else None.
+
+        Writes through `tensor.data` are only seen after `set_alpha`, `train` or `eval`.
+        """
+        if self.config.mixing != "weights":
+            return None
+        alpha = self._merging_alpha(alpha)
+        return cached_merge(self, (self.standard, self.robust), alpha, make=lambda: self.merge(alpha))
+
+    def _check_mergeable(self) -> None:
+        obstacles = self.config.merge_obstacles() or weights_obstacles(self.standard, self.robust)
+        if obstacles:
+            raise ValueError(f"F_S and F_R cannot be merged: {'; '.join(obstacles)}.")
+
+    def _merging_alpha(self, alpha: float | Tensor | None) -> float:
+        """The one position of the dial that a network can have."""
+        alpha = self.config.alpha if alpha is None else alpha
+        check_alpha(alpha)
+        if isinstance(alpha, Tensor) and alpha.numel() != 1:
+            raise ValueError(
+                f"alpha has shape {tuple(alpha.shape)}, but with mixing='weights' one network answers for all images: "
+                "give one number."
+            )
+        return float(alpha)
+
+    def train(self, mode: bool = True) -> "DualMoEForImageClassification":
+        """As `nn.Module.train`; a merged network is made anew at the next call."""
+        forget_merge(self)
+        return super().train(mode)
 
     def forward(
         self,
@@ -1278,14 +1356,14 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         extra_expert_index: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> DualMoEImageClassifierOutput | tuple[Tensor, ...]:
-        """Classify images with both models and mix.
+        """Classify images with both models and mix; with mixing="weights" with the merged network alone.
 
         Args:
             pixel_values: (B, C, H, W) floats in [0, 1].
             labels: (B,) int64; with them the output carries the training loss.
-            alpha: Weight of F_R for this call: a number in [0, 1], or a tensor that broadcasts against (B, 1); None =
-                the config's.
-            expert_index: As in `MoEForImageClassification.forward`, for F_R.
+            alpha: Weight of F_R for this call: a number in [0, 1], or (not with mixing="weights") a tensor that
+                broadcasts against (B, 1); None = the config's.
+            expert_index: As in `MoEForImageClassification.forward`, for F_R or the merged network.
             robust_pixel_values: (B', C, H, W) other images for F_R: training shows F_S clean and F_R attacked images
                 in one call, so that DDP sees one forward; there is then no mixture and `logits` is None.
             output_router_logits: Whether to return the router logits.
@@ -1293,8 +1371,13 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             return_dict: As in `MoEForImageClassification.forward`.
 
         Raises:
-            ValueError: Wrong shape, dtype or values of an argument.
+            ValueError: Wrong shape, dtype or values of an argument; or, with mixing="weights", the model is in train
+                mode or was given what only training needs.
         """
+        if self.config.mixing == "weights":
+            self._refuse_training(robust_pixel_values, extra_expert_index)
+            output = self._forward_merged(pixel_values, labels, alpha, expert_index, output_router_logits)
+            return output.to_tuple() if return_dict is False else output
         alpha = self.config.alpha if alpha is None else alpha
         check_alpha(alpha)
         if isinstance(alpha, Tensor) and alpha.numel() != 1 and alpha.shape != (len(pixel_values), 1):
@@ -1333,6 +1416,35 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def _refuse_training(self, robust_pixel_values: Tensor | None, extra_expert_index: Tensor | None) -> None:
+        if self.training or robust_pixel_values is not None or extra_expert_index is not None:
+            raise ValueError(
+                "mixing='weights' is a dial for trained models: no gradient reaches F_S and F_R. Train with "
+                "mixing='probs' and call set_mixing('weights') then, or train the network that merge() gives."
+            )
+
+    def _forward_merged(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None,
+        alpha: float | Tensor | None,
+        expert_index: Tensor | None,
+        output_router_logits: bool | None,
+    ) -> DualMoEImageClassifierOutput:
+        network = self.merged_network(alpha)
+        output = self._run("robust", pixel_values, labels, expert_index, output_router_logits, network=network)
+        logits, aux_loss, loss = output.logits.float(), self._weighted_aux_loss("robust", output), None
+        if labels is not None:
+            check_labels(labels, len(pixel_values), self.config.num_labels)
+            loss = F.cross_entropy(logits, labels) + aux_loss
+        return DualMoEImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            aux_loss=None if labels is None and not torch.is_grad_enabled() else aux_loss,
+            router_logits=output.get("router_logits"),
+            expert_index=output.get("expert_index"),
+        )
+
     def mix(self, standard_logits: Tensor, robust_logits: Tensor, alpha: float | Tensor | None = None) -> Tensor:
         """`mix_logits` under this model's logit maps, mixing rule and (by default) alpha."""
         alpha = self.config.alpha if alpha is None else alpha
@@ -1348,8 +1460,9 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         expert_index: Tensor | None,
         output_router_logits: bool | None,
         extra_expert_index: Tensor | None = None,
+        network: nn.Module | None = None,
     ) -> ModelOutput:
-        model = getattr(self, name)
+        model = getattr(self, name) if network is None else network
         if has_experts(model):  # labels only tell it that its balance loss is wanted
             return model(pixel_values, labels, expert_index, output_router_logits, extra_expert_index)
         if expert_index is not None or extra_expert_index is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attack_primitives import Classifier, logits_of
 from .certification import Certificates, check_alpha_certifies
-from .component_attacks import is_dual
+from .component_attacks import at_alpha, is_dual, mixes_weights
 from .lipschitz import check_eval_mode
 
 OUTWARD = 1 + 1e-9
@@ -217,10 +217,12 @@ def smoothed_certificates(
     `smoothed_radius`.
 
     Args:
-        model: Image classifier in eval mode; of a dual model F_R votes.
+        model: Image classifier in eval mode; of a dual model F_R votes, or with a dial in the weights the merged
+            network.
         images: (B, C, H, W) floats in [0, 1].
         sigma: Standard deviation of the noise, > 0, in [0, 1] pixel units.
-        alpha: Weight of F_R of a dual model, in (1/2, 1]; None = the config's. Of other models None.
+        alpha: Weight of F_R of a dual model, in (1/2, 1], or with a dial in the weights in [0, 1]; None = the
+            config's. Of other models None.
         n0, n, batch_size, seed, ids: As in `sample_votes`.
         confidence: Probability, for each image, that its certificate is right.
 
@@ -231,6 +233,8 @@ def smoothed_certificates(
         ValueError: The model is in train mode, or an argument is out of range.
     """
     check_confidence(confidence)
+    if alpha is not None and mixes_weights(model):
+        model, alpha = at_alpha(model, alpha), None
     dual = is_dual(model)
     if alpha is not None and not dual:
         raise ValueError(f"alpha={alpha!r} was given, but the model has no dial.")

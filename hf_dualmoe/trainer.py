@@ -302,6 +302,11 @@ def check_model_fits_method(model: nn.Module, method: str) -> None:
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
+    if getattr(config, "mixing", None) == "weights":
+        raise ValueError(
+            f"method={method!r} cannot train with mixing='weights', a dial for trained models: train with "
+            "mixing='probs' and call set_mixing('weights') then, or train the network that merge() gives."
+        )
     if method == "jtdmoe":
         if model_type != "dual_moe":
             raise ValueError(f"method='jtdmoe' trains a DualMoEForImageClassification, not a {model_type}.")

@@ -33,6 +33,7 @@ from .attack_primitives import (
 )
 from .batchnorm_folding import PROBE_IMAGES, folded
 from .component_attacks import (
+    answering,
     fixed_expert,
     has_experts,
     is_dual,
@@ -142,8 +143,11 @@ def route_members(model: nn.Module) -> list[Member]:
 def members_of(
     model: Classifier, num_classes: int, temperatures: Sequence[float], alphas: Sequence[float]
 ) -> list[Member]:
-    """The members that apply to `model`, cheapest first; those for soft routing run all experts."""
-    parts = [model.standard, model.robust] if is_dual(model) else [model]
+    """The members that apply to `model`, cheapest first; those for soft routing run all experts.
+
+    A dial in the weights leaves one network, with nothing mixed: it gets the members of a single network.
+    """
+    parts = [model.standard, model.robust] if is_dual(model) else [answering(model)]
     members = whole_members(model, num_classes)
     members += component_members(model, alphas) if is_dual(model) else []
     members += route_members(model) if has_experts(parts[-1], 2) else []

@@ -23,7 +23,7 @@ import hf_dualmoe
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 
 PACKAGE = Path(hf_dualmoe.__file__).parent
-CODE = [PACKAGE / f"{name}.py" for name in ("configuration_dualmoe", "modeling_dualmoe")]
+CODE = [PACKAGE / f"{name}.py" for name in ("configuration_dualmoe", "merging_dualmoe", "modeling_dualmoe")]
 
 # --- the code that travels -------------------------------------------------------------------------------------------
 
@@ -37,6 +37,7 @@ STANDARD_LIBRARY = {
     "numbers",
     "os",
     "typing",
+    "weakref",
 }
 OTHERS = {"torch", "timm", "transformers", "deel"}  # deel: optional, for training
 OF_OS = {"os.PathLike", "os.path.basename", "os.path.normpath", "os.path.getsize", "os.path.isdir"}

@@ -22,7 +22,7 @@ from hf_dualmoe.report import RobustnessReport
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "s3cr3t" * 6  # not a real one
-CODE = {"configuration_dualmoe.py", "modeling_dualmoe.py"}
+CODE = {"configuration_dualmoe.py", "merging_dualmoe.py", "modeling_dualmoe.py"}
 MODEL = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", ".gitattributes", *CODE}
 
 PUBLISHER = """

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import shake
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
@@ -23,7 +24,7 @@ PACKAGE = Path(hf_dualmoe.__file__).parent
 AUTO_CLASSES = {"AutoModel": AutoModel, "AutoModelForImageClassification": AutoModelForImageClassification}
 SAVED_FILES = {
     *("config.json", "model.safetensors", "preprocessor_config.json"),
-    *("configuration_dualmoe.py", "modeling_dualmoe.py"),
+    *("configuration_dualmoe.py", "merging_dualmoe.py", "modeling_dualmoe.py"),
 }
 
 # Runs elsewhere, with the package blocked; prints one JSON line. Images and expected logits come from the parent.
@@ -105,6 +106,22 @@ loaded = AutoModel.from_pretrained("robust-only", **remote)
 saved_error = error(loaded(images).logits.softmax(dim=1), alone.softmax(dim=1))
 ends["saved"] = {"alpha": loaded.config.alpha, "error": saved_error}
 results["ends"] = ends
+
+weights = AutoModelForImageClassification.from_pretrained("weights", **remote)
+weights(images, alpha=0.75)
+weights.save_pretrained("weights-again")
+weights.merge(0.75).save_pretrained("merged")
+alone = AutoModelForImageClassification.from_pretrained("merged", **remote)
+again = AutoModel.from_pretrained("weights-again", **remote)
+by_probs = AutoModel.from_pretrained("weights", mixing="probs", **remote)(images).logits
+results["weights"] = {
+    "call": error(weights(images).logits, inputs["weights"]),
+    "again": error(again(images).logits, inputs["weights"]),
+    "turned": error(weights(images, alpha=0.75).logits, alone(images).logits),
+    "class": type(alone).__name__,
+    "outputs": error(by_probs, inputs["weights"]),
+    "pipeline": pipeline("image-classification", model="weights", top_k=1, **remote)("square.png")[0]["label"],
+}
 results["imported"] = sorted(name for name in sys.modules if name.split(".")[0] == "hf_dualmoe")
 print(json.dumps(results))
 """
@@ -126,6 +143,11 @@ def saved(make_moe, _native_vit, _images, tmp_path_factory):
     dual = DualMoEForImageClassification.from_models(native_vit, make_moe("resnet"), 0.625, **constants, **labels)
     moe = make_moe("vit", num_channels=1, image_mean=0.3, image_std=0.4, router_top_k=2, shared_stages=1)
     moe.config.id2label, moe.config.label2id = labels.values()
+    robust = make_moe("resnet", backbone="resnet10t", num_experts=2)
+    standard = copy.deepcopy(robust)
+    shake(standard, 5)
+    weights = DualMoEForImageClassification.from_models(standard, robust, 0.25, mixing="weights", **labels)
+    weights.save_pretrained(tmp_path / "weights")
     dual.train().save_pretrained(tmp_path / "dual")
     moe.save_pretrained(tmp_path / "moe")
     square = (images[0].permute(1, 2, 0).numpy() * 255).round() / 255
@@ -136,6 +158,7 @@ def saved(make_moe, _native_vit, _images, tmp_path_factory):
         output = dual.eval()(images)
         tensors = {"dual": output.logits, "standard": output.standard_logits, "robust": output.robust_logits}
         tensors["moe"] = moe(images).logits
+        tensors["weights"] = weights(images).logits
     tensors["square"] = torch.tensor(square).permute(2, 0, 1)[None].float()
     save_file(
         {name: t.contiguous() for name, t in {**tensors, "images": images}.items()}, tmp_path / "inputs.safetensors"
@@ -192,6 +215,13 @@ def test_fresh_process_saves_the_dial(child):
     assert child["ends"]["saved"]["alpha"] == 1 and child["ends"]["saved"]["error"] <= 1e-6
 
 
+def test_fresh_process_has_a_dial_in_the_weights(child):
+    found = child["weights"]
+    assert max(found[name] for name in ("call", "again", "turned")) <= 1e-5
+    assert found["class"] == "MoEForImageClassification" and found["pipeline"] in NAMES.values()
+    assert found["outputs"] > 1e-3
+
+
 @KINDS
 def test_fresh_process_reads_any_picture_as_pixels_in_0_1(child, kind):
     assert child[kind]["square"]["error"] <= 1e-6
@@ -240,7 +270,7 @@ def test_pipeline_in_this_process_sees_pixels_over_255(saved):
 @KINDS
 def test_saved_folder_holds_code_and_safetensors_but_no_pickle(saved, kind):
     assert {path.name for path in (saved / kind).iterdir()} == SAVED_FILES
-    for name in ("configuration_dualmoe.py", "modeling_dualmoe.py"):
+    for name in ("configuration_dualmoe.py", "merging_dualmoe.py", "modeling_dualmoe.py"):
         assert (saved / kind / name).read_text() == (PACKAGE / name).read_text()
     config = json.loads((saved / kind / "config.json").read_text())
     model_class, config_class = CLASSES[kind]
@@ -277,10 +307,10 @@ def imported(path):
             yield "." * node.level + (node.module or "")
 
 
-@pytest.mark.parametrize("name", ["configuration_dualmoe", "modeling_dualmoe"])
+@pytest.mark.parametrize("name", ["configuration_dualmoe", "merging_dualmoe", "modeling_dualmoe"])
 def test_code_that_travels_is_self_contained(name):
     names = set(imported(PACKAGE / f"{name}.py"))
-    assert {name for name in names if name.startswith(".")} <= {".configuration_dualmoe"}
+    assert {name for name in names if name.startswith(".")} <= {".configuration_dualmoe", ".merging_dualmoe"}
     others = {name.split(".")[0] for name in names if not name.startswith(".")}
     assert others - set(sys.stdlib_module_names) <= {"torch", "timm", "transformers"}
 

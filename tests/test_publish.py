@@ -82,7 +82,7 @@ def test_dry_run_lists_all_files_with_sizes_and_changes_nothing(publish, folder)
         == sent
         == {
             *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "tradeoff.png"),
-            *("configuration_dualmoe.py", "modeling_dualmoe.py", "README.md"),
+            *("configuration_dualmoe.py", "merging_dualmoe.py", "modeling_dualmoe.py", "README.md"),
         }
     )
     assert all(listed[name] == len(before[name]) for name in sent - {"README.md"})

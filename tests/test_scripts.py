@@ -43,7 +43,7 @@ def test_run_trains_reports_and_saves(run, tmp_path, capsys):
     assert files >= {
         *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "tradeoff.png"),
         *("README.md", "expert_load.png"),
-        *("modeling_dualmoe.py", "configuration_dualmoe.py"),
+        *("modeling_dualmoe.py", "merging_dualmoe.py", "configuration_dualmoe.py"),
     }
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
     report = RobustnessReport.load(folder / "results.json")
@@ -126,6 +126,22 @@ def test_run_turns_the_dial_on_request(run, tmp_path, capsys, floor, chosen):
         assert saved["alpha"] == 0.8
 
 
+@pytest.mark.slow
+def test_run_leaves_the_dial_in_the_weights(run, tmp_path):
+    short = [*QUICK, "--num_train_epochs", 1, "--report", "none"]
+    run(*short, "--method", "at", "--num_experts", 1, "--output_dir", tmp_path / "start")
+    weights = ["--mixing", "weights", "--init_experts_from", tmp_path / "start" / "model"]
+    run(*short, *weights, "--report", "quick", "--choose_alpha", "--output_dir", tmp_path / "dual")
+    folder = tmp_path / "dual" / "model"
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    report = RobustnessReport.load(folder / "results.json")
+    assert model.config.mixing == report.model["mixing"] == "weights"
+    assert model.config.alpha == report.model["alpha"] == report.alpha_choice["alpha"]
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(model(images).logits, model.merge()(images).logits)
+    assert "Any answer costs one network" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,6 +152,8 @@ def test_run_turns_the_dial_on_request(run, tmp_path, capsys, floor, chosen):
         (["--router_top_k", "9"], "router_top_k=9 must not exceed num_experts=4"),
         (["--backbone", "resnet81"], "backbone='resnet81' is not a timm model"),
         (["--alpha", "1.5"], "alpha=1.5"),
+        (["--mixing", "weights"], "mixing='weights' needs a trained network from which both parts start"),
+        (["--mixing", "weights", "--method", "at"], "mixing='weights' needs the dual model of method='jtdmoe'"),
         (["--dataset_name", "./nowhere"], "nowhere"),
         (["--image_column", "picture"], "image_column"),
         (["--recipe", "nonsense"], "recipe='nonsense'"),

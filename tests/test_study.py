@@ -51,6 +51,9 @@ def budget(tiny, tmp_path):
     return make
 
 
+PAIR = {"standard": "a", "robust": "a"}
+
+
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_reads_and_plans(path):
     content = study.read_study(path)
@@ -69,11 +72,47 @@ def test_every_study_reads_and_plans(path):
         ({"arms": {"a": {"same_steps_as": "b"}}}, "same_steps_as='b'"),
         ({"arms": {"a": {"standard": "a"}}}, "standard and robust go together"),
         ({"arms": {"a": {"extra": "yes"}}}, "extra='yes' must be true or false"),
+        ({"arms": {"a": {"mixing": "weights"}}}, "mixing given: only an arm that joins models"),
+        ({"arms": {"a": {}, "p": {**PAIR, "mixing": "sum"}}}, "mixing='sum' is not one of 'probs', 'logits', 'wei"),
+        ({"arms": {"a": {}, "p": {**PAIR, "calibrate": 1}}}, "calibrate=1 must be true or false"),
+        ({"arms": {"a": {}, "p": {**PAIR, "calibrate": True, "mixing": "weights"}}}, "calibrate goes with mixing='pr"),
+        (
+            {
+                "arms": {
+                    "a": {},
+                    "b": {"settings": {"num_experts": 3}},
+                    "p": {**PAIR, "robust": "b", "mixing": "weights"},
+                }
+            },
+            "two models of one shape; they differ in num_experts",
+        ),
+        ({"arms": {"a": {}, "p": {**PAIR, "settings": {}}}}, "it joins trained models, so that settings have no"),
     ],
 )
 def test_a_wrong_study_is_refused_by_name(tiny, changes, named):
     with pytest.raises(ValueError, match=named):
         study.read_study(tiny(**changes))
+
+
+@pytest.mark.parametrize(
+    ("more", "mixing", "mapped"),
+    [({}, "probs", False), ({"mixing": "weights"}, "weights", False), ({"calibrate": True}, "probs", True)],
+    ids=["probs", "weights", "calibrated"],
+)
+def test_an_arm_joins_two_trained_models_as_it_says(tiny, tmp_path, monkeypatch, more, mixing, mapped):
+    content = study.read_study(
+        tiny(arms={"a": {"settings": {"num_experts": 1, "shared_stages": 0}}, "p": PAIR | more})
+    )
+    found = {"robust_logit_map": {"scale": 3.0}, "alpha": 0.9}
+    monkeypatch.setattr(study_run, "calibrate_robust_logits", lambda model, images, **options: found)
+    run = study_run.StudyRun(content, "p", 0, tmp_path / "p-seed0")
+    run.build(run.settings_of("a")).save_pretrained(run.model_of("a"))
+    (run.model_of("a").parent / "run.json").write_text(json.dumps({"training": {"passes": 2.0}}))
+    training = run.train()
+    model = AutoModelForImageClassification.from_pretrained(run.folder / "model")
+    assert training["mixing"] == model.config.mixing == mixing and training["passes"] == 2.0
+    assert model.config.robust_logit_map == ({"scale": 3.0} if mapped else None)
+    assert training.get("calibration") == (found if mapped else None)
 
 
 def test_plan_refuses_arms_that_cannot_be_run(tiny):

@@ -7,6 +7,7 @@ python training/run.py --help
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -60,6 +61,7 @@ def main() -> None:
         set_seed(args.seed)
         data = load_data(data_args, model_args, args.seed)
         check_dial_request(args.method, run)
+        check_mixing(args.method, model_args)
         model = create_model(model_args, args, data)
         if run.report != "none":
             check_evaluation(model.eval(), (data.test, None), eps=args.eps, norm=args.norm, level=run.report)
@@ -98,6 +100,8 @@ def save_and_report(
         folder = output_dir / "model"
         for name in ("results.json", *PLOTS):  # of earlier weights
             (folder / name).unlink(missing_ok=True)
+        if model_args.mixing == "weights":
+            model.set_mixing("weights")
         with explain_failed_write("The trained model", output_dir):
             model.eval().save_pretrained(folder)  # before the report: nothing trained is lost
         choice = turn_dial(model, data, args, run) if run.choose_alpha else {}
@@ -128,6 +132,23 @@ def check_dial_request(method: str, run: argparse.Namespace) -> None:
     for name, floor in floors.items():
         if not 0 <= floor <= 100:
             raise ValueError(f"{name}={floor!r} must be an accuracy in %, in [0, 100].")
+
+
+def check_mixing(method: str, model_args: ModelArguments) -> None:
+    """Refuse a dial in the weights that could not work, before anything is trained.
+
+    Raises:
+        ValueError: There is no dual model, or its parts would have no common start.
+    """
+    if model_args.mixing != "weights":
+        return
+    if method != "jtdmoe":
+        raise ValueError(f"mixing='weights' needs the dual model of method='jtdmoe', not method={method!r}.")
+    if not (model_args.pretrained or model_args.init_experts_from):
+        raise ValueError(
+            "mixing='weights' needs a trained network from which both parts start: give init_experts_from or "
+            "pretrained. From scratch there is no usable network between the two."
+        )
 
 
 def settings_of(data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments) -> str:
@@ -202,8 +223,10 @@ def create_model(
 
     if args.method != "jtdmoe":
         return create_moe()
-    config = model_args.dual_config(data, args.train_alpha)
-    return DualMoEForImageClassification.from_models(create_moe(), create_moe(), config.alpha, mixing=config.mixing)
+    config, standard = model_args.dual_config(data, args.train_alpha), create_moe()
+    # a dial in the weights needs one start for all weights, new routers and heads included
+    robust = copy.deepcopy(standard) if model_args.mixing == "weights" else create_moe()
+    return DualMoEForImageClassification.from_models(standard, robust, config.alpha, mixing=config.mixing)
 
 
 def turn_dial(

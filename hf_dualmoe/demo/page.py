@@ -64,11 +64,18 @@ DIAL = (
 )
 
 
+MERGED_DIAL = (
+    " The **dual model** F_D is one network whose weights lie between those of a standard and a robust one: "
+    "(1 − alpha) · F_S + alpha · F_R, weight by weight; **alpha** is the dial between accuracy and robustness."
+)
+
+
 def create_page(demo: DemoModel) -> gr.Blocks:
     """The page for one model, ready for `launch_page`."""
     theme_title = f"hf_dualmoe · {demo.name}"
     with gr.Blocks(analytics_enabled=False, title=theme_title, fill_width=True) as page:
-        gr.Markdown(INTRO.format(name=demo.name, dial=DIAL if demo.dual else ""))
+        dial = MERGED_DIAL if demo.merged else DIAL if demo.dual else ""
+        gr.Markdown(INTRO.format(name=demo.name, dial=dial))
         first = new_scene(demo, demo.examples[0].pixels) if demo.examples else None
         scene = gr.State(first)
         with gr.Row():

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..attack_primitives import NORMS, check_eps
 from ..attacks import PGD
-from ..component_attacks import has_experts, is_dual
+from ..component_attacks import has_dial, has_experts, mixes_weights
 from ..decoding import open_upright
 from ..export import LogitsModel
 from ..image_folders import scan
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 MAX_EXAMPLES = 20
 MAX_STEPS = 50  # about a second on one CPU core for the digits model
+ENDS = {"F_S": 0.0, "F_R": 1.0}  # of the dial
+MERGED_STEPS = 20  # positions of a dial in the weights to look at: each is a network of its own
 USUAL_EPS = {"linf": 8 / 255, "l2": 0.5}
 
 
@@ -65,7 +67,12 @@ class DemoModel:
     @property
     def dual(self) -> bool:
         """Whether there is a dial."""
-        return is_dual(self.model)
+        return has_dial(self.model)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the dial is in the weights: F_D is then a network of its own at each position."""
+        return mixes_weights(self.model)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -88,10 +95,14 @@ class Route:
 
 @dataclass(frozen=True)
 class Look:
-    """What the models without a dial say about one image: per part, logits (C,) and, for mixtures, the route."""
+    """What the models without a dial say about one image: per part, logits (C,) and, for mixtures, the route.
+
+    Its pixels (1, C, H, W) are kept where F_D is no mixture of what was said, but has to be asked.
+    """
 
     logits: dict[str, Tensor]
     routes: dict[str, Route]
+    pixels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -269,6 +280,10 @@ def look(demo: DemoModel, pixels: Tensor) -> Look:
         output = demo.model(pixels, output_router_logits=True) if has_experts(demo.model) else demo.model(pixels)
         routes = find_route(demo.parts[0], output, "")
         return Look({demo.parts[0]: output.logits[0].float().cpu()}, routes)
+    if demo.merged:
+        ends = {part: demo.model(pixels, alpha=alpha, output_router_logits=True) for part, alpha in ENDS.items()}
+        routes = {name: route for part, output in ends.items() for name, route in find_route(part, output, "").items()}
+        return Look({part: output.logits[0].float().cpu() for part, output in ends.items()}, routes, pixels)
     output = demo.model(pixels, output_router_logits=True)
     logits = {"F_S": output.standard_logits[0].float().cpu(), "F_R": output.robust_logits[0].float().cpu()}
     return Look(logits, find_route("F_S", output, "standard_") | find_route("F_R", output, "robust_"))
@@ -283,11 +298,22 @@ def find_route(part: str, output: Any, prefix: str) -> dict[str, Route]:
 
 
 def answers(demo: DemoModel, seen: Look, alpha: float | None) -> dict[str, Tensor]:
-    """Class probabilities (C,) of every part, with F_D mixed at `alpha` from what was seen: no forward pass."""
+    """Class probabilities (C,) of every part, with F_D mixed at `alpha` from what was seen: no forward pass.
+
+    With a dial in the weights F_D is asked, which takes a pass.
+    """
     logits = dict(seen.logits)
-    if demo.dual:
+    if demo.merged:
+        logits["F_D"] = merged_logits(demo, seen, alpha)
+    elif demo.dual:
         logits["F_D"] = demo.model.mix(logits["F_S"][None], logits["F_R"][None], alpha)[0]
     return {part: logits[part].softmax(0) for part in demo.parts}
+
+
+@torch.no_grad()
+def merged_logits(demo: DemoModel, seen: Look, alpha: float | None) -> Tensor:
+    """Logits (C,) of the network merged at `alpha`."""
+    return demo.model(seen.pixels, alpha=alpha).logits[0].float().cpu()
 
 
 def new_scene(demo: DemoModel, pixels: Tensor) -> Scene:
@@ -304,7 +330,7 @@ def attack_scene(demo: DemoModel, scene: Scene, settings: AttackSettings) -> Sce
         ValueError: A setting is out of range; the message names it.
     """
     check_settings(demo, settings)
-    dial = {"F_D": settings.alpha, "F_S": 0.0, "F_R": 1.0}.get(settings.target)
+    dial = {"F_D": settings.alpha, **ENDS}.get(settings.target)
     model = LogitsModel(demo.model, dial)
     images = scene.clean.to(next(demo.model.parameters()).device)
     with torch.no_grad():
@@ -331,11 +357,17 @@ def flipped(scene: Scene, part: str) -> bool:
 
 
 def kept_alphas(demo: DemoModel, scene: Scene, steps: int = 100) -> list[float]:
-    """The positions of the dial, in hundredths, at which F_D gives this attacked image the clean image's answer.
+    """The positions of the dial, in hundredths (a dial in the weights: twentieths), at which F_D gives this attacked
+    image the clean image's answer.
 
     An attack that knows the dial may find another image: this is about the one at hand.
     """
+    if demo.merged:
+        steps = min(steps, MERGED_STEPS)
     alphas = [i / steps for i in range(steps + 1)]
+    if demo.merged:
+        pairs = [[merged_logits(demo, seen, a) for seen in (scene.clean_look, scene.attacked_look)] for a in alphas]
+        return [a for a, (clean, moved) in zip(alphas, pairs, strict=True) if clean.argmax() == moved.argmax()]
     column = torch.tensor(alphas)[:, None]
 
     def answer(seen: Look) -> Tensor:

@@ -7,7 +7,7 @@ import html
 
 from torch import Tensor
 
-from .scene import AttackSettings, DemoModel, Look, Scene, answers, flipped, kept_alphas
+from .scene import MERGED_STEPS, AttackSettings, DemoModel, Look, Scene, answers, flipped, kept_alphas
 
 TITLES = {
     "F_S": ("F_S · standard", "accurate, easily fooled"),
@@ -61,7 +61,8 @@ def explain(demo: DemoModel, scene: Scene | None, alpha: float | None) -> str:
         says = "; ".join(f"{part} says **{plain(label)}** ({percent(p)})" for part, label, p in tops(demo, clean))
         sentences = [f"**Clean image.** {says}."]
         if demo.dual:
-            sentences.append(f"F_D listens to F_R with weight alpha = {alpha:.2f}.")
+            listens = "has weights between those of both, F_R's" if demo.merged else "listens to F_R"
+            sentences.append(f"F_D {listens} with weight alpha = {alpha:.2f}.")
         return " ".join([*sentences, "Press *Attack* to look for a small change that makes the answer wrong."])
     attacked = answers(demo, scene.attacked_look, alpha)
     lines = [describe_attack(scene)]
@@ -124,8 +125,8 @@ def conclusion(
         failed = "The model withstands this image. That proves nothing: a stronger attack may find more."
         return failed if held else "The attack fools the model."
     found = f"{part} withstands this image" if held else f"The attack fools {part}"
-    kept = kept_alphas(demo, scene)
-    where = "at no position of the dial" if not kept else f"at alpha {ranges(kept)}"
+    kept, gap = kept_alphas(demo, scene), 1.5 / (MERGED_STEPS if demo.merged else 100)
+    where = "at no position of the dial" if not kept else f"at alpha {ranges(kept, gap)}"
     moved = ""
     if scene.settings.target == "F_D" and abs(scene.settings.alpha - alpha) > 1e-9:
         moved = " The dial has moved since the attack was made: press *Attack* again for one made for it."
@@ -159,7 +160,7 @@ def answers_html(demo: DemoModel, scene: Scene | None, alpha: float | None, coun
     for part in demo.parts:
         title, subtitle = TITLES[part]
         if part == "F_D":
-            subtitle = f"{1 - alpha:.2f} · F_S + {alpha:.2f} · F_R"
+            subtitle = f"{1 - alpha:.2f} · F_S + {alpha:.2f} · F_R" + ", weight by weight" * demo.merged
         first = int(probs["clean"][part].argmax())
         body = "".join(
             f'<div class="dm-when">{when} image</div>{bars(demo, by_part[part], first, count)}'

@@ -11,7 +11,10 @@ A study is a YAML file: settings of `training/run.py` that all arms share, the a
 and a budget. The budget counts forward+backward passes of one plain backbone per training image, those of the attack
 included; an arm whose steps need more arithmetic gets fewer of them. An arm may change `settings`, have a budget of
 its own (`passes`), a `lever` of levers.py, or start from the model of another arm (`init_from`), one network or a
-mixture of the same shape, whose passes then count as its own. Arms marked `extra` run only where `--arms` names them.
+mixture of the same shape, whose passes then count as its own. An arm may join the trained models of two others
+(`standard` and `robust`): it mixes their probabilities, or `mixing: logits`, or `mixing: weights` into one network, or
+with `calibrate: true` probabilities behind a logit map of F_R that is chosen on held-out images (MixedNUTS). Arms
+marked `extra` run only where `--arms` names them.
 Each run is a process of its own with a log. A run whose run.json is there is not repeated, and one that was stopped
 goes on from its checkpoint. `results.json` has all runs and their mean and range per arm; it is written after each
 run.
@@ -37,6 +40,7 @@ from levers import lever_trainer
 from readme_tables import RESULTS, replace_section
 from study_tables import render_table, summarise, table
 
+from hf_dualmoe.configuration_dualmoe import MIXINGS
 from hf_dualmoe.environment import write_text
 
 HERE = Path(__file__).parent
@@ -46,7 +50,8 @@ LIMITS = ("max_train_samples", "max_validation_samples", "max_test_samples")
 PARTS = ("standard", "robust", "init_from")  # of an arm: other arms whose trained models it needs
 REFERENCES = ("same_steps_as", "match_parameters", *PARTS)
 NOTES = {"about", "extra"}  # keys of an arm that its result does not depend on
-ARM_KEYS = {*NOTES, "settings", "passes", "lever", "lever_args", *REFERENCES}
+JOINING = {"standard", "robust", "mixing", "calibrate"}  # keys of an arm that joins two models
+ARM_KEYS = {*NOTES, *JOINING, "settings", "passes", "lever", "lever_args", *REFERENCES}
 SHAPE = ("backbone", "stem", "width", "num_experts", "shared_stages", "router")  # settings that weights depend on
 POLL = 0.5  # seconds between two looks at a running process
 
@@ -100,8 +105,9 @@ def check_arm(study: dict[str, Any], name: str) -> None:
             raise ValueError(f"{key}={arm[key]!r} is not an arm.")
     if ("standard" in arm) != ("robust" in arm):
         raise ValueError("standard and robust go together.")
-    if "standard" in arm and (wrong := sorted(set(arm) - NOTES - {"standard", "robust"})):
+    if "standard" in arm and (wrong := sorted(set(arm) - NOTES - JOINING)):
         raise ValueError(f"it joins trained models, so that {', '.join(wrong)} have no meaning.")
+    check_joining(study, arm)
     if not isinstance(arm.get("extra", False), bool):
         raise ValueError(f"extra={arm['extra']!r} must be true or false.")
     if "lever_args" in arm and "lever" not in arm:
@@ -110,6 +116,23 @@ def check_arm(study: dict[str, Any], name: str) -> None:
         lever_trainer(arm["lever"], arm.get("lever_args"))
     check_no_circle(study["arms"], name)
     check_budget(study, name)
+
+
+def check_joining(study: dict[str, Any], arm: dict[str, Any]) -> None:
+    """Raise a ValueError unless `mixing` and `calibrate` fit an arm and the two models that it joins."""
+    given, mixing = sorted({"mixing", "calibrate"} & set(arm)), arm.get("mixing", MIXINGS[0])
+    if given and "standard" not in arm:
+        raise ValueError(f"{', '.join(given)} given: only an arm that joins models (standard, robust) has them.")
+    if mixing not in MIXINGS:
+        raise ValueError(f"mixing={mixing!r} is not one of {', '.join(map(repr, MIXINGS))}.")
+    if not isinstance(arm.get("calibrate", False), bool):
+        raise ValueError(f"calibrate={arm['calibrate']!r} must be true or false.")
+    if arm.get("calibrate") and mixing != "probs":
+        raise ValueError(f"calibrate goes with mixing='probs', not {mixing!r}.")
+    if mixing == "weights":
+        settings = [{**study["settings"], **study["arms"][arm[part]].get("settings", {})} for part in PARTS[:2]]
+        if wrong := [name for name in (*SHAPE, "router_top_k") if settings[0].get(name) != settings[1].get(name)]:
+            raise ValueError(f"mixing='weights' needs two models of one shape; they differ in {', '.join(wrong)}.")
 
 
 def check_no_circle(arms: dict[str, Any], name: str, above: tuple[str, ...] = ()) -> None:

@@ -24,6 +24,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification
+from hf_dualmoe.attacks import PGD
+from hf_dualmoe.calibration import calibrate_robust_logits
 from hf_dualmoe.data import DataSplits, ImageTensorDataset, to_unit_range
 from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.environment import write_text
@@ -183,8 +185,22 @@ class StudyRun:
             name: AutoModelForImageClassification.from_pretrained(self.model_of(self.entry[name]))
             for name in ("standard", "robust")
         }
-        DualMoEForImageClassification.from_models(**parts, alpha=0.75).save_pretrained(self.folder / "model")
-        return {"method": "joined", "steps": 0, "passes": self.joined_passes()}
+        mixing = self.entry.get("mixing", "probs")
+        model = DualMoEForImageClassification.from_models(**parts, alpha=0.75, mixing=mixing)
+        known = {"method": "joined", "mixing": mixing, "steps": 0, "passes": self.joined_passes()}
+        if self.entry.get("calibrate"):
+            known["calibration"] = self.calibrate(model)
+            model.config.robust_logit_map = known["calibration"]["robust_logit_map"]
+        model.save_pretrained(self.folder / "model")
+        return known
+
+    def calibrate(self, model: nn.Module) -> dict[str, Any]:
+        """The logit map of F_R that held-out images choose; alpha is chosen later, as for every dual model."""
+        _, _, args, _ = self.parse(self.study["settings"])
+        steps = self.study["evaluation"].get("steps", 20)
+        attack = PGD(eps=float(args.eps), norm=args.norm, steps=steps, seed=0)
+        model.to(args.device)
+        return calibrate_robust_logits(model, self.data.validation, attack=attack, progress=False)
 
     def joined_passes(self) -> float:
         """Passes of the two models that this arm joins; those of a model that both started from count once."""
