@@ -87,14 +87,15 @@ def collate(batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]]) -> Mappin
 
     Args:
         batch: a batch made by `ImageTensorDataset.__getitems__`, which passes through, or a list of B items with
-            `pixel_values` (C, H, W) of any dtype and `labels` (scalar).
+            `pixel_values` (C, H, W) of any dtype, `labels` (scalar) and, where there are any, `ids` (scalar).
 
     Returns:
-        `pixel_values` (B, C, H, W) and `labels` (B,).
+        `pixel_values` (B, C, H, W), `labels` (B,) and, where there are any, `ids` (B,).
     """
     if isinstance(batch, Mapping):
         return batch
-    return {key: torch.stack([torch.as_tensor(item[key]) for item in batch]) for key in ("pixel_values", "labels")}
+    keys = ("pixel_values", "labels", *(["ids"] if "ids" in batch[0] else []))
+    return {key: torch.stack([torch.as_tensor(item[key]) for item in batch]) for key in keys}
 
 
 def to_unit_range(images: Tensor) -> Tensor:
