@@ -107,14 +107,15 @@ def collate(batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]]) -> Mappin
 
     Args:
         batch: a batch made by `ImageTensorDataset.__getitems__`, which passes through, or a list of B items with
-            `pixel_values` (C, H, W) of any dtype and `labels` (scalar).
+            `pixel_values` (C, H, W) of any dtype, `labels` (scalar) and, where there are any, `ids` (scalar).
 
     Returns:
-        `pixel_values` (B, C, H, W) and `labels` (B,).
+        `pixel_values` (B, C, H, W), `labels` (B,) and, where there are any, `ids` (B,).
     """
     if isinstance(batch, Mapping):
         return batch
-    return {key: torch.stack([torch.as_tensor(item[key]) for item in batch]) for key in ("pixel_values", "labels")}
+    keys = ("pixel_values", "labels", *(["ids"] if "ids" in batch[0] else []))
+    return {key: torch.stack([torch.as_tensor(item[key]) for item in batch]) for key in keys}
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -234,6 +235,15 @@ class DataSplits:
         """Side of the square images in pixels."""
         return self.train.images.shape[-1]
 
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with any class name, image or label of the three sets."""
+        found = blake2b(repr(self.class_names).encode(), digest_size=8)
+        for data in (self.train, self.validation, self.test):
+            for tensor in (data.images, data.labels):
+                found.update(repr(tuple(tensor.shape)).encode())
+                found.update(tensor.contiguous().numpy())
+        return found.hexdigest()
+
 
 def load_digits_splits() -> DataSplits:
     """Loads scikit-learn's 1,797 grey 8 x 8 images, always in the same stratified 60 / 15 / 25 % split."""
@@ -332,7 +342,7 @@ def load_splits(
             skipped[role] = bad
         if images.shape[1] == 3:
             num_channels = 3  # a later split may begin with a grey image
-    return _with_doubts(DataSplits(**sets, name=name, skipped=skipped))
+    return _with_doubts(DataSplits(**sets, name=name, skipped=skipped), limits)
 
 
 def count_duplicates(train: Tensor, others: Tensor) -> int:
@@ -358,13 +368,16 @@ def count_duplicates(train: Tensor, others: Tensor) -> int:
     return sum(Counter(whole[1])[digest] for digest in set(whole[0]))
 
 
-def _with_doubts(splits: DataSplits) -> DataSplits:
-    """Notes, in place, which classes a set lacks and how many images it shares with train, and warns of both."""
+def _with_doubts(splits: DataSplits, limits: Mapping[str, int | None]) -> DataSplits:
+    """Notes, in place, which classes a set lacks and how many images it shares with train, and warns of both.
+
+    A set that the caller limited to fewer images than there are classes lacks some by that: no warning.
+    """
     for role in ROLES:
         data = getattr(splits, role)
         counts = torch.bincount(data.labels, minlength=splits.num_labels).tolist()
         missing = [name for name, count in zip(splits.class_names, counts, strict=True) if count == 0]
-        if missing:
+        if missing and (limits[role] or splits.num_labels) >= splits.num_labels:
             splits.missing_classes[role] = missing
             shown = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
             text = "%s has no image of %d of the %d classes: %s"
@@ -387,4 +400,4 @@ def _limited_digits(given: Mapping[str, Any], limits: Mapping[str, int | None], 
         if limit is not None:
             data = getattr(splits, role)
             setattr(splits, role, data.subset(stratified(data.labels.numpy(), limit, seed, f"max_{role}_samples")))
-    return _with_doubts(splits)
+    return _with_doubts(splits, limits)

@@ -518,9 +518,12 @@ def cut_backbone(backbone: nn.Module, shared_stages: int, keep: str) -> nn.Modul
             f"shared_stages={shared_stages} exceeds the {len(stages)} stages of {type(backbone).__name__}."
         )
     dropped = stages[shared_stages:] if keep == "trunk" else stages[:shared_stages]
-    dropped += [(backbone, name) for name in (head if keep == "trunk" else stem)]
     for parent, name in dropped:
-        setattr(parent, name, nn.Identity())
+        setattr(
+            parent, name, nn.Sequential()
+        )  # nothing to do; timm's checkpointing goes through the layers of a stage
+    for name in head if keep == "trunk" else stem:
+        setattr(backbone, name, nn.Identity())
     if keep == "expert":
         for name in tokens:
             setattr(backbone, name, None)

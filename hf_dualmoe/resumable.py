@@ -6,6 +6,7 @@ bit, moving average and log included.
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
 from .checkpoints import (
     MANIFEST_NAME,
@@ -33,6 +36,9 @@ from .nonfinite import NonFiniteWatch, restore_buffers
 from .training_args import RobustTrainingArguments
 
 EMA_WEIGHTS_NAME = "ema.safetensors"
+MAX_EMA_LOSS = 1.0  # points by which the moving average may be behind the trained weights and still be kept
+
+logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(Trainer):
@@ -43,24 +49,36 @@ class ResumableTrainer(Trainer):
             `max_skipped_steps` are read here.
 
     Raises:
-        ValueError: `on_nan_loss="skip"` with DeepSpeed.
+        ValueError: `on_nan_loss="skip"` with DeepSpeed, or `ema_decay` with weights that are spread over processes.
+
+    Attributes:
+        keeps_average: Whether the moving average is what `train` left in the model.
+        train_seconds: How long training has taken so far, over all starts of the run.
     """
 
     def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
         super().__init__(model=model, args=args, **kwargs)
         if args.on_nan_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError("on_nan_loss='skip' does not work with DeepSpeed, which keeps the gradients to itself.")
+        if args.ema_decay > 0 and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                f"ema_decay={args.ema_decay!r} does not work with weights that are spread over processes (FSDP, DeepSpeed "
+                "ZeRO-3): give --ema_decay 0, or start with a configuration that keeps them whole, such as multi_gpu.yaml."
+            )
         self._sums: dict[str, Tensor] = {}  # (sum, count) of what the next log tells
         self._resumed: dict[str, Any] = {}  # progress of the checkpoint that was loaded, until training begins
         self._forward_buffers: list[Tensor] = []
         self._is_saving = False
+        self._started: float | None = None  # while it trains
+        self._earlier_seconds = 0.0
+        self.keeps_average = False
         self.watch = NonFiniteWatch(args.on_nan_loss, args.max_skipped_steps, args.output_dir)
         self.add_callback(self.watch)
         self.add_callback(ResumeCallback(self))
         self.ema: ModelEmaV3 | None = None
         if args.ema_decay > 0:
-            self.ema = ModelEmaV3(self.model, decay=args.ema_decay)
-            self.add_callback(EmaCallback(self.ema))
+            self.ema = ModelEmaV3(self.model, decay=args.ema_decay, use_warmup=True)
+            self.add_callback(EmaCallback(self))
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -145,6 +163,31 @@ class ResumableTrainer(Trainer):
         finally:
             self.model.load_state_dict(trained)
 
+    def _choose_weights(self) -> None:
+        """Leave the moving average in the model, unless it is clearly behind the trained weights."""
+        if self.ema is None:
+            return
+        ema, self.ema = self.ema, None  # evaluate the model as it is
+        trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        before = self._accuracy()
+        self.model.load_state_dict(ema.module.state_dict())
+        after = None if before is None else self._accuracy()
+        self.ema, self.keeps_average = ema, before is None or after >= before - MAX_EMA_LOSS
+        if not self.keeps_average:
+            self.model.load_state_dict(trained)
+            logger.warning(
+                f"The moving average of the weights (ema_decay={self.args.ema_decay:g}) is right for {after:.2f} % of "
+                f"the evaluation images, the trained weights for {before:.2f} % (mean of SA and RA where both are "
+                "measured): the trained weights are kept."
+            )
+
+    def _accuracy(self) -> float | None:
+        """Mean of SA and RA, or SA alone, in % on the evaluation images; None without such images or metrics."""
+        if self.eval_dataset is None or isinstance(self.eval_dataset, dict):
+            return None
+        metrics = self.predict(self.eval_dataset, metric_key_prefix="eval").metrics
+        return metrics.get("eval_sa_ra_mean", metrics.get("eval_sa"))
+
     # --- checkpoints: whole or absent, with the moving average and what the next log has to tell --------------------
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -178,14 +221,20 @@ class ResumableTrainer(Trainer):
                 rotate(run_dir, step, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
 
+    @property
+    def train_seconds(self) -> float:
+        running = 0.0 if self._started is None else time.monotonic() - self._started
+        return self._earlier_seconds + running
+
     def _progress(self) -> dict[str, Any]:
-        """What the next log has to tell of the steps before this checkpoint, and how many updates were skipped."""
+        """What the next log has to tell of the steps before this checkpoint, skipped updates, and the time so far."""
         loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item()
         return {
             "loss": loss,
             "last_logged": self._globalstep_last_logged,
             "sums": self._gather_sums(),
             "watch": self.watch.state_dict(),
+            "seconds": round(self.train_seconds, 3),
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -205,8 +254,9 @@ class ResumableTrainer(Trainer):
             self._load_average(resume_from_checkpoint, self.ema.module)
 
     def _resume_logs(self) -> None:
-        """Go on with the sums of the checkpoint; the main process has them for all."""
+        """Go on with the clock and the sums of the checkpoint; the main process has the sums for all."""
         progress, self._resumed = self._resumed, {}
+        self._started, self._earlier_seconds = time.monotonic(), progress.get("seconds", 0.0)
         self._sums.clear()
         if not progress:
             return
@@ -240,23 +290,32 @@ class ResumeCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Restore the sums of the next log."""
+        """Restore the sums of the next log, and the clock."""
         self.trainer._resume_logs()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Stop the clock."""
+        self.trainer._earlier_seconds, self.trainer._started = self.trainer.train_seconds, None
 
 
 class EmaCallback(TrainerCallback):
-    """Update the moving average after each optimizer step; at the end of training the model takes it over."""
+    """Update the moving average after each optimizer step; at the end of training the model takes it over.
 
-    def __init__(self, ema: ModelEmaV3):
-        self.ema = ema
+    The decay warms up to `ema_decay` by timm's rule, 1 - step^(-2/3): a short run is averaged over its last part, and
+    nothing of the random start is left. The step is that of the Trainer, which a checkpoint keeps. BatchNorm
+    statistics are averaged at the same decay, so that they are of the same time as the averaged weights.
+    """
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
 
     def on_step_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
         """Move the average towards the trained weights."""
-        self.ema.update(model)
+        self.trainer.ema.update(model, step=state.global_step)
 
-    def on_train_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
+    def on_train_end(self, args, state, control, **kwargs) -> None:
         """Leave the averaged weights (of the best checkpoint, where that was loaded) in the model."""
-        model.load_state_dict(self.ema.module.state_dict())
+        self.trainer._choose_weights()
 
 
 __all__ = ["EmaCallback", "ResumableTrainer"]

@@ -1,26 +1,39 @@
 """What `training/evaluate.py` and `training/certify.py` share: arguments, the images, and where results go."""
 
 import hashlib
+import logging
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
-from .data import DataSplits, load_splits
+from .data import DataSplits, ImageTensorDataset, load_splits
 
 LONGEST_NAME = 80  # characters of the model's name in that of a folder
 
+logger = logging.getLogger(__name__)
 
-def model_parser(description: str, splits: Sequence[str]) -> ArgumentParser:
+
+class ScriptParser(ArgumentParser):
+    """A parser whose errors are one line: the usage of 40 arguments would hide them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with status 2 and the message alone."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def model_parser(description: str, splits: Sequence[str]) -> ScriptParser:
     """A parser that reads which saved model is looked at, and on which images.
 
     Args:
         description: What the script does, in one line.
         splits: Arguments that name a split of the dataset, such as "test_split".
     """
-    parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ScriptParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="Saved folder or Hub id of an image classifier of [0, 1] images.")
     add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
@@ -28,7 +41,7 @@ def model_parser(description: str, splits: Sequence[str]) -> ArgumentParser:
     add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
     for name in ("dataset_config_name", "image_column", "label_column", *splits):
         add(f"--{name}", help="As in training/run.py.")
-    add("--num_images", type=int, help="Test images to use, with the class shares of the whole; default: all.")
+    add("--max_test_samples", type=int, help="Test images to use, with the class shares of the whole; default: all.")
     add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
     add("--ignore_class_names", action="store_true", help="Compare the number of classes only, not their names.")
     return parser
@@ -74,16 +87,45 @@ def output_folder(work: str, model: str, revision: str = "main") -> Path:
 def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits:
     """The images, at the size and with the channels that the model takes; of train none are needed.
 
+    Labels are those of the model: where all class names of the data are names of the model's, they are matched by name.
+
     Args:
         args: What a `model_parser` with "test_split" read.
         model: Model whose config has `image_size`.
         **options: Further arguments of `load_splits`.
+
+    Raises:
+        ValueError: There are fewer test images than asked for, or what `load_splits` refuses.
     """
     names = ("image_column", "label_column", "test_split", "on_bad_image")
     options |= {name: getattr(args, name) for name in names}
     if args.dataset_name != "digits":
         options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
-    return load_splits(args.dataset_name, config_name=args.dataset_config_name, max_train_samples=1, **options)
+    data = load_splits(args.dataset_name, config_name=args.dataset_config_name, max_train_samples=1, **options)
+    if (asked := args.max_test_samples) is not None and not 1 <= asked <= len(data.test):
+        raise ValueError(
+            f"max_test_samples={asked!r}, but the dataset has {len(data.test)} test images; allowed is 1 to "
+            f"{len(data.test)}."
+        )
+    names = getattr(model.config, "id2label", None) or {}
+    return data if args.ignore_class_names else match_classes(data, [str(names[i]) for i in sorted(names)])
 
 
-__all__ = ["add_run_arguments", "load_images", "model_parser", "output_folder"]
+def match_classes(data: DataSplits, names: Sequence[str]) -> DataSplits:
+    """The data with the labels of a model, by the names of the classes.
+
+    Args:
+        data: Any data; where a class has no name among `names`, or a name stands twice, they come back as they are.
+        names: Name of each class of the model, in label order.
+    """
+    if data.class_names == list(names) or not set(data.class_names) <= set(names) or len(set(names)) < len(names):
+        return data
+    label_of = torch.tensor([list(names).index(name) for name in data.class_names])
+    sets = {role: getattr(data, role) for role in ("train", "validation", "test")}
+    sets = {role: ImageTensorDataset(part.images, label_of[part.labels], names) for role, part in sets.items()}
+    count = f"{len(label_of)} of {len(names)} classes"
+    logger.warning("%s has %s of the model, matched by name: %s", data.name, count, ", ".join(data.class_names[:10]))
+    return replace(data, **sets, name=data.name if len(label_of) == len(names) else f"{data.name} ({count})")
+
+
+__all__ = ["ScriptParser", "add_run_arguments", "load_images", "match_classes", "model_parser", "output_folder"]

@@ -5,7 +5,7 @@ forward through the wrapped model, so that accumulation, mixed precision, distri
 any other Trainer.
 """
 
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import EvalPrediction
 
 from .attack_primitives import frozen, logits_of
@@ -38,6 +39,31 @@ def robust_accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return metrics
 
 
+class NumberedDataset(Dataset):
+    """Items of a dataset with their numbers as "ids": the seeds of the evaluation's attacks.
+
+    Args:
+        dataset: Gives mappings; with `__getitems__` also lists of them, or a whole batch as one mapping.
+    """
+
+    def __init__(self, dataset: Dataset | Sequence[Mapping[str, Any]]):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], "ids": index}
+
+    def __getitems__(self, indices: Sequence[int]) -> Mapping[str, Any] | list[dict[str, Any]]:
+        if not hasattr(self.dataset, "__getitems__"):
+            return [self[index] for index in indices]
+        batch = self.dataset.__getitems__(indices)
+        if isinstance(batch, Mapping):
+            return {**batch, "ids": torch.as_tensor(indices)}
+        return [{**item, "ids": index} for item, index in zip(batch, indices, strict=True)]
+
+
 class RobustTrainer(ResumableTrainer):
     """Train a classifier by one of the objectives of `losses.py`.
 
@@ -46,7 +72,9 @@ class RobustTrainer(ResumableTrainer):
             of 1-Lipschitz backbones for "certified", any image classifier that takes [0, 1] images otherwise.
         args: Objective, attack and the usual training arguments.
         kwargs: As in `transformers.Trainer`. Datasets give {"pixel_values", "labels"}; uint8 pixel values are divided
-            by 255 on the device, and training batches are augmented there.
+            by 255 on the device, and training batches are augmented there. A `data_collator` of one's own gets the
+            images for evaluation with their number as "ids" and should pass it on: it seeds the attack, so that RA is
+            the same for every batch size and number of processes.
 
     Raises:
         ValueError: The model does not fit the method.
@@ -62,6 +90,8 @@ class RobustTrainer(ResumableTrainer):
             check_certifiable(model, args.route_weight, args.gate_weight)
         check_batches(args, **kwargs)
         kwargs = {"data_collator": collate, "compute_metrics": robust_accuracy_metrics, **kwargs}
+        if args.ddp_find_unused_parameters is None and leaves_experts_unused(model):
+            args.ddp_find_unused_parameters = True  # the parent's default is False with gradient checkpointing
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         super().__init__(model=model, args=args, **kwargs)
@@ -73,18 +103,17 @@ class RobustTrainer(ResumableTrainer):
         self.card_metadata: dict[str, Any] = {}
 
     def _create_objective(self) -> partial:
-        """The loss function of the chosen method, with all its settings but the attack."""
+        """The loss function of the chosen method, with all its settings but the attacks."""
         args = self.args
         smoothing = {"label_smoothing": args.label_smoothing_factor}
         expert = {"beta": args.beta, "second_term": args.second_term, "second_attack": args.second_attack}
-        mild = keep_finite(args.create_standard_attack()) if args.standard_eps > 0 else None
         penalties = {name: getattr(args, name) for name in ("margin_weight", "route_weight", "gate_weight")}
         return {
             "standard": partial(standard_loss, **smoothing),
             "at": partial(at_loss, **smoothing),
             "trades": partial(trades_loss, trades_lambda=args.trades_lambda, **smoothing),
             "rt_er": partial(rt_er_loss, **expert, **smoothing),
-            "jtdmoe": partial(jtdmoe_loss, alpha=args.train_alpha, standard_attack=mild, **expert, **smoothing),
+            "jtdmoe": partial(jtdmoe_loss, alpha=args.train_alpha, **expert, **smoothing),
             "certified": partial(certified_loss, radius=args.certify_radius, **penalties, **smoothing),
         }[args.method]
 
@@ -100,12 +129,9 @@ class RobustTrainer(ResumableTrainer):
         """Attack the raw model, then one forward of the wrapped model on everything the objective needs."""
         raw = self._raw_model()
         self._share_buffers(raw)
-        attack = {}
-        if self.args.method not in WITHOUT_ATTACK:
-            attack = {"attack": keep_finite(self.args.create_training_attack(self._eps_scale()))}
         images, labels = inputs["pixel_values"], inputs["labels"]
         with self.accelerator.autocast():  # parts of the model that the attack calls alone
-            output = self.objective(raw, images, labels, forward=model, **attack)
+            output = self.objective(raw, images, labels, forward=model, **self._attacks())
         terms = {f"loss_{name}": term for name, term in output.terms.items()}
         self.watch.note(self.state.global_step + 1, {"loss": output.loss, **terms})
         self._record(raw, images, labels, output)
@@ -115,6 +141,15 @@ class RobustTrainer(ResumableTrainer):
 
     def _raw_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+
+    def _attacks(self) -> dict[str, Callable[..., Tensor]]:
+        """The attacks of this step, by the names that the objective has for them, at the radius of the warm-up."""
+        args, scale, attacks = self.args, self._eps_scale(), {}
+        if args.method not in WITHOUT_ATTACK:
+            attacks["attack"] = keep_finite(args.create_training_attack(scale))
+        if args.method == "jtdmoe" and args.standard_eps > 0:
+            attacks["standard_attack"] = keep_finite(args.create_standard_attack(scale))
+        return attacks
 
     def _eps_scale(self) -> float:
         warmup_steps = self.args.eps_warmup_ratio * self.state.max_steps
@@ -183,6 +218,16 @@ class RobustTrainer(ResumableTrainer):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """The parent's, with the number of each image."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        return super().get_eval_dataloader(numbered(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """The parent's, with the number of each image."""
+        return super().get_test_dataloader(numbered(test_dataset))
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -201,7 +246,7 @@ class RobustTrainer(ResumableTrainer):
                 return loss, None, None
             if self.evaluation_attack is None:
                 return loss, clean, labels
-            attacked = logits_of(raw, self.evaluation_attack(raw, images, labels))
+            attacked = logits_of(raw, self.evaluation_attack(raw, images, labels, ids=inputs.get("ids")))
         return loss, (clean, attacked), labels
 
     # --- the Hub -----------------------------------------------------------------------------------------------------
@@ -281,6 +326,11 @@ class RobustTrainer(ResumableTrainer):
         """Send nothing while training: checkpoints hold pickles."""
 
 
+def numbered(dataset: Dataset | None) -> Dataset | None:
+    """The dataset with numbers; a stream, which has none, as it is."""
+    return dataset if dataset is None or isinstance(dataset, IterableDataset) else NumberedDataset(dataset)
+
+
 def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The attack, with the clean pixel wherever its result is not finite.
 
@@ -292,6 +342,11 @@ def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.where(attacked.isfinite(), attacked, images)
 
     return finite_attack
+
+
+def leaves_experts_unused(model: nn.Module) -> bool:
+    """Whether some experts may see no image of a batch, and so get no gradient."""
+    return any(has_experts(m) and m.config.router_top_k < m.config.num_experts for m in model.modules())
 
 
 def check_model_fits_method(model: nn.Module, method: str) -> None:

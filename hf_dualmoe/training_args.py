@@ -117,7 +117,10 @@ class RobustTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Step of the training attack, in the unit of eps; default: 2.5 * eps / steps."}
     )
     eps_warmup_ratio: float = field(
-        default=0.0, metadata={"help": "Share of the training steps over which eps grows linearly from 0, in [0, 1]."}
+        default=0.0,
+        metadata={
+            "help": "Share of the training steps over which eps and standard_eps grow linearly from 0, in [0, 1]."
+        },
     )
     eval_attack_steps: int = field(
         default=20, metadata={"help": "PGD steps of the evaluation during training; 0 evaluates clean accuracy only."}
@@ -137,7 +140,9 @@ class RobustTrainingArguments(TrainingArguments):
     ema_decay: float = field(
         default=0.0,
         metadata={
-            "help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It is evaluated and saved."
+            "help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It warms up with the step, as "
+            "1 - step^(-2/3). The average is evaluated and saved; at the end, the trained weights instead where they are "
+            "over 1 point better on the validation images."
         },
     )
 
@@ -240,13 +245,16 @@ class RobustTrainingArguments(TrainingArguments):
             shard=shard,
         )
 
-    def create_standard_attack(self) -> PGD | NFGSM:
-        """The one-step attack of radius `standard_eps` on the dual model in the upper level of JTDMoE."""
-        shard = (self.process_index, self.world_size)
+    def create_standard_attack(self, eps_scale: float = 1.0) -> PGD | NFGSM:
+        """The one-step attack of radius `standard_eps` on the dual model in the upper level of JTDMoE.
+
+        Args:
+            eps_scale: Factor on the radius, for the warm-up.
+        """
+        shard, eps = (self.process_index, self.world_size), self.standard_eps * eps_scale
         if self.norm == "linf":
-            return NFGSM(eps=self.standard_eps, shard=shard)
-        settings = {"norm": self.norm, "keep_best": False, "shard": shard}
-        return PGD(eps=self.standard_eps, steps=1, step_size=self.standard_eps, **settings)
+            return NFGSM(eps=eps, shard=shard)
+        return PGD(eps=eps, steps=1, step_size=eps, norm=self.norm, keep_best=False, shard=shard)
 
     def evaluation_attack(self) -> PGD | None:
         """The attack of the evaluations during training: best iterate, its own seed; None where it is switched off."""

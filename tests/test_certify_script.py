@@ -18,7 +18,7 @@ from hf_dualmoe.data import load_splits, to_unit_range
 TRAINING = Path(__file__).parents[1] / "training"
 NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
 SIZES = {"num_labels": 10, "image_size": 8, "num_channels": 1, **NAMES}
-QUICK = "--num_images 41 --disable_tqdm --radii 0.001 0.02 --batch_size 16".split()
+QUICK = "--max_test_samples 41 --disable_tqdm --radii 0.001 0.02 --batch_size 16".split()
 
 
 def lipschitz_moe(num_experts=2, **fields):
@@ -107,7 +107,7 @@ def test_restart_measures_nothing_twice_and_other_settings_are_refused(certify, 
     assert certify(*command, "--radii", 0.002) == 0  # radii are read off what is there
     assert len(CertificationReport.load(tmp_path / "certificates.json").entries[0]["certified"]) == 1
     capsys.readouterr()
-    assert certify(*command, "--num_images", 20) == 2
+    assert certify(*command, "--max_test_samples", 20) == 2
     assert "holds measurements made with other settings" in capsys.readouterr().err
     monkeypatch.undo()
 
@@ -129,7 +129,7 @@ def test_model_without_a_theorem_says_so_and_has_no_numbers(certify, saved, tmp_
         (["--sigmas", "0.1", "--norm", "linf"], "smoothing certifies in L2 only"),
         (["--n", "0"], "n=0 must be an integer of at least 1"),
         (["--confidence", "1"], "confidence=1.0 must be in (0, 1)"),
-        (["--num_images", "99999"], "num_images=99999"),
+        (["--max_test_samples", "99999"], "max_test_samples=99999, but the dataset has"),
         (["--radii", "1/0"], "invalid pixel_radius value"),
         (["--model", "./no-model"], "no-model"),
     ],
@@ -138,7 +138,7 @@ def test_model_without_a_theorem_says_so_and_has_no_numbers(certify, saved, tmp_
 def test_bad_input_is_refused_without_traceback(certify, saved, arguments, message, tmp_path, capsys):
     assert certify(*QUICK, "--model", saved / "moe", "--output_dir", tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error and "usage:" not in error
     assert not (tmp_path / "out" / "certificates.json").exists()
 
 

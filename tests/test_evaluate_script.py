@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.data import load_splits
 from hf_dualmoe.evaluation import RobustnessReport
 
 TRAINING = Path(__file__).parents[1] / "training"
 DIGITS = {"num_labels": 10, "image_size": 8, "num_channels": 1, "num_experts": 2, "width": [8, 8, 8, 16]}
 NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
-QUICK = "--num_images 21 --eps 0.05 --steps 2 --disable_tqdm --level quick --alphas 0 0.5 1".split()
+QUICK = "--max_test_samples 21 --eps 0.05 --steps 2 --disable_tqdm --level quick --alphas 0 0.5 1".split()
 ROUNDING = 1e-4  # in points: shares of 21 images are 4.8 points apart
 
 
@@ -55,7 +57,7 @@ def evaluate(script, monkeypatch):
     return call
 
 
-def test_dual_model_end_to_end_and_its_dial_is_written(evaluate, saved, tmp_path, capsys):
+def test_dual_model_end_to_end_and_its_dial_is_written(evaluate, saved, tmp_path, capsys, caplog):
     config = saved / "dual" / "config.json"
     before = json.loads(config.read_text())
     command = [*QUICK, "--model", saved / "dual", "--output_dir", tmp_path]
@@ -67,6 +69,7 @@ def test_dual_model_end_to_end_and_its_dial_is_written(evaluate, saved, tmp_path
     out = capsys.readouterr().out
     assert report.table() in out and report.notes()[0] in out
     assert report.threat["eps"] == 0.05 and report.dataset["name"] == "digits"
+    assert "has no image of" not in caplog.text  # of train, of which an evaluation reads one image
     assert [point["alpha"] for point in report.alpha_sweep] == [0, 0.5, 1]
     assert report.alpha_choice["chosen_on"] == "270 held-out images"  # not the test images
     assert json.loads(config.read_text()) == before
@@ -109,7 +112,10 @@ def test_controls_stand_on_the_card_if_they_were_measured_alike(evaluate, saved,
         (["--controls", str(other)], "must be NAME=FOLDER"),
         (["--controls", f"nowhere={tmp_path / 'nowhere'}"], "must be NAME=FOLDER"),
         (["--controls", f"other={other}", "--eps", "0.06"], "controls='other' was attacked with"),
-        (["--controls", f"other={other}", "--num_images", "20"], "controls='other' was measured on other images"),
+        (
+            ["--controls", f"other={other}", "--max_test_samples", "20"],
+            "controls='other' was measured on other images",
+        ),
     ):
         assert evaluate(*command, *changed) == 2
         assert reason in capsys.readouterr().err
@@ -121,7 +127,7 @@ def test_what_the_evaluation_refuses_is_refused_before_the_calibration(evaluate,
     for wrong, reason in (
         (["--calibrate", "--level", "ful"], "level has unknown parts 'ful'"),
         (["--calibrate", "--alphas", "2"], "alphas="),
-        (["--calibrate", "--num_images", "100000"], "num_images=100000"),
+        (["--calibrate", "--max_test_samples", "100000"], "max_test_samples=100000"),
         (["--write_alpha", "--level", "worst_case"], "write_alpha needs the dial to be measured"),
     ):
         assert evaluate(*command, *wrong) == 2
@@ -142,7 +148,7 @@ def test_two_models_called_model_are_reported_in_folders_of_their_own(evaluate, 
     monkeypatch.chdir(tmp_path)
     for name in ("moe", "dual"):
         shutil.copytree(saved / name, tmp_path / name / "model")
-        assert evaluate(*QUICK, "--model", f"{name}/model", "--level", "components", "--num_images", 7) == 0
+        assert evaluate(*QUICK, "--model", f"{name}/model", "--level", "components", "--max_test_samples", 7) == 0
     found = {path.parent.name: RobustnessReport.load(path) for path in tmp_path.glob("outputs/*/results.json")}
     kinds = {"moe": "mixture of experts", "dual": "dual model"}
     assert {name.split("-")[1]: report.model["kind"] for name, report in found.items()} == kinds
@@ -190,7 +196,7 @@ def test_measured_model_is_the_calibrated_one(evaluate, script, saved, tmp_path,
     [
         (["--eps", "8"], "did you mean 8/255"),
         (["--eps", "8/0"], "invalid pixel_radius value: '8/0'"),
-        (["--num_images", "9999"], "num_images=9999, but the dataset has"),
+        (["--max_test_samples", "9999"], "max_test_samples=9999, but the dataset has"),
         (["--level", "thorough"], "level has unknown parts 'thorough'"),
         (["--dataset_name", "./nowhere"], "nowhere"),
         (["--model", "./no-model", "--write_alpha"], "write_alpha needs a local folder"),
@@ -206,8 +212,45 @@ def test_measured_model_is_the_calibrated_one(evaluate, script, saved, tmp_path,
 def test_bad_input_is_refused_without_traceback(evaluate, saved, arguments, message, tmp_path, capsys):
     assert evaluate(*QUICK, "--model", saved / "moe", "--output_dir", tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error and "usage:" not in error
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.fixture
+def named_digits(tmp_path):
+    """A folder of test images of some digits, one folder per name; train has one image of each."""
+
+    def write(*names):
+        digits = load_splits("digits").test
+        for i, name in enumerate(names):
+            rows = (digits.labels == int(name)).nonzero().flatten()[: 3 + i].tolist()
+            for split, chosen in (("train", rows[:1]), ("val", rows[:1]), ("test", rows[1:])):
+                folder = tmp_path / "images" / split / name
+                folder.mkdir(parents=True)
+                for row in chosen:
+                    Image.fromarray(digits.images[row, 0].numpy()).save(folder / f"{row}.png")
+        return tmp_path / "images"
+
+    return write
+
+
+def test_some_of_the_classes_are_matched_by_name(evaluate, script, saved, named_digits, tmp_path, monkeypatch, caplog):
+    seen = []
+    monkeypatch.setattr(script, "evaluate", lambda args, model, data, _: seen.append(data) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate("--model", saved / "moe", "--eps", 0.05, "--dataset_name", named_digits("7", "3"))
+    (data,) = seen
+    assert sorted(data.test.labels.tolist()) == [3, 3, 7, 7, 7] or sorted(data.test.labels.tolist()) == [3, 3, 3, 7, 7]
+    assert data.class_names == [str(i) for i in range(10)] and data.name.endswith("images (2 of 10 classes)")
+    assert "has 2 of 10 classes of the model, matched by name: 3, 7" in caplog.text
+
+
+def test_classes_that_the_model_does_not_have_are_refused(evaluate, saved, named_digits, capsys, monkeypatch):
+    folder = named_digits("7", "3")
+    for split in folder.iterdir():
+        (split / "3").rename(split / "three")
+    assert evaluate("--model", saved / "moe", "--eps", 0.05, "--dataset_name", folder) == 2
+    assert "dataset has 2 classes (7, three) but the model has 10" in capsys.readouterr().err
 
 
 def test_two_processes_find_what_one_does(evaluate, saved, tmp_path):

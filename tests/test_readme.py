@@ -44,8 +44,8 @@ SMALL = {  # appended to command lines that run
     "train": "--max_train_samples 40 --max_validation_samples 10 --max_test_samples 12 --num_train_epochs 1 "
     "--num_experts 2 --router_top_k 1 --width 8,8,8,8 --attack_steps 1 --eval_attack_steps 1 "
     "--per_device_train_batch_size 20 --report none --disable_tqdm true",
-    "evaluate": "--num_images 12 --steps 2 --level quick --sanity_images 8 --alphas 0 1 --disable_tqdm",
-    "certify": "--num_images 4 --n0 10 --n 50 --disable_tqdm",
+    "evaluate": "--max_test_samples 12 --steps 2 --level quick --sanity_images 8 --alphas 0 1 --disable_tqdm",
+    "certify": "--max_test_samples 4 --n0 10 --n 50 --disable_tqdm",
     "publish": "--dry_run",
     "demo": "--export exported",
 }

@@ -8,6 +8,7 @@ import torch
 from transformers import EvalPrediction
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.attack_primitives import frozen
 from hf_dualmoe.data import ImageTensorDataset
 from hf_dualmoe.trainer import RobustTrainer, check_batches, robust_accuracy_metrics
 from hf_dualmoe.training_args import METHODS, WITHOUT_ATTACK, PixelValue, RobustTrainingArguments
@@ -117,6 +118,19 @@ def test_evaluation_attacks_and_leaves_model_and_random_numbers_alone(stripes, a
     assert "eval_ra" not in clean_only.evaluate()
 
 
+@pytest.mark.parametrize("as_list", [False, True], ids=["tensors", "list of items"])
+def test_ra_does_not_depend_on_the_batch_size(as_list, stripes, arguments):
+    """Or the best checkpoint of a run with another batch size, or other processes, would be another one."""
+    dataset = list(stripes) if as_list else stripes
+    found = []
+    for batch_size in (60, 7):
+        settings = {"per_device_eval_batch_size": batch_size, "eval_attack_steps": 1, "eps": 0.3}
+        trainer = RobustTrainer(build("at"), arguments("at", **settings), eval_dataset=dataset)
+        found.append(trainer.predict(dataset).predictions)
+    clean, attacked = zip(*found, strict=True)
+    assert clean[0] == pytest.approx(clean[1], abs=1e-5) and attacked[0] == pytest.approx(attacked[1], abs=1e-5)
+
+
 def test_metrics_count_an_image_as_robust_only_if_right_twice():
     clean = torch.tensor([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0], [1.0, 2.0]]).numpy()  # 0 1 0 1
     attacked = torch.tensor([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, 2.0]]).numpy()  # 0 0 1 1
@@ -135,12 +149,15 @@ def test_training_does_not_freeze_batchnorm(stripes, arguments):
     assert counts == {trainer.state.global_step}  # one update a step: not none, and not one for each attack pass
 
 
-def test_gradient_checkpointing_takes_the_same_step(stripes, arguments):
+@pytest.mark.parametrize("shared_stages", [0, 2, 4])
+def test_gradient_checkpointing_takes_the_same_step(shared_stages, stripes, arguments):
     """Recomputing must not update BatchNorm's running statistics again: the attacks of later steps see them."""
     weights = []
     for enabled in (False, True):
         settings = arguments("rt_er", gradient_checkpointing=enabled, max_steps=3)
-        trainer = RobustTrainer(build("rt_er"), settings, train_dataset=stripes)
+        torch.manual_seed(0)
+        model = MoEForImageClassification(MoEConfig(**TINY, num_experts=2, shared_stages=shared_stages))
+        trainer = RobustTrainer(model, settings, train_dataset=stripes)
         trainer.train()
         weights.append(dict(trainer.model.named_parameters()))
     assert all(torch.allclose(weights[0][name], tensor, atol=1e-5) for name, tensor in weights[1].items())
@@ -202,7 +219,7 @@ def test_gradient_accumulation_equals_one_large_batch(method, stripes, arguments
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.8])
+@pytest.mark.parametrize("ema_decay", [0.0, 0.999])
 def test_resumed_run_equals_unbroken_run_bitwise(ema_decay, stripes, arguments):
     options = {"num_train_epochs": 3, "save_strategy": "epoch", "ema_decay": ema_decay}
     whole = RobustTrainer(build("jtdmoe"), arguments("jtdmoe", "whole", **options), train_dataset=stripes)
@@ -231,6 +248,39 @@ def test_ema_is_what_is_evaluated_selected_and_kept(stripes, arguments):
     assert any(not torch.equal(v, average[name]) for name, v in seen[-1].items())
     best = max(logged(trainer, "eval_sa_ra_mean"))
     assert trainer.evaluate(stripes)["eval_sa_ra_mean"] == pytest.approx(best)
+
+
+def clean_accuracy(model, data):
+    """SA in %, in eval mode; the model stays as it is."""
+    with torch.no_grad(), frozen(model):
+        return 100 * float((model(data.images.float() / 255).logits.argmax(dim=1) == data.labels).float().mean())
+
+
+@pytest.mark.parametrize("warms_up", [True, False])
+def test_the_average_never_ruins_a_short_run(warms_up, stripes, arguments, caplog):
+    """Without a warm-up the saved model was mostly its random start; where it is, the trained weights are kept."""
+    args = arguments("standard", ema_decay=0.999, num_train_epochs=10, eval_attack_steps=0)
+    trainer = RobustTrainer(build("standard", num_experts=1), args, train_dataset=stripes, eval_dataset=stripes)
+    trainer.ema.use_warmup = warms_up
+    choose, trained = trainer._choose_weights, []
+    trainer._choose_weights = lambda: (trained.append(clean_accuracy(trainer.model, stripes)), choose())
+    trainer.train()
+    averaged = clean_accuracy(trainer.ema.module, stripes)
+    assert trained[0] > 90 and clean_accuracy(trainer.model, stripes) >= trained[0] - 1
+    assert trainer.keeps_average == warms_up == (averaged >= trained[0] - 1)
+    assert ("(ema_decay=0.999) is right for" in caplog.text) != warms_up
+
+
+def test_ema_with_sharded_weights_is_refused(stripes, arguments, monkeypatch):
+    create = RobustTrainer.create_accelerator_and_postprocess
+
+    def create_sharded(self):  # accelerate shards on accelerators only
+        create(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(RobustTrainer, "create_accelerator_and_postprocess", create_sharded)
+    with pytest.raises(ValueError, match="ema_decay=0.9 does not work with weights that are spread"):
+        RobustTrainer(build("at"), arguments("at", ema_decay=0.9), train_dataset=stripes)
 
 
 def test_resuming_with_ema_needs_its_weights(stripes, arguments):
@@ -263,6 +313,17 @@ def test_eps_warmup_grows_linearly(stripes, arguments):
     assert scales[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(scales[10:]) == {1.0}
     assert trainer.args.create_training_attack(0.5).eps == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_eps_warmup_reaches_the_attack_on_the_standard_model(norm, stripes, arguments, monkeypatch):
+    args = arguments("jtdmoe", norm=norm, eps_warmup_ratio=1.0, standard_eps=0.05, max_steps=2)
+    create, radii = args.create_standard_attack, []
+    monkeypatch.setattr(
+        args, "create_standard_attack", lambda *scale: (attack := create(*scale), radii.append(attack.eps))[0]
+    )
+    RobustTrainer(build("jtdmoe"), args, train_dataset=stripes).train()
+    assert radii == pytest.approx([0.025, 0.05])
 
 
 @pytest.mark.parametrize(
@@ -322,7 +383,7 @@ def test_mild_attacks_on_the_standard_model_have_their_own_radius(norm, stripes,
         trainer = RobustTrainer(
             build("jtdmoe"), arguments("jtdmoe", max_steps=2, standard_eps=radius, **attack), train_dataset=stripes
         )
-        assert (trainer.objective.keywords["standard_attack"] is None) == (radius == 0.0)
+        assert ("standard_attack" in trainer._attacks()) == (radius != 0.0)
         if radius != 0.0:
             assert trainer.args.create_standard_attack().eps == pytest.approx(0.05 if radius == 0.05 else 0.2)
         trainer.train()

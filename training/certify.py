@@ -78,11 +78,12 @@ def main() -> None:
 
 def certify(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> CertificationReport:
     """The report, written to certificates.json as the numbers come."""
-    names = "norm radii alphas sigmas n0 n confidence batch_size seed num_images fresh"
+    names = "norm radii alphas sigmas n0 n confidence batch_size seed fresh"
     return certify_dataset(
         model,
         data.test,
         **{name: getattr(args, name) for name in names.split()},
+        num_images=args.max_test_samples,
         dataset_name=data.name,
         check_names=not args.ignore_class_names,
         path=args.output_dir / RESULTS,

@@ -82,7 +82,7 @@ def main() -> None:
         check_request(args, model)
         data = load_data(args, model)
         check_measurements(args, model, data)
-        check_controls(controls, data.name, args.num_images or len(data.test))
+        check_controls(controls, data.name, args.max_test_samples or len(data.test))
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
         earlier = read_earlier(Path(args.model, "results.json"))
         report = evaluate(args, model, data, accelerator)
@@ -121,14 +121,14 @@ def check_request(args: Namespace, model: nn.Module | None = None) -> None:
 
 def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> None:
     """Raise a ValueError for what the evaluation would refuse, before a calibration that takes minutes."""
-    counts = ("batch_size", "sanity_images", "worst_case_steps", "num_images")
+    counts = ("batch_size", "sanity_images", "worst_case_steps")
     parts = check_evaluation(
         model,
         (data.test, data.validation),
         **{name: getattr(args, name) for name in ("eps", "norm", "alphas", "autoattack_version")},
         level=level_of(args),
         floors={name: getattr(args, name) for name in ("min_sa", "min_ra")},
-        counts={name: getattr(args, name) for name in counts},
+        counts={**{name: getattr(args, name) for name in counts}, "num_images": args.max_test_samples},
         check_names=not args.ignore_class_names,
     )
     if args.write_alpha and "dial" not in parts:
@@ -206,11 +206,12 @@ def load_data(args: Namespace, model: nn.Module) -> DataSplits:
 
 def evaluate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> RobustnessReport:
     """The report, written to results.json as the numbers come."""
-    names = "eps norm steps alphas batch_size seed num_images min_sa min_ra worst_case_steps autoattack_version"
+    names = "eps norm steps alphas batch_size seed min_sa min_ra worst_case_steps autoattack_version"
     return evaluate_robustness(
         model,
         data.test,
         **{name: getattr(args, name) for name in (*names.split(), "sanity_images", "fresh")},
+        num_images=args.max_test_samples,
         level=level_of(args),
         held_out=data.validation,
         dataset_name=data.name,
