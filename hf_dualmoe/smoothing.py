@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .attack_primitives import Classifier, logits_of
 from .certification import Certificates, check_alpha_certifies
 from .component_attacks import is_dual
+from .environment import full_precision
 from .lipschitz import check_eval_mode
 
 OUTWARD = 1 + 1e-9
@@ -137,6 +138,7 @@ def count_votes(
     return votes.cpu()
 
 
+@full_precision()
 def sample_votes(
     classifier: Classifier,
     images: Tensor,
@@ -161,7 +163,7 @@ def sample_votes(
         ids: (B,) int64 numbers of the images in their dataset; None = 0 .. B-1.
 
     Raises:
-        ValueError: An argument is out of range, or the model is in train mode.
+        ValueError: An argument is out of range, the model is in train mode, or autocast is on.
     """
     check_sigma(sigma)
     for name, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):
