@@ -6,13 +6,15 @@
 
 What has no theorem is "not applicable", what a theorem cannot show is "abstain"; neither has a number. The proofs are
 about the function of real numbers that the weights define; constants are rounded up, margins and radii down, by more
-than float32 evaluation is off. `smoothing.py` has the certificates that hold with a stated confidence only.
+than float32 evaluation is off. So the model is run in full float32, without TF32, and autocast is refused.
+`smoothing.py` has the certificates that hold with a stated confidence only.
 
 Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model Approach*, https://arxiv.org/abs/2502.06832
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from .attack_primitives import logits_of
 from .component_attacks import at_alpha, has_experts, is_dual, mixes_weights
+from .environment import check_no_autocast, full_precision
 from .lipschitz import (
     LipschitzBound,
     NotApplicableError,
@@ -123,7 +126,12 @@ def margin_radius(margins: Tensor, slope: Tensor) -> Tensor:
     slope = slope if slope.ndim == 2 else slope[:, None]
     if not (slope > 0).all():
         raise ValueError("slope must be > 0 everywhere.")
-    return (margins / slope).amin(dim=1)
+    return torch.where(torch.isposinf(margins), torch.inf, margins / slope).amin(dim=1)  # inf / inf is no number
+
+
+def weighted(weight: float, values: Tensor) -> Tensor:
+    """weight * values; 0 for weight 0, also where a value is inf, as the margin of a class over itself is."""
+    return weight * values if weight else torch.zeros_like(values)
 
 
 def dual_radius(
@@ -158,8 +166,8 @@ def dual_radius(
         return margin_radius(robust_margins - (1 - alpha) / alpha, robust_slope)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r} must be in [0, 1].")
-    mixed = (1 - alpha) * standard_margins + alpha * robust_margins
-    joint = margin_radius(mixed, (1 - alpha) * standard_slope + alpha * robust_slope)
+    mixed = weighted(1 - alpha, standard_margins) + weighted(alpha, robust_margins)
+    joint = margin_radius(mixed, weighted(1 - alpha, standard_slope) + weighted(alpha, robust_slope))
     return joint if alpha <= 0.5 else torch.maximum(joint, dual_radius(robust_margins, robust_slope, alpha))
 
 
@@ -290,12 +298,13 @@ class Certifier:
         reason: Why certificates are not applicable to the model; "" where they are.
 
     Raises:
-        ValueError: The model is in train mode, the norm is unknown, or `shape` is missing.
+        ValueError: The model is in train mode, the norm is unknown, `shape` is missing, or autocast is on.
     """
 
     def __init__(self, model: nn.Module, norm: str = "l2", shape: tuple[int, int, int] | None = None):
         check_norm(norm)
         check_eval_mode(model)
+        check_no_autocast()
         if mixes_weights(model) and isinstance(model.normalize_robust, nn.Identity):
             model = model.merge()
         self.model, self.norm = model, norm
@@ -307,22 +316,27 @@ class Certifier:
             shape = (part.config.num_channels, part.config.image_size, part.config.image_size)
         self.limit = largest_distance(shape, norm)
         self.robust = self.standard = None
-        try:
-            check_rule_applies(model)
-            self.robust = BoundedModel(part, norm, shape)
-            self.scales = {n: self._scale(n) for n in (("robust", "standard") if self.dual else ())}
-            if self.dual and self.scales["robust"] is None:
-                raise NotApplicableError("robust_logit_map changes more than the scale of F_R's logits.")
-            if self.dual and not isinstance(model.normalize_robust, nn.Identity):
-                raise NotApplicableError("F_R has a normalisation of its own outside the model.")
-        except NotApplicableError as error:
-            self.reason = str(error)
-            return
-        if self.dual and self.scales["standard"] is not None and isinstance(model.normalize_standard, nn.Identity):
+        with full_precision():
             try:
-                self.standard = BoundedModel(model.standard, norm, shape)
-            except NotApplicableError:  # the dual rule needs nothing of F_S
-                self.standard = None
+                self._bound(part, shape)
+            except NotApplicableError as error:
+                self.reason = str(error)
+
+    def _bound(self, part: nn.Module, shape: tuple[int, int, int]) -> None:
+        """Compute the constants of F_R, or of a model without a dial, and of F_S where it has any."""
+        model = self.model
+        check_rule_applies(model)
+        self.robust = BoundedModel(part, self.norm, shape)
+        self.scales = {n: self._scale(n) for n in (("robust", "standard") if self.dual else ())}
+        if not self.dual:
+            return
+        if self.scales["robust"] is None:
+            raise NotApplicableError("robust_logit_map changes more than the scale of F_R's logits.")
+        if not isinstance(model.normalize_robust, nn.Identity):
+            raise NotApplicableError("F_R has a normalisation of its own outside the model.")
+        if self.scales["standard"] is not None and isinstance(model.normalize_standard, nn.Identity):
+            with suppress(NotApplicableError):  # the dual rule needs nothing of F_S
+                self.standard = BoundedModel(model.standard, self.norm, shape)
 
     def _scale(self, name: str) -> float | None:
         """The factor of a component's logits before mixing; None where its map is no factor."""
@@ -338,14 +352,20 @@ class Certifier:
             alpha: Weight of F_R of a dual model; None = the config's. At alpha <= 1/2 only the joint rule applies.
 
         Raises:
-            ValueError: The model was put in train mode, or alpha is out of range or given to a model without a dial.
+            ValueError: The model was put in train mode, autocast is on, or alpha is out of range or given to a model
+                without a dial.
         """
         check_eval_mode(self.model)
+        check_no_autocast()
         if alpha is not None and not self.dual:
             raise ValueError(
                 f"alpha={alpha!r} was given, but the model has no dial; with a dial in the weights each position is a "
                 "network of its own: certify model.merge(alpha)."
             )
+        with full_precision():
+            return self._certify(images, alpha)
+
+    def _certify(self, images: Tensor, alpha: float | None) -> Certificates:
         if not self.dual:
             prediction = logits_of(self.model, images).argmax(dim=1)
             if self.reason:
@@ -368,8 +388,8 @@ class Certifier:
         self, prediction: Tensor, images: Tensor, alpha: float, robust: Floor, standard: Floor | None
     ) -> Certificates:
         def mixed(radius: Tensor, joint: bool) -> Tensor:
-            others = standard(radius).clamp_min(-1) if joint else -1.0
-            return ((1 - alpha) * others + alpha * robust(radius) > PROBABILITY_ERROR).all(dim=1)
+            others = weighted(1 - alpha, standard(radius).clamp_min(-1)) if joint else alpha - 1
+            return (others + weighted(alpha, robust(radius)) > PROBABILITY_ERROR).all(dim=1)
 
         batch = torch.zeros(len(images), dtype=torch.float64, device=images.device)
         rules = {}

@@ -16,7 +16,15 @@ from .attack_primitives import frozen
 from .certification import Certificates, Certifier
 from .component_attacks import at_alpha, has_dial, is_dual, mixes_weights
 from .data import ImageTensorDataset
-from .environment import check_class_names, check_counts, describe_environment, describe_model, write_text
+from .environment import (
+    check_class_names,
+    check_counts,
+    check_no_autocast,
+    describe_environment,
+    describe_model,
+    full_precision,
+    write_text,
+)
 from .lipschitz import check_eval_mode
 from .measuring import Found, Measurer, Processes, device_of, measurer_of
 from .metrics import wilson_interval
@@ -269,13 +277,14 @@ def certify_dataset(
         fresh: Start over in a `resume_dir` that holds measurements.
 
     Raises:
-        ValueError: An argument is out of range, the model is in train mode, dataset and model differ in their classes,
-            or `resume_dir` belongs to other settings.
+        ValueError: An argument is out of range, the model is in train mode, autocast is on, dataset and model have
+            other classes, or `resume_dir` belongs to other settings.
     """
     check_settings(norm, radii, alphas, sigmas, confidence)
     check_counts({"n0": n0, "n": n, "batch_size": batch_size, "num_images": num_images}, len(dataset))
     check_class_names(model, dataset.class_names, check_names)
     check_eval_mode(model)
+    check_no_autocast()
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
     processes = Processes(accelerator)
     report = CertificationReport(
@@ -288,7 +297,7 @@ def certify_dataset(
         environment={**describe_environment(device_of(model)), "processes": processes.count},
     )
     storing = {"batch_size": batch_size, "progress": progress, "resume_dir": resume_dir, "fresh": fresh}
-    with frozen(model):
+    with frozen(model), full_precision():
         run = Certification(model, report, path, **measurer_of(model, dataset, processes, **storing))
         run.all_proofs(alphas)
         for sigma in sigmas:

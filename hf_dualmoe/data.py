@@ -235,15 +235,6 @@ class DataSplits:
         """Side of the square images in pixels."""
         return self.train.images.shape[-1]
 
-    def digest(self) -> str:
-        """16 hexadecimal digits that change with any class name, image or label of the three sets."""
-        found = blake2b(repr(self.class_names).encode(), digest_size=8)
-        for data in (self.train, self.validation, self.test):
-            for tensor in (data.images, data.labels):
-                found.update(repr(tuple(tensor.shape)).encode())
-                found.update(tensor.contiguous().numpy())
-        return found.hexdigest()
-
 
 def load_digits_splits() -> DataSplits:
     """Loads scikit-learn's 1,797 grey 8 x 8 images, always in the same stratified 60 / 15 / 25 % split."""

@@ -18,6 +18,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from .environment import check_no_autocast
 from .operator_norms import (
     NORMS,
     OUTWARD,
@@ -68,8 +69,16 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def layer_weight(layer: nn.Module) -> Tensor:
-    """The weight that a linear or convolutional layer applies in eval mode."""
-    return getattr(layer, "applied_weight", layer.weight)  # a 1-Lipschitz layer keeps it apart from its free weight
+    """The weight, float64, that a linear or convolutional layer applies in eval mode."""
+    weight = getattr(layer, "applied_weight", layer.weight)  # a 1-Lipschitz layer keeps it apart from its free weight
+    return finite(weight.detach().double(), f"the weight of a {type(layer).__name__} layer")
+
+
+def finite(values: Tensor, what: str) -> Tensor:
+    """The values; a NotApplicableError where one of them is NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise NotApplicableError(f"{what} is NaN or infinite in places.")
+    return values
 
 
 def norm_scale(layer: nn.Module) -> Tensor:
@@ -77,12 +86,13 @@ def norm_scale(layer: nn.Module) -> Tensor:
     if layer.running_var is None:
         raise NotApplicableError("a BatchNorm layer without running statistics mixes the images of a batch.")
     scale = (layer.running_var.double() + layer.eps).rsqrt()
-    return scale if layer.weight is None else scale * layer.weight.detach().double()
+    scale = scale if layer.weight is None else scale * layer.weight.detach().double()
+    return finite(scale, "gamma / sqrt(running_var + eps) of a BatchNorm layer")
 
 
 def linear_norm(layer: nn.Module, norm: str, shape: Shape, channel_scale: Tensor | None = None) -> float:
     """Operator norm of a linear or convolutional layer, followed by a factor per output channel."""
-    weight = layer_weight(layer).detach().double()
+    weight = layer_weight(layer)
     if channel_scale is not None:
         weight = weight * channel_scale.to(weight.device).view(-1, *[1] * (weight.ndim - 1))
     if isinstance(layer, nn.Linear):
@@ -227,6 +237,8 @@ def chain_constant(chain: list, norm: str, shapes: dict[nn.Module, Shape]) -> fl
         else:
             constant *= layer_norm_bound(part, norm, shapes.get(part, ()))
         position += 1
+    if not math.isfinite(constant):
+        raise NotApplicableError("the product of the layers' Lipschitz constants overflows.")
     return constant
 
 
@@ -268,7 +280,7 @@ def one_norm_bound(chain: list, norm: str, shapes: dict[nn.Module, Shape]) -> Li
         raise NotApplicableError("the network has no layers.")
     if is_linear(chain[-1]) and isinstance(chain[-1], nn.Linear):
         features = chain_constant(chain[:-1], norm, shapes)
-        weight = layer_weight(chain[-1]).detach().double().cpu()  # (C, n)
+        weight = layer_weight(chain[-1]).cpu()  # (C, n)
         margins = features * pair_norms(weight, norm) * OUTWARD
         return LipschitzBound(norm, features * matrix_norm(weight, norm), margins)
     outputs = chain_constant(chain, norm, shapes)
@@ -280,10 +292,15 @@ def one_norm_bound(chain: list, norm: str, shapes: dict[nn.Module, Shape]) -> Li
 
 @torch.no_grad()
 def input_shapes(network: nn.Module, run: Callable[[], Tensor]) -> dict:
-    """The shape of what each layer of `network` gets while `run` calls it; "outputs" -> the shape of the result."""
+    """The shape of what each layer of `network` gets while `run` calls it; "outputs" -> the shape of the result.
+
+    Raises:
+        ValueError: Autocast is on within, as in a model that accelerate prepared for half precision.
+    """
     shapes: dict = {}
 
     def note(layer: nn.Module, args: tuple) -> None:
+        check_no_autocast()
         if args and isinstance(args[0], Tensor):
             known, shape = shapes.get(layer), tuple(args[0].shape)
             shapes[layer] = shape if known is None else tuple(map(max, known, shape))

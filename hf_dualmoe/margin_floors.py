@@ -110,7 +110,9 @@ class SoftGateFloor:
         self.scores, self.constants, self.experts = scores, score_constants.to(scores), experts
         zero = scores.new_zeros(len(scores))
         margins = torch.stack([expert(zero) for expert in experts], dim=1)  # (B, E, C)
-        self.margins = (self.gates[:, :, None] * margins).sum(dim=1)
+        own = torch.isposinf(margins)  # set apart: a gate of 0 times inf is no number
+        margins = (self.gates[:, :, None] * margins.masked_fill(own, 0.0)).sum(dim=1)
+        self.margins = margins.masked_fill(own[:, 0], torch.inf)
         gate_constants = self.constants.amax(dim=1) / 4
         slopes = torch.tensor([expert.largest_slope / 2 for expert in experts]).to(scores)
         self.slope = soft_gate_slope(self.gates, gate_constants, torch.ones_like(slopes), slopes)

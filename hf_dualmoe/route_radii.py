@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lipschitz import NotApplicableError
+from .lipschitz import NotApplicableError, finite
 from .operator_norms import OUTWARD, adaptive_pool_matrix, check_norm, pair_norms
 
 AFFINE_ROUTERS = ("linear", "pooled")
@@ -52,7 +52,7 @@ class AffineRouter:
         norm: "l2", "linf" or "l1".
 
     Raises:
-        NotApplicableError: The router is not affine.
+        NotApplicableError: The router is not affine, or has a weight that is NaN or infinite.
     """
 
     def __init__(self, moe: nn.Module, norm: str):
@@ -61,7 +61,8 @@ class AffineRouter:
         self.mean, self.std = moe.normalize.mean.double(), moe.normalize.std.double()
         self.router = exact
         pool = exact[0] if isinstance(exact[0], nn.AdaptiveAvgPool2d) else None
-        weight, bias = exact[-1].weight.detach(), exact[-1].bias.detach()
+        weight = finite(exact[-1].weight.detach(), "the router's weight")
+        bias = finite(exact[-1].bias.detach(), "the router's bias")
         with torch.no_grad():
             effective = effective_router_weight(moe, weight).flatten(1)
             largest = torch.maximum(self.mean.abs(), (1 - self.mean).abs()) / self.std

@@ -22,6 +22,7 @@ from hf_dualmoe.certification import (
     route_radii,
     soft_gate_slope,
 )
+from hf_dualmoe.certification_report import certify_dataset
 from hf_dualmoe.certified_training import (
     backbone_slope,
     certified_loss,
@@ -32,9 +33,11 @@ from hf_dualmoe.certified_training import (
     route_margin_penalty,
     route_margins,
 )
+from hf_dualmoe.data import ImageTensorDataset
 from hf_dualmoe.margin_floors import FLOAT_ERROR, logit_margins
 from hf_dualmoe.operator_norms import NORMS, dual_norm
 from hf_dualmoe.route_radii import effective_router_weight
+from hf_dualmoe.smoothing import sample_votes
 
 ORDERS = {"l2": 2, "linf": math.inf, "l1": 1}
 NUM_IMAGES = 260
@@ -228,6 +231,95 @@ def test_certificates_do_not_depend_on_the_batch(moe, digits):
     assert torch.allclose(whole, parts, rtol=1e-4, equal_nan=True)
 
 
+def test_alpha_of_zero_is_the_standard_model_alone(moe, digits):
+    """0 times the infinite margin of a class over itself counts as 0: nothing was certified here before."""
+    images = digits[2][:40]
+    other = copy.deepcopy(moe)
+    with torch.no_grad():
+        other.experts[0][-1].bias.add_(torch.linspace(0, 1, 10))
+    dual = DualMoEForImageClassification.from_models(other, moe, alpha=0.0)
+    alone, found = certify(other, images), certify(dual, images)
+    assert (~alone.radius.isnan()).sum() > 30 and set(found.rule) - {""} == {"joint with hard gate, hard gate"}
+    assert torch.allclose(found.radius, alone.radius, atol=1e-3, equal_nan=True)
+    assert torch.allclose(
+        certify(dual, images, alpha=1.0).radius, certify(moe, images).radius, atol=1e-3, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("standard_slope", [2.0, math.inf])
+def test_dual_radius_at_the_ends_of_the_dial_and_with_a_boundless_standard_model(alpha, standard_slope):
+    margins, slope = torch.tensor([[math.inf, 0.5]]), torch.tensor([2.0])
+    found = dual_radius(margins, slope, alpha, margins, torch.tensor([standard_slope]))
+    alone = dual_radius(margins, slope, alpha) if alpha else torch.tensor([0.5 / standard_slope])
+    assert float(found) == pytest.approx(0.25 if alpha and standard_slope == 2.0 else float(alone))
+
+
+def test_gates_that_underflow_leave_a_certificate(soft, digits):
+    """A gate of 0 times the infinite margin of a class over itself: nothing was certified here before."""
+    images = digits[2][:60]
+    with torch.no_grad():
+        soft.router[-1].weight.mul_(100)
+        soft.router[-1].bias.mul_(100)
+    assert (soft.route(images).double().softmax(dim=1) == 0).any()
+    found = certify(soft, images)
+    good = ~found.radius.isnan()
+    assert good.sum() > 40
+    arguments = images[good], found.prediction[good], found.radius[good].float(), "l2"
+    assert not strongest(soft, *arguments, steps=6).any()
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def as_dataset(images, labels):
+    return ImageTensorDataset((255 * images).byte(), labels, list("0123456789"))
+
+
+def precisions():
+    """Which arithmetic torch may use for float32 on each device."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    return [part.fp32_precision for part in (cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)]
+
+
+def test_certificates_are_computed_in_full_float32(moe, digits):
+    """As a forward sees it, in the proofs of one batch and of a dataset, and in the votes of smoothing."""
+    images, labels = digits[2][:9], digits[3][:9]
+    seen = []
+    moe.experts[0].register_forward_pre_hook(lambda *_: seen.append(precisions()))
+    assert precisions() != ["ieee"] * 4
+    certifier = Certifier(moe)
+    counts = [len(seen)]
+    for run in (
+        lambda: certifier(images),
+        lambda: sample_votes(moe, images[:1], sigma=0.1, n0=1, n=1),
+        lambda: certify_dataset(moe, as_dataset(images, labels), check_names=False, progress=False),
+    ):
+        run()
+        counts.append(len(seen))
+    assert counts == sorted(set(counts)) and counts[0] > 0  # each has called it
+    assert all(precision == ["ieee"] * 4 for precision in seen)
+
+
+def test_autocast_is_refused(moe, dual, digits):
+    images, labels = digits[2][:3], digits[3][:3]
+    certifier = Certifier(moe)
+    dataset = as_dataset(images, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for refused in (
+            lambda: certifier(images),
+            lambda: certify(dual, images),
+            lambda: sample_votes(moe, images, sigma=0.1),
+            lambda: certify_dataset(moe, dataset, progress=False),
+        ):
+            with pytest.raises(ValueError, match="autocast is on for cpu"):
+                refused()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    network.forward = torch.autocast("cpu", dtype=torch.bfloat16)(network.forward)  # as accelerate prepares it
+    with pytest.raises(ValueError, match="autocast is on for cpu"):
+        certify(network, images)
+
+
 # --- routes ----------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +470,35 @@ def test_attention_and_half_precision_are_not_applicable(make_moe, images, moe):
     assert "self-attention" in not_applicable(certify(make_moe("vit"), images), images)
     assert not_applicable(certify(moe, digits), digits) == ""
     assert "bfloat16" in not_applicable(certify(moe.bfloat16(), digits), digits)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["expert", "last", "router", "norm"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_numbers_that_are_none_are_not_applicable(place, value, top_k, moe, digits):
+    """These were tracebacks of linear algebra, or certificates that rest on such a weight."""
+    images, model = digits[2][:3], moe
+    moe.config.router_top_k = top_k
+    if place == "norm":
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, eps=0), nn.Flatten(), nn.Linear(72, 3)).eval()
+        model[1].running_var[0] = 0 if math.isinf(value) else value
+    else:
+        weight = {
+            "expert": moe.experts[1][1].applied_weight,
+            "last": moe.experts[1][-1].applied_weight,
+            "router": moe.router[-1].weight.data,
+        }
+        weight[place][0, 0] = value
+    assert "NaN or infinite" in not_applicable(certify(model, images), images)
+
+
+def test_constants_that_overflow_are_not_applicable():
+    layers = [nn.Linear(4, 4) for _ in range(12)]
+    for layer in layers:
+        nn.init.eye_(layer.weight).data.mul_(1e30)
+    images = torch.rand(2, 1, 2, 2)
+    found = certify(nn.Sequential(nn.Flatten(), *layers).double().eval(), images.double())
+    assert "overflows" in not_applicable(found, images)
 
 
 def test_resnet_bounds_are_sound_and_reported_even_if_vacuous(make_moe, images):

@@ -308,7 +308,7 @@ def save(
         "summary": summarise(runs),
         "gains": gains(runs),
         "runs": runs,
-        "environment": describe_environment(device),
+        "environment": {**describe_environment(device), "threads": torch.get_num_threads()},
     }
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
