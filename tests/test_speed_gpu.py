@@ -1,4 +1,4 @@
-"""The GPU benchmark, rehearsed on a CPU: every measurement runs, and a file of results is gone on with and rendered."""
+"""The GPU benchmark, rehearsed on a CPU: every measurement runs; a results file is gone on with and rendered."""
 
 import importlib.util
 import json

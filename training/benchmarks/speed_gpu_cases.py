@@ -172,7 +172,7 @@ def cleaned(device: str) -> Iterator[str]:
 
 
 class Profile(TrainerCallback):
-    """Profiles the last steps of a training: share of the time that the device works, its kernels, and waits for it."""
+    """Profiles the last steps: share of the time in which the device works, its kernels, and waits for it."""
 
     def __init__(self, first: int, count: int):
         self.first, self.count, self.found = first, count, {}
