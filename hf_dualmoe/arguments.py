@@ -236,6 +236,14 @@ class RecipeParser(HfArgumentParser):
         self.add_argument(
             "--report", choices=REPORTS, default="quick", help="What the final report measures, or none (no report)."
         )
+        self.add_argument(
+            "--estimate_time",
+            nargs="?",
+            const="only",
+            choices=("only", "first"),
+            help="Measure a few steps and print how long the run will take, with and without the step graph; then "
+            "stop (only, or no value) or train (first).",
+        )
         self.add_argument("--help_all", action="help", help="Show all arguments, those of transformers' Trainer too.")
 
     def parse(
@@ -295,7 +303,7 @@ class RecipeParser(HfArgumentParser):
             "attack, in training and in the evaluations during training": ATTACK.split(),
             "augmentation": IMAGES.split(),
             "optimisation": TRAINING.split(),
-            "output": ["report", *OUTPUT.split()],
+            "output": ["report", "estimate_time", *OUTPUT.split()],
             "hardware": HARDWARE.split(),
         }
         if "--help_all" in sys.argv:

@@ -20,7 +20,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
     "Evaluation": "evaluation report sanity plots metrics",
     "Certificates": "certification certification_report smoothing lipschitz route_radii margin_floors",
     "Data": "data",
-    "Training": "training_args trainer arguments",
+    "Training": "training_args trainer arguments time_estimate",
     "The Hub and model cards": "hub model_card",
     "Demo page, command line, export": "export cli demo demo.scene demo.page demo.space",
     INNER: "",

@@ -35,6 +35,7 @@ from hf_dualmoe.hub import hide_tokens, publish_folder
 from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import PLOTS, write_model_card
 from hf_dualmoe.plots import save_plots
+from hf_dualmoe.time_estimate import estimate_time
 from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
 
@@ -66,8 +67,12 @@ def main() -> None:
         if run.report != "none":
             check_evaluation(model.eval(), (data.test, None), eps=args.eps, norm=args.norm, level=run.report)
         trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
+        if run.estimate_time:
+            tell_time(trainer)
     except (ValueError, FileNotFoundError, ImportError, CheckpointError) as error:
         parser.error(str(error))
+    if run.estimate_time == "only":
+        return trainer.accelerator.end_training()
 
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -83,6 +88,13 @@ def main() -> None:
     Processes(trainer.accelerator).await_main()  # who alone measures the report
     trainer.accelerator.wait_for_everyone()  # or the main process could be gone before the others know
     trainer.accelerator.end_training()
+
+
+def tell_time(trainer: RobustTrainer) -> None:
+    """Print how long the run will take."""
+    estimate = estimate_time(trainer)
+    if trainer.is_world_process_zero():
+        print(estimate.text(), flush=True)
 
 
 def save_and_report(

@@ -1,16 +1,17 @@
-"""Smoke test of the full-scale recipes, killed once and resumed, and an estimate of what they cost.
+"""Smoke test of the full-scale recipes, killed once and resumed, and a count of what they compute.
 
 python training/benchmarks/smoke_recipes.py --cifar10 path/to/cifar10 --tinyimagenet path/to/tiny-imagenet
 python training/benchmarks/smoke_recipes.py --recipes paper --steps 50
-python training/benchmarks/smoke_recipes.py --recipes cifar10_resnet18 --estimate --share 0.1 0.2   # trains nothing
-python training/benchmarks/smoke_recipes.py --render      # results into the table and the recipes' comments
+python training/benchmarks/smoke_recipes.py --recipes cifar10_resnet18 --estimate   # trains nothing
+python training/benchmarks/smoke_recipes.py --render      # results into the tables and the recipes' comments
 
 Each recipe trains at its full architecture for 200 optimizer steps on tiny batches with one attack step. Halfway the
 process is killed; the same command must go on from the last checkpoint, end at the last step with finite losses and
 leave a model that loads. The learning rate goes down with the batch size, as a batch of two cannot take that of 128.
 
-The time per GPU is an estimate: the arithmetic of the recipe as it stands (its own attack, epochs and evaluations,
-counted on one image) over a share of the GPU's bf16 peak. That share is an assumption, printed with the result.
+The arithmetic is that of the recipe as it stands (its own attack, epochs and evaluations), counted on one image. Hours
+cannot be told from it: small networks keep a GPU waiting. The comments of the recipes have the time of a step where
+speed_gpu.py has measured it; how long a run takes is measured before it by `run.py --estimate_time`.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 import yaml
 from readme_tables import RESULTS, markdown_table, replace_section
+from speed_gpu_cases import CASES
 from study_run import FlopCounter, count_parameters, forward_flops, training
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageClassification, set_seed
@@ -48,8 +50,6 @@ FULL_SCALE = (
     "tinyimagenet_vit_small_64px",
 )
 TRAIN_IMAGES = {"uoft-cs/cifar10": 50_000, "zh-plus/tiny-imagenet": 100_000}  # before validation images are held out
-PEAKS = {"H100": 989, "A100": 312, "RTX 4090": 165}  # dense bf16 TFLOP/s with fp32 accumulation, makers' data sheets
-SHARES = (0.05, 0.15)  # of the peak: what eager training of small networks is assumed to reach
 FEW = {"max_train_samples": 1000, "max_validation_samples": 8, "max_test_samples": 8}
 FROM_SCRATCH = {"pretrained": False, "init_experts_from": ""}  # whatever the recipe starts from
 TIME_LINE = "# Time: "
@@ -110,8 +110,8 @@ def count_flops(recipe: str, data: DataSplits, **overrides: Any) -> dict[str, fl
     return counts | {"parameters": count_parameters(model)}
 
 
-def cost_of(recipe: str, data: DataSplits, share: tuple[float, float] = SHARES) -> dict[str, Any]:
-    """What the whole training by a recipe costs: operations, and hours per GPU from the higher to the lower share."""
+def cost_of(recipe: str, data: DataSplits) -> dict[str, Any]:
+    """What the whole training by a recipe computes."""
     data_args, _, args, _ = parse_recipe(recipe)
     counts = count_flops(recipe, data)
     held_out = round(TRAIN_IMAGES[data_args.dataset_name] * data_args.validation_fraction)
@@ -129,13 +129,23 @@ def cost_of(recipe: str, data: DataSplits, share: tuple[float, float] = SHARES) 
         "train_images": images,
         "steps": steps,
         "total_pflops": total / 1e15,
-        "hours": hours(total, share),
     }
 
 
-def hours(flops: float, share: tuple[float, float]) -> dict[str, list[float]]:
-    """Hours on each GPU for so many operations, at the higher and at the lower share of its peak."""
-    return {gpu: [flops / (peak * 1e12 * s) / 3600 for s in sorted(share)[::-1]] for gpu, peak in PEAKS.items()}
+def step_time(recipe: str) -> str:
+    """What is known of a recipe's time: a step as speed_gpu.py has measured it, with the step graph where it has."""
+    advice = "run with --estimate_time"
+    _, _, args, _ = parse_recipe(recipe)
+    batch = args.per_device_train_batch_size
+    same = [n for n, case in CASES.items() if (case.recipe, case.batch, case.settings) == (recipe, batch, {})]
+    for file, kind, how in (("speed_gpu", "graph", "with"), ("speed_gpu_before", "eager", "without")):
+        path = RESULTS / f"{file}.json"
+        results = json.loads(path.read_text()) if path.is_file() else {"units": {}}
+        if same and (found := results["units"].get(f"{kind} {same[0]}")):
+            hardware = results["environment"]["hardware"]
+            step = f"{found['ms']:.0f} ms per step of {batch} images {how} the step graph"
+            return f"{step}, measured on one {hardware}; for the whole run and your hardware: {advice}."
+    return f"not measured; {advice}."
 
 
 # --- smoke test ------------------------------------------------------------------------------------------------------
@@ -276,10 +286,10 @@ def measure(recipe: str, args: argparse.Namespace) -> dict[str, Any]:
     }
     known = read_results(args.output)["recipes"].get(recipe, {})
     if args.estimate or known.get("recipe_settings") != result["recipe_settings"]:
-        result["cost"] = cost_of(recipe, data, tuple(args.share))
+        result["cost"] = cost_of(recipe, data)
     else:
         result["cost"] = known["cost"]  # of the same recipe
-    print(f"{recipe}: {describe_cost(result['cost'], args.share)}", flush=True)
+    print(f"{recipe}: {result['cost']['total_pflops']:,.0f} PFLOP", flush=True)
     if args.estimate:
         return result
     result["environment"] = describe_environment()
@@ -302,21 +312,11 @@ def save(result: dict[str, Any], args: argparse.Namespace) -> None:
     results = read_results(args.output)
     kept = results["recipes"].get(result["recipe"], {}) if args.estimate else {}
     recipes = results["recipes"] | {result["recipe"]: {**kept, **result}}
-    for other in recipes.values():  # one assumption for all of the file
-        other["cost"]["hours"] = hours(other["cost"]["total_pflops"] * 1e15, tuple(args.share))
     recipes = {name: recipes[name] for name in FULL_SCALE if name in recipes}
-    results = {"share": sorted(args.share), "peak_tflops": PEAKS, "recipes": recipes}
-    write_text(args.output, json.dumps(results, indent=1) + "\n")
+    write_text(args.output, json.dumps({"recipes": recipes}, indent=1) + "\n")
 
 
-def describe_cost(cost: dict[str, Any], share: list[float]) -> str:
-    """One line: hours per GPU, and what was assumed."""
-    times = ", ".join(f"{low:.1f} to {high:.1f} h on one {gpu}" for gpu, (low, high) in cost["hours"].items())
-    low, high = (f"{100 * value:g}" for value in sorted(share))
-    return f"{times} (computed: {cost['total_pflops']:,.0f} PFLOP at {low} to {high} % of the bf16 peak)."
-
-
-HEADER = ["recipe", "parameters", "GFLOP per answer", "GFLOP per training image", "epochs", "PFLOP", *PEAKS]
+HEADER = ["recipe", "parameters", "GFLOP per answer", "GFLOP per training image", "epochs", "PFLOP"]
 
 
 def render_table(results: dict[str, Any]) -> str:
@@ -326,25 +326,19 @@ def render_table(results: dict[str, Any]) -> str:
         cost = result["cost"]
         rows.append([result["recipe"], f"{cost['parameters'] / 1e6:.1f} M", f"{cost['answer_gflops']:.2f}"])
         rows[-1] += [f"{cost['train_gflops']:.0f}", f"{cost['epochs']:g}", f"{cost['total_pflops']:,.0f}"]
-        rows[-1] += [f"{low:.1f} to {high:.1f} h" for low, high in cost["hours"].values()]
         if test := result.get("smoke"):
             done = [str(test[name]) for name in ("steps", "killed_after_step", "resumed_from_step", "seconds")]
             smokes.append([result["recipe"], *done, f"{test['loss_first']:.3f}", f"{test['loss_last']:.3f}"])
     header = ["recipe", "steps", "killed after", "went on from", "seconds", "first loss", "last loss"]
-    low, high = (f"{100 * value:g}" for value in results["share"])
-    peaks = ", ".join(f"{gpu} {peak}" for gpu, peak in results["peak_tflops"].items())
-    note = f"Hours: {low} to {high} % of the dense bf16 peak is assumed (in TFLOP/s: {peaks})."
-    return "\n\n".join([markdown_table(HEADER, rows), note] + [markdown_table(header, smokes)] * bool(smokes))
+    return "\n\n".join([markdown_table(HEADER, rows)] + [markdown_table(header, smokes)] * bool(smokes))
 
 
 def render(results: dict[str, Any]) -> None:
-    """Put the tables into the README of the recipes, and the estimate into the comments of each recipe."""
-    for result in results["recipes"].values():
-        path = RECIPES / f"{result['recipe']}.yaml"
-        path.write_text(
-            with_time(path.read_text(encoding="utf-8"), describe_cost(result["cost"], results["share"])),
-            encoding="utf-8",
-        )
+    """Put the tables into the README of the recipes, and what is known of its time into the comments of each."""
+    for recipe in results["recipes"]:
+        path = RECIPES / f"{recipe}.yaml"
+        text = with_time(path.read_text(encoding="utf-8"), step_time(recipe))
+        path.write_text(text, encoding="utf-8")
     replace_section("smoke_recipes", render_table(results), RECIPES / "README.md")
 
 
@@ -367,7 +361,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=2, help="images per step")
     add("--pretrained", action="store_true", help="start from pretrained weights where the recipe does; downloads")
     add("--estimate", action="store_true", help="only count the operations; no smoke test")
-    add("--share", nargs=2, type=float, default=list(SHARES), help="lowest and highest share of the peak assumed")
     add("--threads", type=int, help="CPU threads; default: as torch chooses")
     add("--output_dir", type=Path, default=Path("outputs/smoke_recipes"), help="for logs and, meanwhile, checkpoints")
     add("--output", type=Path, default=RESULTS / "smoke_recipes.json", help="results file; other recipes in it stay")
@@ -376,8 +369,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, low in (("steps", 10), ("batch_size", 1)):
         if getattr(args, name) < low:
             parser.error(f"{name}={getattr(args, name)!r} must be at least {low}.")
-    if not all(0 < share <= 1 for share in args.share):
-        parser.error(f"share={args.share!r} must be in (0, 1].")
     return args
 
 
