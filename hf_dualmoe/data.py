@@ -84,10 +84,10 @@ class ImageTensorDataset(Dataset):
         From the counts of the 256 values: exact, and without a float copy of the images.
         """
         images = self.images[:MOST_FOR_STATISTICS]
-        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64, device=images.device)
         for part in images.split(AT_ONCE):
             counts += torch.stack([part[:, c].flatten().bincount(minlength=256) for c in range(images.shape[1])])
-        values, total = torch.arange(256, dtype=torch.float64) / 255, counts[0].sum()
+        values, total = torch.arange(256, dtype=torch.float64, device=images.device) / 255, counts[0].sum()
         mean = counts.double() @ values / total  # (C,)
         squares = (counts * (values - mean[:, None]) ** 2).sum(dim=1)
         return mean.tolist(), (squares / (total - 1).clamp(min=1)).sqrt().tolist()

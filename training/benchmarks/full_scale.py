@@ -285,7 +285,7 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
     if args.fresh:
         shutil.rmtree(args.work_dir, ignore_errors=True)
     if path.is_file():
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
         if results["settings"] != settings:
             raise ValueError(f"{path} was made with other settings, {results['settings']}; start over with --fresh.")
     else:

@@ -140,7 +140,7 @@ def step_time(recipe: str) -> str:
     same = [n for n, case in CASES.items() if (case.recipe, case.batch, case.settings) == (recipe, batch, {})]
     for file, kind, how in (("speed_gpu", "graph", "with"), ("speed_gpu_before", "eager", "without")):
         path = RESULTS / f"{file}.json"
-        results = json.loads(path.read_text()) if path.is_file() else {"units": {}}
+        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"units": {}}
         if same and (found := results["units"].get(f"{kind} {same[0]}")):
             hardware = results["environment"]["hardware"]
             step = f"{found['ms']:.0f} ms per step of {batch} images {how} the step graph"

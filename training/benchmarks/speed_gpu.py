@@ -117,7 +117,7 @@ def begin(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """
     environment = describe_environment(device)
     if args.output.is_file() and not args.fresh:
-        results = json.loads(args.output.read_text())
+        results = json.loads(args.output.read_text(encoding="utf-8"))
         if results["environment"] != environment or results["rehearsal"] != args.rehearse:
             raise ValueError(f"{args.output} was made elsewhere or by other versions; start over in it with --fresh.")
         return results
@@ -133,7 +133,7 @@ def read_results(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding="utf-8"))
     if results["rehearsal"]:
         raise ValueError(f"{path} is a rehearsal on a CPU; its numbers are not rendered.")
     return results
@@ -164,7 +164,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     if args.render:
-        replace_section("speed_gpu", render_text(json.loads(BEFORE.read_text()), read_results(args.output)))
+        replace_section("speed_gpu", render_text(json.loads(BEFORE.read_text(encoding="utf-8")), read_results(args.output)))
         return 0
     clock = Clock(60 * args.minutes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -42,7 +42,7 @@ def join_parts(folder: Path) -> list[Path]:
         The folders.
     """
     joined = []
-    for name, entry in json.loads((folder / "results.json").read_text())["weights"].items():
+    for name, entry in json.loads((folder / "results.json").read_text(encoding="utf-8"))["weights"].items():
         if not all((folder / file).is_file() for file in entry["files"]):
             print(f"{name}: parts are missing", flush=True)
             continue
