@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .batchnorm_folding import flow_key
 from .losses import LossOutput
-from .modeling_dualmoe import static_shapes, trusted_values
+from .modeling_dualmoe import static_shapes
 from .nonfinite import copy_buffers, restore_buffers
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ CHECKED_REPLAYS = 2
 LARGEST_DIFFERENCE = 0.1  # of the norm of the gradient; a graph that reads stale numbers is off by about 1
 MOST_CAPTURES = 3  # of models that change again and again
 RADII = ("eps", "step_size")  # what the warm-up of an attack changes
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2", "unique_dim", "equal")
 
 logger = logging.get_logger(__name__)
@@ -88,6 +90,8 @@ def why_eager(trainer: "RobustTrainer") -> str | None:
         "FSDP gathers weights within the step": trainer.is_fsdp_enabled,
         "on_nan_loss='skip' looks at each loss": args.on_nan_loss == "skip",
         "float16 looks at each gradient for its loss scale (bf16 does not)": args.fp16,
+        f"torch_compile_mode={args.torch_compile_mode!r} has CUDA graphs of its own": args.torch_compile
+        and args.torch_compile_mode in OWN_GRAPHS,
         "gradient checkpointing runs parts of the step again": args.gradient_checkpointing
         or getattr(model, "is_gradient_checkpointing", False),
         f"optim={optimizer!r} works within the backward pass": "lomo" in optimizer or "layerwise" in optimizer,
@@ -180,7 +184,7 @@ class StaticStep:
             attacks = {name: static.attack for name, static in self.attacks.items()}
         else:
             attacks = trainer.step_attacks()
-        with trusted_values(), static_shapes():
+        with static_shapes():
             images = trainer.to_images(self.batch["pixel_values"])
             output = trainer.run_objective(trainer.model, images, self.batch["labels"], attacks)
         loss = output.loss / self.accumulation
@@ -270,6 +274,21 @@ class CudaRecorder:
 # --- the steps of a training -----------------------------------------------------------------------------------------
 
 
+class StepGraphCallback(TrainerCallback):
+    """A graph is of one training: another one has other batches, and its memory is free for evaluations after it."""
+
+    def __init__(self, graph: "Callable[[], StepGraph]"):
+        self.graph = graph
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """See whether steps can be recorded."""
+        self.graph().begin()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Forget the graph."""
+        self.graph().end()
+
+
 class StepGraph:
     """Makes the steps of a `RobustTrainer`, from a graph where that works.
 
@@ -282,10 +301,10 @@ class StepGraph:
         self.trainer = trainer
         self.recorder = recorder
         self.reason: str | None = None  # why steps are eager from now on
-        self._began = False
-        self._forget()
         self.captures = 0
-        self._other_shapes: set[tuple] = set()
+        self._is_given = recorder is not None
+        self._has_begun = False
+        self._forget()
 
     def _forget(self) -> None:
         self.step: StaticStep | None = None
@@ -302,18 +321,25 @@ class StepGraph:
 
     def begin(self) -> None:
         """Before the first step of a training: see whether its steps can be recorded, and say so if not."""
-        self._began = True
-        self.reason = why_eager(self.trainer) if self.recorder is None else None
+        self._forget()
+        self._has_begun, self.captures, self._other_shapes = True, 0, set()
+        self.reason = None if self._is_given else why_eager(self.trainer)
         if self.trainer.args.step_graph == "off":
             self.reason = "step_graph='off'"
         elif self.reason is not None:
             self._say(f"step_graph: steps are launched one by one, since {self.reason}.")
-        elif self.recorder is None:
+        elif not self._is_given:
             self.recorder = CudaRecorder(self.trainer.args.device)
+
+    def end(self) -> None:
+        """After the last step: what comes then may need the memory."""
+        self.flush()
+        self._forget()
+        self._has_begun = False
 
     def takes(self, batch: dict[str, Any]) -> bool:
         """Whether `training_step` makes the step on this batch; else the trainer does, as ever."""
-        if not self._began:
+        if not self._has_begun:
             self.begin()
         if self.reason is not None or set(batch) != {"pixel_values", "labels"}:
             return False
@@ -500,4 +526,4 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         torch.set_rng_state(state)
 
 
-__all__ = ["StaticStep", "StepGraph", "StepResult", "WaitWatch", "why_eager"]
+__all__ = ["StaticStep", "StepGraph", "StepGraphCallback", "StepResult", "WaitWatch", "why_eager"]

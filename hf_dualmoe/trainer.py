@@ -33,7 +33,7 @@ from .modeling_dualmoe import gate_weights, trusted_values
 from .nfgsm import NFGSM
 from .nonfinite import copy_buffers, restore_buffers
 from .resumable import EmaCallback, ResumableTrainer, sum_and_count
-from .step_graph import StepGraph
+from .step_graph import StepGraph, StepGraphCallback
 from .training_args import WITHOUT_ATTACK, RobustTrainingArguments
 
 
@@ -92,6 +92,7 @@ class RobustTrainer(ResumableTrainer):
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
             compile_networks(self.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.step_graph = StepGraph(self)
+        self.add_callback(StepGraphCallback(lambda: self.step_graph))
 
     def _create_objective(self) -> partial:
         """The loss function of the chosen method, with all its settings but the attack."""

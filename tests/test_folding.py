@@ -1,4 +1,4 @@
-"""BatchNorm folding: what is attacked is the model as it stands now, also where its flow changed since the last time."""
+"""BatchNorm folding: what is attacked is the model as it stands now, also where its flow has changed since."""
 
 import pytest
 import torch

@@ -92,6 +92,10 @@ def difference(left, right):
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
+def recorded(trainer):
+    return trainer.step_graph.captures == 1 and trainer.step_graph.reason is None
+
+
 METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe")
 CASES = [
     (method, attack) for method in METHODS for attack in ("pgd", "nfgsm") if (method, attack) != ("standard", "nfgsm")
@@ -243,7 +247,7 @@ def test_an_expert_with_one_image_or_none_keeps_its_statistics(rows):
 )
 def test_replayed_steps_are_the_ordinary_ones_to_the_bit(method, attack, train):
     ordinary, graphed = (train(method, graph=graph, training_attack=attack) for graph in (False, True))
-    assert graphed.step_graph.is_recorded and graphed.step_graph.recorder.replays == 3
+    assert recorded(graphed) and graphed.step_graph.recorder.replays == 3
     assert difference(ordinary, graphed) == 0
     for left, right in zip(ordinary.state.log_history, graphed.state.log_history, strict=True):
         own = {name: value for name, value in left.items() if "runtime" not in name and "per_second" not in name}
@@ -277,7 +281,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name 
 @pytest.mark.parametrize("name", ["together", *SLOW])
 def test_settings_train_the_same_in_a_graph(name, train):
     ordinary, graphed = (train("jtdmoe", graph=graph, **SETTINGS[name]) for graph in (False, True))
-    assert graphed.step_graph.is_recorded
+    assert recorded(graphed)
     assert difference(ordinary, graphed) == 0
 
 
@@ -287,7 +291,7 @@ def test_hard_routing_trains_the_same_in_a_graph(second, train):
     fields = {"router_top_k": 1, "shared_stages": 0}
     options = {"second_term": "kl", "second_attack": second, "max_steps": 6}
     trainers = [train("rt_er", graph=graph, model=build("rt_er", **fields), **options) for graph in (False, True)]
-    assert trainers[1].step_graph.is_recorded
+    assert recorded(trainers[1])
     assert difference(*trainers) < 1e-4
 
 
@@ -303,7 +307,7 @@ def test_a_resumed_graph_goes_on_as_if_unbroken(train, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 5, "ema_decay": 0.9, "max_steps": 9}
     unbroken = train("at", graph=True, **options)
     resumed = train("at", graph=True, resume=str(tmp_path / "graph" / "checkpoint-5"), **options)
-    assert resumed.step_graph.is_recorded
+    assert recorded(resumed)
     assert difference(unbroken, resumed) == 0
 
 
@@ -415,8 +419,8 @@ def test_a_batch_that_does_not_fit_names_the_largest_that_does(train, monkeypatc
         torch.OutOfMemoryError, match="in a trial is 5. .*batch_size 5 --gradient_accumulation_steps 2"
     ):
         train("at", max_steps=1)
-    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory"):  # accelerate halves it itself then
-        train("at", max_steps=1, auto_find_batch_size=True, per_device_train_batch_size=6, dataloader_num_workers=0)
+    trainer = train("at", graph=True, auto_find_batch_size=True)  # accelerate takes smaller ones itself then
+    assert recorded(trainer) and trainer._train_batch_size <= 5
 
 
 def test_an_evaluation_that_does_not_fit_beside_the_graph_takes_its_place(train, monkeypatch, caplog):
@@ -464,6 +468,6 @@ def test_compiled_networks_are_folded_and_compile_once(train):
 def test_compiled_networks_train_the_same_in_a_graph(train):
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     ordinary, graphed = train("jtdmoe"), train("jtdmoe", graph=True, **options)
-    assert graphed.step_graph.is_recorded
+    assert recorded(graphed)
     assert difference(ordinary, graphed) < 1e-5
     assert any("compile_seconds" in entry for entry in graphed.state.log_history)
