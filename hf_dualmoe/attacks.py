@@ -4,11 +4,11 @@
     attacked = attack(model, images, labels)
 
 An attack is a small frozen dataclass that is called with any callable from images to logits. It returns detached
-images
-that lie, up to 1e-6, inside the ball of radius eps around the originals and inside [0, 1]. The model comes back as it
-was.
+images that lie, up to 1e-6, inside the ball of radius eps around the originals and inside [0, 1]. The model comes back
+as it was.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,12 @@ from .attack_primitives import (
     checked,
     frozen,
     logits_of,
+    may_flush_gradients,
     per_image,
     project,
     random_start,
     steepest,
+    step_in_ball,
     value_and_gradient,
 )
 
@@ -39,7 +41,8 @@ class PGD(Attack):
     """Projected gradient ascent on an objective of the logits, in the L-inf or L2 ball.
 
     Args:
-        eps: Radius in [0, 1] pixel units.
+        eps: Radius in [0, 1] pixel units. It and `step_size` may be tensors without dimensions, which are not looked
+            at: the step of a training that is captured reads them each time.
         steps: Forward and gradient passes per restart.
         step_size: Length of a step in the same units as eps; None = 2.5 * eps / steps.
         norm: "linf" or "l2".
@@ -56,9 +59,9 @@ class PGD(Attack):
         ValueError: A setting is out of range; the message names it.
     """
 
-    eps: float = 8 / 255
+    eps: float | Tensor = 8 / 255
     steps: int = 10
-    step_size: float | None = None
+    step_size: float | Tensor | None = None
     norm: str = "linf"
     objective: str = "ce"
     random_start: bool = True
@@ -72,8 +75,8 @@ class PGD(Attack):
         check_objective(self.objective, OBJECTIVES)
         check_effort(steps=self.steps, restarts=self.restarts)
         check_seed(self.seed)
-        step_size = self.step_size
-        if step_size is not None and not (isinstance(step_size, (int, float)) and 0 < step_size < float("inf")):
+        allowed = self.step_size is None or isinstance(self.step_size, (int, float, Tensor))
+        if not allowed or (isinstance(self.step_size, (int, float)) and not 0 < self.step_size < float("inf")):
             raise ValueError(f"step_size={self.step_size!r} must be finite and > 0, in the units of eps.")
         if self.objective == "kl" and not self.random_start and self.eps > 0:
             raise ValueError("objective='kl' has no gradient at the image itself; it needs random_start=True.")
@@ -83,24 +86,46 @@ class PGD(Attack):
     def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         if self.keep_best:
             return self._best(model, images, labels, ids)
-        reference = logits_of(model, images) if self.objective == "kl" else None
-        for _, perturbed, _, _ in self._iterates(model, images, labels, reference, ids, 0):
-            last = perturbed
-        return last
+        return self._last(model, images, labels, ids)
 
-    def _iterates(self, model, images, labels, reference, ids, restart):
-        """Yield, after each step, (previous iterate, new iterate, logits and objective of the previous one)."""
-        step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
-        seed = None if self.seed is None else self.seed + 7919 * restart
-        perturbed = images
-        if self.random_start:
-            perturbed = random_start(images, self.eps, self.norm, seed=seed, ids=ids, shard=self.shard)
-        for step in range(self.steps):
+    def _last(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        """The last iterate, for training: as few operations around the passes as can be."""
+        reference = logits_of(model, images) if self.objective == "kl" else None
+        objective = checked(OBJECTIVES[self.objective])  # the first logits seen tell how many classes there are
+        move = step_in_ball(images, self.eps, self.norm, self._step_size)
+        rescale = may_flush_gradients(model, images)
+        perturbed = self._start(images, ids, 0)
+        for _ in range(self.steps):
+            gradient, _, _ = value_and_gradient(model, perturbed, labels, objective, reference, rescale=rescale)
+            perturbed = move(perturbed, gradient)
             objective = OBJECTIVES[self.objective]
-            if step == 0 and not self.keep_best:  # the first logits seen tell how many classes there are
-                objective = checked(objective)
+        return perturbed
+
+    @property
+    def _step_size(self) -> float | Tensor:
+        return 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+
+    def _start(self, images: Tensor, ids: Tensor | None, restart: int) -> Tensor:
+        if not self.random_start:
+            return images
+        seed = None if self.seed is None else self.seed + 7919 * restart
+        return random_start(images, self.eps, self.norm, seed=seed, ids=ids, shard=self.shard)
+
+    def _iterates(
+        self,
+        model: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        reference: Tensor,
+        ids: Tensor | None,
+        restart: int,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield, after each step, (previous iterate, new iterate, logits and objective of the previous one)."""
+        perturbed = self._start(images, ids, restart)
+        for _ in range(self.steps):
+            objective = OBJECTIVES[self.objective]
             gradient, logits, value = value_and_gradient(model, perturbed, labels, objective, reference)
-            moved = perturbed + step_size * steepest(gradient, self.norm)
+            moved = perturbed + self._step_size * steepest(gradient, self.norm)
             previous, perturbed = perturbed, project(moved, images, self.eps, self.norm)
             yield previous, perturbed, logits, value
 

@@ -11,6 +11,7 @@ Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model A
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -212,7 +213,7 @@ def craft_rt_er(
         routed = torch.full_like(second, -1)
         clean = [(images, second)] if second_term == "kl" else []
         if second_attack == "own":
-            attacked_second = attack(lambda x: model(x, expert_index=second), images, labels)
+            attacked_second = attack(partial(model, expert_index=second), images, labels)
             parts = [(attacked, routed), *clean, (attacked_second, second)]
             return RTERBatch(attacked, *(torch.cat(part) for part in zip(*parts, strict=True)))
     if not clean:
@@ -321,13 +322,11 @@ def jtdmoe_loss(
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha!r} must be in [0, 1) in training: at 1 the standard model gets no gradient.")
     gather_weights(model)  # all of them: F_R is attacked alone
-    batch = craft_rt_er(
-        model.robust, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
-    )
-    if standard_attack is not None:
-        with frozen(model):
-            images = standard_attack(lambda inputs: model(inputs, alpha=alpha), images, labels)
-    with torch.no_grad(), frozen(model.robust):
+    options = {"attack": attack, "second_term": second_term, "second_attack": second_attack}
+    with torch.no_grad(), frozen(model), folded(model.robust, images):  # F_R is folded once for all that follows
+        batch = craft_rt_er(model.robust, images, labels, **options)
+        if standard_attack is not None:
+            images = standard_attack(partial(model, alpha=alpha), images, labels)
         fixed_robust_logits = logits_of(model.robust, images)
     output = (model if forward is None else forward)(images, robust_pixel_values=batch.images, **batch.experts)
     settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}

@@ -13,8 +13,10 @@ import math
 import numbers
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import timm
 import torch
@@ -52,6 +54,8 @@ NO_ADAPTERS = (
     "Adapters are not loaded: their weights come from elsewhere and are not checked. To use one that you trust, load "
     "the model without it and call peft.PeftModel.from_pretrained(model, adapter)."
 )
+_trusts_values: ContextVar[bool] = ContextVar("trusts_values", default=False)
+_keeps_shapes: ContextVar[bool] = ContextVar("keeps_shapes", default=False)
 SEARCH_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
@@ -64,8 +68,9 @@ class MoEImageClassifierOutput(ModelOutput):
         logits: (B, C); k = 1: the chosen expert's logits; k > 1: log-probabilities of the mixture.
         router_logits: (B, E) before softmax; only where asked for.
         expert_index: (B,) the expert used for k = 1; (B, k), highest score first, for k > 1.
-        aux_loss: Scalar load-balancing loss, unweighted, over the rows that the router decided; None where no loss is
-            asked for under `no_grad`: `pipeline` can only split a batch of outputs that have a row per image.
+        aux_loss: Scalar load-balancing loss, unweighted, over the rows that the router decided; None where nobody can
+            learn from it: without labels under `no_grad` (`pipeline` can only split a batch of outputs that have a row
+            per image) or with frozen routes (attacks).
         extra_logits: (B, C) of the experts `extra_expert_index`, 0 in rows without one; only where asked for.
     """
 
@@ -109,13 +114,52 @@ class DualMoEImageClassifierOutput(ModelOutput):
     expert_index: Tensor | None = None
 
 
+@contextmanager
+def trusted_values(enabled: bool = True) -> Iterator[None]:
+    """Check shapes and dtypes only: values were checked where they entered.
+
+    To look at values is to wait for the device. Training checks them on the host, in its collator.
+    """
+    token = _trusts_values.set(enabled or _trusts_values.get())
+    try:
+        yield
+    finally:
+        _trusts_values.reset(token)
+
+
+def values_are_trusted() -> bool:
+    """Whether nobody is to look at the values of tensors: within `trusted_values`, or while torch compiles."""
+    return torch.compiler.is_compiling() or _trusts_values.get()
+
+
+@contextmanager
+def static_shapes() -> Iterator[None]:
+    """Let no shape depend on values, as a CUDA graph needs: every expert runs on all images, the answers are picked.
+
+    The function is the same: BatchNorm layers in training mode take their statistics over the images that the expert
+    would have seen.
+    """
+    token = _keeps_shapes.set(True)
+    try:
+        yield
+    finally:
+        _keeps_shapes.reset(token)
+
+
+def shapes_are_static() -> bool:
+    """Whether we are within `static_shapes`."""
+    return not torch.compiler.is_compiling() and _keeps_shapes.get()
+
+
 def gate_weights(router_logits: Tensor, top_k: int) -> Tensor:
     """Weight (B, E) of each expert in the output: softmax of the top-k of the router logits (B, E), 0 elsewhere."""
     values, index = router_logits.float().topk(top_k, dim=1)
     return torch.zeros_like(router_logits, dtype=values.dtype).scatter(1, index, values.softmax(dim=1))
 
 
-def load_balancing_loss(router_logits: Tensor, top_k: int = 1, all_processes: bool = False) -> Tensor:
+def load_balancing_loss(
+    router_logits: Tensor, top_k: int = 1, all_processes: bool = False, rows: Tensor | None = None
+) -> Tensor:
     """Balance loss of the Switch Transformer (https://arxiv.org/abs/2101.03961, Eq. 4-6): E * sum_i f_i * P_i.
 
     P_i is the mean router probability of expert i. f_i is its load, the mean weight that it has in the output: for
@@ -126,17 +170,23 @@ def load_balancing_loss(router_logits: Tensor, top_k: int = 1, all_processes: bo
         top_k: Experts used per image.
         all_processes: Take f over the batches of all processes, as one process with the whole batch would; all must
             call.
+        rows: (B,) bool: the images that count; None = all. Not picked by indexing, which would wait for the device.
 
     Returns:
         Scalar in [0, E]; 0 for an empty batch. Only P carries gradient.
     """
     if router_logits.shape[0] == 0:
         return router_logits.sum()
-    load = gate_weights(router_logits.detach(), top_k).mean(dim=0)  # (E,)
+    gates, probs = gate_weights(router_logits.detach(), top_k), router_logits.float().softmax(dim=1)
+    if rows is None:
+        load, mean_probs = gates.mean(dim=0), probs.mean(dim=0)  # (E,) each
+    else:
+        share = (rows / rows.sum().clamp_min(1))[:, None]
+        load, mean_probs = (share * gates).sum(dim=0), (share * probs).sum(dim=0)
     if all_processes and dist.is_available() and dist.is_initialized():
         dist.all_reduce(load)
         load = load / dist.get_world_size()
-    return router_logits.shape[1] * (load * router_logits.float().softmax(dim=1).mean(dim=0)).sum()
+    return router_logits.shape[1] * (load * mean_probs).sum()
 
 
 def check_pixel_values(pixel_values: Tensor, num_channels: int, image_size: int | None) -> None:
@@ -158,7 +208,7 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int, image_size: int 
         raise ValueError(
             f"pixel_values are {height}x{width} pixels; this model takes image_size={image_size} squared."
         )
-    if pixel_values.requires_grad or torch.compiler.is_compiling() or pixel_values.is_meta:
+    if pixel_values.requires_grad or values_are_trusted() or pixel_values.is_meta:
         return
     low, high = (float(v) for v in torch.aminmax(pixel_values.detach()))
     if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also false for NaN
@@ -177,7 +227,7 @@ def check_labels(labels: Tensor, batch_size: int, num_labels: int) -> None:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({batch_size},) and int64."
         )
-    if torch.compiler.is_compiling() or labels.is_meta:
+    if values_are_trusted() or labels.is_meta:
         return
     low, high = (int(v) for v in torch.aminmax(labels))
     if low < 0 or high >= num_labels:
@@ -551,7 +601,9 @@ class Trunk(nn.Module):
             images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
         if self.stages is None:
             return images
-        with single_row_mode(self.stages, images.shape[0]):  # len() would fix the batch size of an export
+        if images.shape[0] != 1:  # len() would fix the batch size of an export
+            return self.stages.forward_features(images)
+        with single_row_mode(self.stages, 1):
             return self.stages.forward_features(images)
 
 
@@ -600,6 +652,59 @@ def single_row_mode(module: nn.Module, num_rows: int) -> Iterator[None]:
             layer.train()
         for part in checkpointed:
             part.grad_checkpointing = True
+
+
+@contextmanager
+def weighted_batchnorm(module: nn.Module, weights: Tensor | None) -> Iterator[None]:
+    """Let training-mode BatchNorm layers count each row as often as `weights` (B,) says, in mean, variance and running
+    statistics, as if only those rows were there. One row or none uses the running statistics, as `single_row_mode`.
+
+    Nothing changes where `weights` is None, and for layers in eval mode.
+
+    Raises:
+        NotImplementedError: A BatchNorm layer is neither `nn.BatchNorm2d` nor timm's.
+    """
+    layers = []
+    if weights is not None:
+        layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for layer in layers:
+        if not isinstance(layer, nn.BatchNorm2d) or not layer.track_running_stats or layer.momentum is None:
+            raise NotImplementedError(f"a {type(layer).__name__} cannot take statistics over some of its rows.")
+    try:
+        for layer in layers:
+            layer.forward = partial(_weighted_batchnorm, layer, weights)
+        with torch.compiler.set_stance("force_eager") if layers and module._compiled_call_impl else nullcontext():
+            yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _weighted_batchnorm(layer: nn.BatchNorm2d, weights: Tensor, features: Tensor) -> Tensor:
+    x = features.float()
+    rows, size = weights.sum(), x.shape[2] * x.shape[3]
+    share = (weights / (rows * size).clamp_min(1))[:, None, None, None]
+    mean = (share * x).sum(dim=(0, 2, 3))
+    var = (share * (x - mean[:, None, None]).square()).sum(dim=(0, 2, 3))
+    enough = rows > 1
+    with torch.no_grad():
+        rate = layer.momentum * enough.float()
+        unbiased = var * (rows * size / (rows * size - 1).clamp_min(1))
+        old_mean, old_var = layer.running_mean.clone(), layer.running_var.clone()
+        layer.running_mean.lerp_(mean.detach().where(enough, old_mean).to(old_mean), rate)
+        layer.running_var.lerp_(unbiased.where(enough, old_var).to(old_var), rate)
+        layer.num_batches_tracked.add_(enough)
+    mean, var = torch.where(enough, mean, old_mean), torch.where(enough, var, old_var)
+    scale = torch.rsqrt(var + layer.eps) * (1 if layer.weight is None else layer.weight)
+    shift = (0 if layer.bias is None else layer.bias) - mean * scale
+    out = torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(features.dtype)
+    return layer.act(layer.drop(out)) if hasattr(layer, "drop") else out  # timm's has an activation of its own
+
+
+def pick_expert(by_expert: Tensor, index: Tensor) -> Tensor:
+    """The logits (B, C) of expert `index` (B,) from those of all (B, E, C); zeros where it is -1."""
+    chosen = by_expert.gather(1, index.clamp_min(0)[:, None, None].expand(-1, 1, by_expert.shape[2])).squeeze(1)
+    return chosen * (index >= 0)[:, None]
 
 
 @contextmanager
@@ -993,12 +1098,15 @@ class MoEForImageClassification(RobustPreTrainedModel):
         if channels == 1 and is_rgb and pixel_values.is_floating_point():
             pixel_values = luminance(pixel_values)
         check_pixel_values(pixel_values, channels, self.config.image_size)
-        return self.normalize(pixel_values).to(self.dtype)
+        images = self.normalize(pixel_values)
+        return images if torch.is_autocast_enabled(images.device.type) else images.to(self.dtype)
 
-    def _encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) -> trunk output for the experts, and float32 router logits (B, E)."""
+    def _encode(self, pixel_values: Tensor, route: bool = True) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) -> trunk output for the experts, and float32 router logits (B, E), 0 unless `route`."""
         images = self._prepare(pixel_values)
         hidden = self.trunk(images)
+        if not route:
+            return hidden, images.new_zeros(len(images), len(self.experts), dtype=torch.float32)
         router_logits = self.router(hidden if self.config.router == "features" else images)
         return hidden, router_logits.float()
 
@@ -1037,29 +1145,35 @@ class MoEForImageClassification(RobustPreTrainedModel):
         Raises:
             ValueError: Wrong shape, dtype or values of an argument.
         """
-        hidden, router_logits = self._encode(pixel_values)
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        balanced = labels is not None or (torch.is_grad_enabled() and self._learns_routes())
+        hidden, router_logits = self._encode(pixel_values, route=balanced or wanted or len(self.experts) > 1)
         forced = self._forced_rows("expert_index", expert_index, len(pixel_values))
         extra = self._forced_rows("extra_expert_index", extra_expert_index, len(pixel_values))
         mix = self._hard_route if self.config.router_top_k == 1 else self._soft_route
         logits, index, extra_logits = mix(
             hidden, router_logits, expert_index, forced, None if extra is None else extra_expert_index
         )
-        aux_loss = load_balancing_loss(
-            router_logits if forced is None else router_logits[~forced],
-            self.config.router_top_k,
-            all_processes=self.training and torch.is_grad_enabled(),  # where DDP makes all processes call forward
-        )
-        loss = None
+        aux_loss, loss = None, None
+        if balanced:
+            aux_loss = load_balancing_loss(
+                router_logits,
+                self.config.router_top_k,
+                all_processes=self.training and torch.is_grad_enabled(),  # where DDP makes all processes call forward
+                rows=None if forced is None else ~forced,
+            )
         if labels is not None:
             check_labels(labels, len(pixel_values), self.config.num_labels)
             loss = F.cross_entropy(logits.float(), labels) + self.config.router_aux_loss_coef * aux_loss
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        if labels is None and not torch.is_grad_enabled():
-            aux_loss = None
         output = MoEImageClassifierOutput(
             loss, logits, router_logits if wanted else None, index, aux_loss, extra_logits
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _learns_routes(self) -> bool:
+        """Whether a balance loss would move any weight; an attack freezes them all."""
+        parts = [self.router, self.trunk] if self.config.router == "features" else [self.router]
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _forced_rows(self, name: str, index: Tensor | None, batch_size: int) -> Tensor | None:
         """(B,) bool: the rows for which the argument `name` names an expert; None where it was not given."""
@@ -1070,7 +1184,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
                 f"{name} has shape {tuple(index.shape)} and dtype {index.dtype}; "
                 f"expected ({batch_size},) and torch.int64."
             )
-        if not torch.compiler.is_compiling():
+        if not values_are_trusted():
             low, high = (int(v) for v in torch.aminmax(index))
             if low < -1 or high >= len(self.experts):
                 raise ValueError(f"{name} lies in [{low}, {high}]; expected -1 or values below {len(self.experts)}.")
@@ -1110,13 +1224,12 @@ class MoEForImageClassification(RobustPreTrainedModel):
         batch_size, top_k = len(hidden), self.config.router_top_k
         values, index = router_logits.topk(top_k, dim=1)
         if top_k == len(self.experts) and forced is None:  # all experts see all rows: nothing to sort
-            by_expert = torch.stack([self._run_expert(i, hidden) for i in range(top_k)], dim=1)
+            by_expert = self._run_all(hidden)
             log_gate = router_logits.log_softmax(dim=1)
             logits = (log_gate[:, :, None] + by_expert.float().log_softmax(dim=2)).logsumexp(dim=1)
             if extra is None:
                 return logits, index, None
-            chosen = by_expert[torch.arange(batch_size, device=hidden.device), extra.clamp_min(0)]
-            return logits, index, chosen * (extra >= 0)[:, None]
+            return logits, index, pick_expert(by_expert, extra)
         log_gate = values.log_softmax(dim=1)
         used = torch.ones_like(index, dtype=torch.bool)
         if forced is not None:  # a forced row uses its first slot only, with weight 1
@@ -1124,6 +1237,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
             used[:, 1:] = ~forced[:, None]
             only_first = torch.zeros_like(log_gate).masked_fill(~used, -torch.inf)
             log_gate = torch.where(forced[:, None], only_first, log_gate)
+        if shapes_are_static():
+            return self._mix_all(hidden, index, used, log_gate, extra)
         slot = used.flatten().nonzero().squeeze(1)
         rows = torch.arange(batch_size, device=hidden.device).repeat_interleave(top_k)
         expert_logits, extra_logits = self._run_experts(hidden, index.flatten()[slot], rows[slot], extra)
@@ -1136,6 +1251,9 @@ class MoEForImageClassification(RobustPreTrainedModel):
         self, hidden: Tensor, expert_of: Tensor, rows: Tensor | None, extra: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """`_dispatch`, and with it one more expert `extra` (B,) for each row, -1 = none: (N, C) and (B, C) logits."""
+        if shapes_are_static() and not (extra is None and len(self.experts) == 1):
+            by_expert = self._run_all(hidden, self._uses(expert_of[:, None], extra))
+            return pick_expert(by_expert, expert_of), None if extra is None else pick_expert(by_expert, extra)
         if extra is None:
             return self._dispatch(hidden, expert_of, rows), None
         wanted = (extra >= 0).nonzero().squeeze(1)
@@ -1155,6 +1273,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
         Returns:
             (N, C) logits in the order of `expert_of`.
         """
+        if rows is None and len(self.experts) == 1:
+            return self._run_expert(0, hidden)
         sizes = torch.bincount(expert_of, minlength=len(self.experts)).tolist()
         if rows is None and max(sizes) == len(hidden):  # one group: nothing to sort or copy
             return self._run_expert(sizes.index(len(hidden)), hidden)
@@ -1163,6 +1283,34 @@ class MoEForImageClassification(RobustPreTrainedModel):
         outputs = [self._run_expert(i, group) for i, group in enumerate(groups) if len(group) > 0]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return torch.cat(outputs)[back]
+
+    def _mix_all(
+        self, hidden: Tensor, index: Tensor, used: Tensor, log_gate: Tensor, extra: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`_soft_route` in static shapes, from the experts of each row, which of them it uses, and their log weights,
+        (B, k) each."""
+        by_expert = self._run_all(hidden, self._uses(index, extra, used))
+        nowhere = log_gate.new_full((len(hidden), len(self.experts)), -torch.inf)
+        # a slot that is not used may name an expert twice: the larger weight, that of the used slot, counts
+        log_weights = nowhere.scatter_reduce(1, index, log_gate.masked_fill(~used, -torch.inf), "amax")
+        logits = (log_weights[:, :, None] + by_expert.float().log_softmax(dim=2)).logsumexp(dim=1)
+        return logits, index, None if extra is None else pick_expert(by_expert, extra)
+
+    def _uses(self, index: Tensor, extra: Tensor | None, used: Tensor | None = None) -> Tensor:
+        """(B, E): how often each row goes to each expert, from `index` (B, k), where `used`, and `extra` (B,)."""
+        ones = torch.ones_like(index, dtype=torch.float32) if used is None else used.float()
+        counts = ones.new_zeros(len(index), len(self.experts)).scatter_add(1, index, ones)
+        if extra is None:
+            return counts
+        return counts.scatter_add(1, extra.clamp_min(0)[:, None], (extra >= 0).float()[:, None])
+
+    def _run_all(self, hidden: Tensor, uses: Tensor | None = None) -> Tensor:
+        """Logits (B, E, C) of every expert; BatchNorm counts each row as often as `uses` (B, E) says, once if None."""
+        outputs = []
+        for i, expert in enumerate(self.experts):
+            with weighted_batchnorm(expert, None if uses is None else uses[:, i]):
+                outputs.append(self._run_expert(i, hidden))
+        return torch.stack(outputs, dim=1)
 
     def _run_expert(self, i: int, hidden: Tensor) -> Tensor:
         with single_row_mode(self.experts[i], len(hidden)):
@@ -1206,7 +1354,10 @@ def mix_logits(standard_logits: Tensor, robust_logits: Tensor, alpha: float | Te
     if mixing not in ("probs", "logits"):
         raise ValueError(f"mixing={mixing!r} mixes no outputs; expected 'probs' or 'logits'.")
     standard_logits, robust_logits = standard_logits.float(), robust_logits.float()
-    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=robust_logits.device)
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(robust_logits)
+    else:  # made on the device: to copy a number there is to wait
+        alpha = torch.full((), alpha, dtype=torch.float32, device=robust_logits.device)
     if mixing == "logits":
         return (1 - alpha) * standard_logits + alpha * robust_logits
     log_standard, log_robust = standard_logits.log_softmax(dim=1), robust_logits.log_softmax(dim=1)
@@ -1398,13 +1549,15 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             output_router_logits,
             extra_expert_index,
         )
-        aux_loss = self._weighted_aux_loss("standard", standard) + self._weighted_aux_loss("robust", robust)
+        parts = [self._weighted_aux_loss("standard", standard), self._weighted_aux_loss("robust", robust)]
+        parts = [part for part in parts if part is not None]
+        aux_loss = sum(parts) if parts else None
         logits, loss = None, None
         if own_images:
             logits = self.mix(standard.logits, robust.logits, alpha)
             if labels is not None:
                 check_labels(labels, len(pixel_values), self.config.num_labels)
-                loss = F.cross_entropy(logits, labels) + aux_loss
+                loss = F.cross_entropy(logits, labels) + (0 if aux_loss is None else aux_loss)
         output = DualMoEImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -1414,7 +1567,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             robust_router_logits=robust.get("router_logits"),
             standard_expert_index=standard.get("expert_index"),
             robust_expert_index=robust.get("expert_index"),
-            aux_loss=None if labels is None and not torch.is_grad_enabled() else aux_loss,
+            aux_loss=aux_loss,
             robust_extra_logits=robust.get("extra_logits"),
         )
         return output.to_tuple() if return_dict is False else output
@@ -1439,11 +1592,11 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         logits, aux_loss, loss = output.logits.float(), self._weighted_aux_loss("robust", output), None
         if labels is not None:
             check_labels(labels, len(pixel_values), self.config.num_labels)
-            loss = F.cross_entropy(logits, labels) + aux_loss
+            loss = F.cross_entropy(logits, labels) + (0 if aux_loss is None else aux_loss)
         return DualMoEImageClassifierOutput(
             loss=loss,
             logits=logits,
-            aux_loss=None if labels is None and not torch.is_grad_enabled() else aux_loss,
+            aux_loss=aux_loss,
             router_logits=output.get("router_logits"),
             expert_index=output.get("expert_index"),
         )
@@ -1474,9 +1627,9 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         output = model(getattr(self, f"normalize_{name}")(pixel_values).to(model.dtype))
         return ModelOutput(logits=output[0]) if isinstance(output, tuple) else output  # config.return_dict=False
 
-    def _weighted_aux_loss(self, name: str, output: ModelOutput) -> Tensor:
+    def _weighted_aux_loss(self, name: str, output: ModelOutput) -> Tensor | None:
         if output.get("aux_loss") is None:
-            return output.logits.new_zeros(())
+            return None
         return getattr(self.config, name).router_aux_loss_coef * output.aux_loss
 
 
@@ -1494,7 +1647,7 @@ def common_labels(standard: dict[int, str], robust: dict[int, str]) -> dict[int,
 
 def check_alpha(alpha: float | Tensor) -> None:
     """Raise a ValueError unless alpha is a number, or a tensor of numbers, in [0, 1]."""
-    if isinstance(alpha, Tensor) and torch.compiler.is_compiling():
+    if isinstance(alpha, Tensor) and values_are_trusted():
         return
     if isinstance(alpha, bool) or not isinstance(alpha, (Tensor, numbers.Real)):
         raise ValueError(f"alpha has type {type(alpha).__name__}; it must be a number in [0, 1], or a tensor of them.")

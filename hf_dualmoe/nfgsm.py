@@ -17,6 +17,7 @@ from .attack_primitives import (
     checked,
     image_noise,
     logits_of,
+    may_flush_gradients,
     round_inwards,
     value_and_gradient,
 )
@@ -29,7 +30,8 @@ class NFGSM(Attack):
     Called like every attack, but what it returns may lie outside the ball (see `eps`); it stays inside [0, 1].
 
     Args:
-        eps: Radius in [0, 1] pixel units; the result may lie up to (1 + noise) * eps away from the image.
+        eps: Radius in [0, 1] pixel units, or a tensor without dimensions as in `PGD`; the result may lie up to
+            (1 + noise) * eps away from the image.
         noise: Radius of the noise in units of eps, >= 0 (paper: 2).
         objective: As in `PGD`.
         shard: (rank, processes) of a training that is spread over processes; see `image_noise`.
@@ -38,7 +40,7 @@ class NFGSM(Attack):
         ValueError: A setting is out of range; the message names it.
     """
 
-    eps: float = 8 / 255
+    eps: float | Tensor = 8 / 255
     noise: float = 2.0
     objective: str = "ce"
     shard: tuple[int, int] = (0, 1)
@@ -54,7 +56,8 @@ class NFGSM(Attack):
     def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         reference = logits_of(model, images) if self.objective == "kl" else None
         start = images + (2 * image_noise(images, shard=self.shard) - 1) * (self.noise * self.eps)
-        gradient, _, _ = value_and_gradient(model, start, labels, checked(OBJECTIVES[self.objective]), reference)
+        objective, rescale = checked(OBJECTIVES[self.objective]), may_flush_gradients(model, images)
+        gradient, _, _ = value_and_gradient(model, start, labels, objective, reference, rescale=rescale)
         return round_inwards((start + self.eps * gradient.sign()).clamp(0, 1), images)
 
 

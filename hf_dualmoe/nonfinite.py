@@ -40,8 +40,11 @@ class NonFiniteWatch(TrainerCallback):
 
     def note(self, step: int, values: dict[str, Tensor]) -> None:
         """Remember which of these scalars are not finite at this step; waits for nothing."""
-        names = tuple(values)
-        finite = torch.stack([value.detach().float() for value in values.values()]).isfinite()
+        self.note_all(step, tuple(values), torch.stack([value.detach().float() for value in values.values()]))
+
+    def note_all(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
+        """`note` of values (N,) that are together already."""
+        finite = values.isfinite()
         steps = torch.where(finite, NEVER, step)
         self._first[names] = torch.minimum(self._first[names], steps) if names in self._first else steps
 

@@ -110,12 +110,12 @@ class ResumableTrainer(Trainer):
     # --- logs --------------------------------------------------------------------------------------------------------
 
     def _add(self, name: str, values: Tensor) -> None:
-        values = (
-            values.detach().double().flatten() if values.device.type != "mps" else values.detach().float().flatten()
-        )
-        finite = values.isfinite()  # all of them, but in steps that are skipped
-        added = torch.stack([torch.where(finite, values, 0.0).sum(), finite.sum().to(values.dtype)])
-        self._sums[name] = self._sums[name] + added if name in self._sums else added
+        self.add_sums({name: sum_and_count(values)})
+
+    def add_sums(self, sums: dict[str, Tensor]) -> None:
+        """Add (sum, count) of what the next log tells, by name."""
+        for name, added in sums.items():
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the means since the last training log, over all processes.
@@ -281,6 +281,13 @@ class ResumableTrainer(Trainer):
                 f"{path} is missing: this checkpoint was written without ema_decay (now {self.args.ema_decay})."
             )
         load_model(model, path)
+
+
+def sum_and_count(values: Tensor) -> Tensor:
+    """(2,): the sum of the values that are finite (all of them, but in steps that are skipped), and their number."""
+    values = values.detach().double().flatten() if values.device.type != "mps" else values.detach().float().flatten()
+    finite = values.isfinite()
+    return torch.stack([torch.where(finite, values, 0.0).sum(), finite.sum().to(values.dtype)])
 
 
 class ResumeCallback(TrainerCallback):

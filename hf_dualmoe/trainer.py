@@ -5,26 +5,36 @@ forward through the wrapped model, so that accumulation, mixed precision, distri
 any other Trainer.
 """
 
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence, Sized
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import TorchDynamoPlugin
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
 
-from .attack_primitives import frozen, logits_of
+from .attack_primitives import check_batch, check_label_range, frozen, logits_of
+from .attacks import PGD
 from .certified_training import certified_loss, check_certifiable
+from .compiling import compile_networks
 from .component_attacks import has_experts
 from .data import augment, collate, to_unit_range
 from .losses import LossOutput, at_loss, jtdmoe_loss, rt_er_loss, standard_loss, trades_loss
-from .modeling_dualmoe import gate_weights
-from .nonfinite import copy_buffers
-from .resumable import EmaCallback, ResumableTrainer
+from .memory import free_memory, largest_that_fits, too_large, try_step
+from .modeling_dualmoe import gate_weights, trusted_values
+from .nfgsm import NFGSM
+from .nonfinite import copy_buffers, restore_buffers
+from .resumable import EmaCallback, ResumableTrainer, sum_and_count
+from .step_graph import StepGraph, StepGraphCallback
 from .training_args import WITHOUT_ATTACK, RobustTrainingArguments
 
 
@@ -94,6 +104,8 @@ class RobustTrainer(ResumableTrainer):
             args.ddp_find_unused_parameters = True  # the parent's default is False with gradient checkpointing
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
+        if args.dataloader_pin_memory:  # else each copy of a batch waits until the device has done all before it
+            args.accelerator_config.non_blocking = True
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = (
             False  # our losses are batch means: let the Trainer divide by the accumulation
@@ -101,6 +113,17 @@ class RobustTrainer(ResumableTrainer):
         self.objective = self._create_objective()
         self.evaluation_attack = args.evaluation_attack()
         self.card_metadata: dict[str, Any] = {}
+        self.data_collator = CheckedCollator(
+            self.data_collator, getattr(getattr(model, "config", None), "num_labels", None)
+        )
+        self._has_checked_a_batch = False
+        self._first_steps: list[float] = []  # seconds
+        self._compiles = args.torch_compile
+        if self._compiles:  # the networks, in place of the whole model, which an attack cannot go through
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+            compile_networks(self.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self.step_graph = StepGraph(self)
+        self.add_callback(StepGraphCallback(lambda: self.step_graph))
 
     def _create_objective(self) -> partial:
         """The loss function of the chosen method, with all its settings but the attacks."""
@@ -119,6 +142,72 @@ class RobustTrainer(ResumableTrainer):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The parent's step, without a look at values that the collator has checked; from a graph where it can be.
+
+        Raises:
+            OutOfMemoryError: The batch does not fit; the message says which does.
+        """
+        began = time.perf_counter()
+        model.train()
+        inputs = self._to_device(inputs)
+        with trusted_values(self._has_checked_a_batch):
+            loss = self._fitting_step(model, inputs, num_items_in_batch)
+        self._has_checked_a_batch = True
+        self._note_compile_time(time.perf_counter() - began)
+        return loss
+
+    def _fitting_step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        try:
+            return self._step(model, inputs, num_items)
+        except torch.OutOfMemoryError as error:
+            if self.args.auto_find_batch_size:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the activations
+            self.model.zero_grad()
+            accumulation = self.args.gradient_accumulation_steps
+            if accumulation == 1 and self.step_graph.release("its memory is needed"):  # else gradients would be lost
+                return self._step(model, inputs, num_items)
+            message = too_large(len(inputs["labels"]), self._largest_batch(inputs), accumulation)
+            raise torch.OutOfMemoryError(message) from error
+
+    def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        if not self.step_graph.takes(inputs):
+            return super().training_step(model, inputs, num_items)
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        step = self.step_graph.training_step(inputs)
+        names = ("loss", *(f"loss_{name}" for name in step.output.terms))
+        self.watch.note_all(self.state.global_step + 1, names, step.values)
+        if self._logs_after_this_step():
+            self._record_clean(self._raw_model(), step.images, inputs["labels"], step.output)
+        return step.loss
+
+    def _largest_batch(self, inputs: dict[str, Tensor]) -> int | None:
+        """How many of these images fit into one step; None where other processes would have to try, too."""
+        if self.args.world_size > 1:
+            return None
+        raw, parameters = self._raw_model(), [p for p in self.model.parameters() if p.requires_grad]
+        buffers = copy_buffers(raw)
+
+        def step(size: int) -> None:
+            images = self.to_images(inputs["pixel_values"][:size])
+            output = self.run_objective(self.model, images, inputs["labels"][:size], self.step_attacks())
+            torch.autograd.grad(output.loss, parameters, allow_unused=True)
+
+        free_memory()
+        try:
+            return largest_that_fits(lambda size: try_step(partial(step, size)), len(inputs["labels"]))
+        finally:
+            restore_buffers(raw, buffers)
+
+    def _note_compile_time(self, seconds: float) -> None:
+        """With torch_compile, let the first log tell how much longer the first step took than the third."""
+        if self._compiles and len(self._first_steps) < 3:
+            self._first_steps.append(seconds)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -128,47 +217,62 @@ class RobustTrainer(ResumableTrainer):
     ) -> Tensor | tuple[Tensor, LossOutput]:
         """Attack the raw model, then one forward of the wrapped model on everything the objective needs."""
         raw = self._raw_model()
-        self._share_buffers(raw)
+        share_buffers(raw)
         images, labels = inputs["pixel_values"], inputs["labels"]
-        with self.accelerator.autocast():  # parts of the model that the attack calls alone
-            output = self.objective(raw, images, labels, forward=model, **self._attacks())
+        output = self.run_objective(model, images, labels, self.step_attacks())
         terms = {f"loss_{name}": term for name, term in output.terms.items()}
         self.watch.note(self.state.global_step + 1, {"loss": output.loss, **terms})
-        self._record(raw, images, labels, output)
+        self.add_sums(self.log_sums(output, labels))
+        if self._logs_after_this_step():
+            self._record_clean(raw, images, labels, output)
         if getattr(self.args, "activation_checkpointing", self.args.gradient_checkpointing):  # renamed in 5.23
             self._forward_buffers = copy_buffers(raw)
         return (output.loss, output) if return_outputs else output.loss
 
+    def run_objective(
+        self, model: nn.Module, images: Tensor, labels: Tensor, attacks: dict[str, Callable[..., Tensor]]
+    ) -> LossOutput:
+        """The objective on augmented images, with the attacks of `step_attacks`."""
+        finite = {name: keep_finite(attack) for name, attack in attacks.items()}
+        with self.accelerator.autocast():  # parts of the model that the attack calls alone
+            return self.objective(self._raw_model(), images, labels, forward=model, **finite)
+
+    def step_attacks(self) -> dict[str, PGD | NFGSM]:
+        """The attacks inside this step's objective, by argument: they change with the warm-up of eps."""
+        args, scale, attacks = self.args, self._eps_scale(), {}
+        if args.method not in WITHOUT_ATTACK:
+            attacks["attack"] = args.create_training_attack(scale)
+        if args.method == "jtdmoe" and args.standard_eps > 0:
+            attacks["standard_attack"] = args.create_standard_attack(scale)
+        return attacks
+
     def _raw_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
 
-    def _attacks(self) -> dict[str, Callable[..., Tensor]]:
-        """The attacks of this step, by the names that the objective has for them, at the radius of the warm-up."""
-        args, scale, attacks = self.args, self._eps_scale(), {}
-        if args.method not in WITHOUT_ATTACK:
-            attacks["attack"] = keep_finite(args.create_training_attack(scale))
-        if args.method == "jtdmoe" and args.standard_eps > 0:
-            attacks["standard_attack"] = keep_finite(args.create_standard_attack(scale))
-        return attacks
+    @property
+    def eps_changes(self) -> bool:
+        """Whether the radius of the attack changes from step to step."""
+        return self.args.eps_warmup_ratio * self.state.max_steps >= 1
 
     def _eps_scale(self) -> float:
         warmup_steps = self.args.eps_warmup_ratio * self.state.max_steps
-        return min(1.0, (self.state.global_step + 1) / warmup_steps) if warmup_steps >= 1 else 1.0
+        return min(1.0, (self.state.global_step + 1) / warmup_steps) if self.eps_changes else 1.0
 
-    def _share_buffers(self, raw: nn.Module) -> None:
-        """Give all ranks rank 0's BatchNorm statistics: DDP does so only at its own forward, after the attack."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for buffer in raw.buffers():
-                dist.broadcast(buffer, src=0)
+    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs(inputs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move the batch to the device; there turn it into [0, 1] floats and, in training, augment it."""
-        inputs = super()._prepare_inputs(inputs)
-        images = to_unit_range(inputs["pixel_values"])
+        inputs = self._to_device(inputs)
+        return {**inputs, "pixel_values": self.to_images(inputs["pixel_values"])}
+
+    def to_images(self, pixel_values: Tensor) -> Tensor:
+        """[0, 1] floats of a batch that is on the device; in training, augmented."""
+        images = to_unit_range(pixel_values)
         if self.model.training:
             shard = (self.args.process_index, self.args.world_size)
             images = augment(images, crop_padding=self.args.crop_padding, flip=self.args.horizontal_flip, shard=shard)
-        return {**inputs, "pixel_values": images}
+        return images
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's optimizer; with `standard_learning_rate`, F_S gets parameter groups of its own."""
@@ -188,14 +292,24 @@ class RobustTrainer(ResumableTrainer):
     # --- logging -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _record(self, raw: nn.Module, images: Tensor, labels: Tensor, output: LossOutput) -> None:
-        """Collect what `log` reports, as tensors on the device: no step waits for them."""
-        for name, term in output.terms.items():
-            self._add(f"loss_{name}", term)
+    def log_sums(self, output: LossOutput, labels: Tensor) -> dict[str, Tensor]:
+        """What each step adds to the log: (sum, count) by name, tensors on the device: no step waits for them."""
+        values = {f"loss_{name}": term for name, term in output.terms.items()}
         if output.attacked_logits is not None:
-            self._add("train_ra", 100.0 * (output.attacked_logits.argmax(dim=1) == labels))
-        if self._logs_after_this_step():
-            self._record_clean(raw, images, labels, output)
+            values["train_ra"] = 100.0 * (output.attacked_logits.argmax(dim=1) == labels)
+        return {name: sum_and_count(value) for name, value in values.items()}
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """The parent's, with the sums that a step graph holds, and once with the time that torch_compile took."""
+        self.step_graph.flush()
+        if "loss" in logs and len(self._first_steps) == 3:
+            logs["compile_seconds"] = round(max(0.0, sum(self._first_steps) - 3 * self._first_steps[2]), 1)
+            self._first_steps.append(0.0)
+        super().log(logs, *args, **kwargs)
+
+    def _gather_sums(self) -> dict[str, list[float]]:
+        self.step_graph.flush()
+        return super()._gather_sums()
 
     def _logs_after_this_step(self) -> bool:
         step, every = self.state.global_step + 1, self.state.logging_steps
@@ -204,8 +318,7 @@ class RobustTrainer(ResumableTrainer):
     def _record_clean(self, raw: nn.Module, images: Tensor, labels: Tensor, output: LossOutput) -> None:
         """SA, expert load and route-flip rate on this batch; once per log, since it costs a forward pass."""
         with frozen(raw), self.accelerator.autocast():
-            clean = raw(images)
-            self._add("train_sa", 100.0 * (clean.logits.argmax(dim=1) == labels))
+            self._add("train_sa", 100.0 * (logits_of(raw, images).argmax(dim=1) == labels))
             robust = getattr(raw, "robust", raw)
             if not has_experts(robust):
                 return
@@ -227,6 +340,17 @@ class RobustTrainer(ResumableTrainer):
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """The parent's, with the number of each image."""
         return super().get_test_dataloader(numbered(test_dataset))
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        """The parent's; where it does not fit beside a step graph, that makes room."""
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)
+            if not self.step_graph.release("an evaluation needs its memory"):
+                raise
+            free_memory()
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -329,6 +453,50 @@ class RobustTrainer(ResumableTrainer):
 def numbered(dataset: Dataset | None) -> Dataset | None:
     """The dataset with numbers; a stream, which has none, as it is."""
     return dataset if dataset is None or isinstance(dataset, IterableDataset) else NumberedDataset(dataset)
+
+
+@dataclass
+class CheckedCollator:
+    """A collator whose batches are checked on the host: on the device, each look would make a training step wait.
+
+    Args:
+        collator: Makes {"pixel_values", "labels"} from items.
+        num_labels: Classes of the model; None = not known.
+    """
+
+    collator: Callable[[Any], dict[str, Any]]
+    num_labels: int | None
+
+    def __call__(self, items: Any) -> dict[str, Any]:
+        """The batch of the collator.
+
+        Raises:
+            ValueError: Float images that are not in [0, 1], or labels that are no classes of the model.
+        """
+        batch = self.collator(items)
+        images, labels = batch.get("pixel_values"), batch.get("labels")
+        if isinstance(images, Tensor) and isinstance(labels, Tensor) and images.device.type == "cpu":
+            if images.is_floating_point():  # uint8 is in range
+                check_batch(images, labels)
+            if self.num_labels is not None and labels.dtype == torch.int64 and labels.numel() > 0:
+                check_label_range(labels, self.num_labels)
+        return batch
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks rank 0's BatchNorm statistics: DDP does so only at its own forward, after the attack.
+
+    One broadcast for all buffers of a type.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for dtype in sorted({buffer.dtype for buffer in model.buffers()}, key=str):
+        buffers = [buffer for buffer in model.buffers() if buffer.dtype == dtype and buffer.numel() > 0]
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(flat, src=0)
+        shared = flat.split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(shared, buffers, strict=True)])
 
 
 def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -16,6 +16,7 @@ from .nonfinite import POLICIES
 METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe", "certified")
 WITHOUT_ATTACK = ("standard", "certified")  # methods whose steps attack nothing
 TRAINING_ATTACKS = ("pgd", "nfgsm")
+STEP_GRAPHS = ("auto", "off")
 COUNTS = ("attack_steps", "eval_attack_steps", "crop_padding", "max_skipped_steps")
 WEIGHTS = ("beta", "trades_lambda", "margin_weight", "route_weight", "gate_weight")
 SHARES = ("train_alpha", "ema_decay", "eps_warmup_ratio")
@@ -132,6 +133,16 @@ class RobustTrainingArguments(TrainingArguments):
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Random horizontal flips."})
 
+    # Speed
+    step_graph: str = field(
+        default="auto",
+        metadata={
+            "help": "Record the whole training step as one CUDA graph and replay it, several times faster for small "
+            "networks: auto (on a CUDA GPU, where the step can be recorded; else one line of the log says why not) or "
+            "off.",
+            "choices": STEP_GRAPHS,
+        },
+    )
     channels_last: bool = field(
         default=False, metadata={"help": "Train in the channels_last memory format: faster for convolutions."}
     )
@@ -190,6 +201,7 @@ class RobustTrainingArguments(TrainingArguments):
         if self.training_attack not in TRAINING_ATTACKS:
             allowed = ", ".join(map(repr, TRAINING_ATTACKS))
             raise ValueError(f"training_attack={self.training_attack!r} is not one of {allowed}.")
+        self._check("step_graph", self.step_graph in STEP_GRAPHS, f"one of {', '.join(STEP_GRAPHS)}")
         takes_norm = self.training_attack == "pgd" or self.norm == "linf"
         self._check("norm", takes_norm, "'linf' with training_attack='nfgsm'")
         for name in WEIGHTS:

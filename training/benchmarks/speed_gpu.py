@@ -164,7 +164,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     if args.render:
-        replace_section("speed_gpu", render_text(json.loads(BEFORE.read_text(encoding="utf-8")), read_results(args.output)))
+        replace_section(
+            "speed_gpu", render_text(json.loads(BEFORE.read_text(encoding="utf-8")), read_results(args.output))
+        )
         return 0
     clock = Clock(60 * args.minutes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
