@@ -360,10 +360,10 @@ def side_of(name: str, image_size: int | list[int] | tuple[int, ...] | None) -> 
 
 
 def without_origin(value: Any) -> Any:
-    """The dict of a config, and of those inside it, without `_name_or_path`."""
+    """The dict of a config, with an empty `_name_or_path` in it and in those inside."""
     if not isinstance(value, dict):
         return value
-    return {key: without_origin(item) for key, item in value.items() if key != "_name_or_path"}
+    return {key: "" if key == "_name_or_path" else without_origin(item) for key, item in value.items()}
 
 
 class DualMoEConfig(ValidatedConfig):

@@ -21,6 +21,7 @@ from .component_attacks import has_dial, has_experts, is_dual, mixes_weights
 TOLERANCE = 1e-4  # largest difference of a logit between a model and its ONNX file
 ONE_FILE_BYTES = 1_900_000_000  # an ONNX file cannot exceed 2 GB; the weights of larger models lie beside it
 CHECKED_BATCHES = (1, 3)
+OLDEST_OPSET = 18  # that PyTorch's exporter writes
 
 
 class LogitsModel(nn.Module):
@@ -142,16 +143,17 @@ def export_onnx(
         dial_input: Keep the dial of a dual model: the file takes a second input "alpha", a float32 scalar in [0, 1]
             (not checked there). Not with a dial in the weights: such a file holds the network merged at one alpha.
         image_size, num_channels: Of the images; None = what the config says.
-        opset_version: ONNX operator set; None = PyTorch's default.
+        opset_version: ONNX operator set, at least 18; None = PyTorch's default.
 
     Returns:
         The largest difference of a logit between model and file on random images, at most 1e-4.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
-        ValueError: An argument is out of range or does not go with the model, or the folder of `path` is missing.
-        RuntimeError: An operator of the model cannot be exported (the message names it), or the file computes
-            something else than the model; no file is left then.
+        ValueError: An argument is out of range or does not go with the model, the model is in half precision, or the
+            folder of `path` is missing.
+        RuntimeError: An operator of the model cannot be exported (the message names it), or not in this operator set,
+            or the file computes something else than the model; no file is left then.
     """
     check_packages()
     check_dial(model, alpha)
@@ -163,6 +165,8 @@ def export_onnx(
         if mixes_weights(model):
             reason = "with mixing='weights' a file holds the network of one alpha; write one file for each"
         raise ValueError(f"dial_input=True cannot be used: {reason}.")
+    check_opset(opset_version)
+    check_precision(model)
     shape = image_shape(model, image_size, num_channels)
     device = next(model.parameters()).device
     alphas = (0.0, 0.6, 1.0) if dial_input else (alpha,)
@@ -185,6 +189,28 @@ def check_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"ONNX export needs {error.name}: pip install 'hf_dualmoe[export]'") from error
+
+
+def check_opset(opset_version: int | None) -> None:
+    """Raise a ValueError unless `opset_version` is None or one that PyTorch's exporter and this onnx know."""
+    import onnx
+
+    highest = onnx.defs.onnx_opset_version()
+    known = isinstance(opset_version, int) and OLDEST_OPSET <= opset_version <= highest
+    if opset_version is not None and not known:
+        raise ValueError(
+            f"opset_version={opset_version!r} must be an integer in [{OLDEST_OPSET}, {highest}], or None."
+        )
+
+
+def check_precision(model: nn.Module) -> None:
+    """Raise a ValueError for a model in half precision, whose operators onnxruntime lacks on a CPU."""
+    half = {tensor.dtype for tensor in model.parameters()} & {torch.float16, torch.bfloat16}
+    if half:
+        raise ValueError(
+            f"{type(model).__name__} has weights in {half.pop()}; ONNX files are written and checked in float32. "
+            "Export model.float(): it has the same weights."
+        )
 
 
 def image_shape(model: nn.Module, image_size: int | None, num_channels: int | None) -> tuple[int, int, int]:
@@ -240,6 +266,11 @@ def write_onnx(
     except Exception as error:  # the exporter wraps every kind of failure of a model in classes of its own
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise RuntimeError(f"{type(model.model).__name__} cannot be exported to ONNX: {reason}") from error
+    written = program.model.opset_imports[""]
+    if opset_version not in (None, written):  # where it cannot convert, the exporter only warns
+        raise RuntimeError(
+            f"{type(model.model).__name__} cannot be written with opset_version={opset_version}, only with {written}."
+        )
     id2label = getattr(getattr(model.model, "config", None), "id2label", None) or {}
     program.model.metadata_props["id2label"] = json.dumps({str(i): name for i, name in id2label.items()})
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

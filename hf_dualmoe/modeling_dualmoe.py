@@ -827,6 +827,7 @@ class RobustPreTrainedModel(PreTrainedModel):
     )
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # timm's attention is that of PyTorch; an F_S or F_R of transformers answers for itself
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer scales it for gradient accumulation
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -22,7 +22,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
     "Data": "data",
     "Training": "training_args trainer arguments time_estimate",
     "The Hub and model cards": "hub model_card",
-    "Demo page, command line, export": "export cli demo demo.scene demo.page demo.space",
+    "Demo page, command line, export": "export converting cli demo demo.scene demo.page demo.space",
     INNER: "",
 }
 HEAD = """# Public names of hf_dualmoe

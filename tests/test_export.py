@@ -151,6 +151,37 @@ def test_export_refuses_before_writing(small_dual, resnet_moe, tmp_path):
     assert path.read_text() == "an earlier file"
 
 
+@pytest.mark.parametrize("opset_version", [18, 22])
+def test_operator_set_is_the_one_asked_for(onnx, opset_version, make_moe, tmp_path):
+    model = make_moe(
+        "resnet", backbone="lipschitz_mlp", width=None, backbone_kwargs={"hidden_sizes": [6]}, num_experts=2
+    )
+    export_onnx(model, tmp_path / "model.onnx", opset_version=opset_version)
+    written = {entry.domain: entry.version for entry in onnx.load(tmp_path / "model.onnx").opset_import}
+    assert written[""] == opset_version
+
+
+@pytest.mark.parametrize("opset_version", [17, 0, 1000, "20", 20.0])
+def test_operator_set_out_of_range_is_refused(onnx, opset_version, resnet_moe, tmp_path):
+    with pytest.raises(ValueError, match=rf"opset_version={opset_version!r} must be an integer in \[18, \d+\]"):
+        export_onnx(resnet_moe, tmp_path / "model.onnx", opset_version=opset_version)
+
+
+def test_operator_set_that_the_exporter_left_aside_is_told(onnx, resnet_moe, tmp_path, monkeypatch):
+    program = type("Program", (), {"model": type("Model", (), {"opset_imports": {"": 18}})})
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: program)
+    with pytest.raises(RuntimeError, match="cannot be written with opset_version=19, only with 18"):
+        export_onnx(resnet_moe, tmp_path / "model.onnx", opset_version=19)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_with_what_to_do(onnx, half, native_vit, resnet_moe, tmp_path):
+    model = DualMoEForImageClassification.from_models(native_vit, resnet_moe.to(half))
+    with pytest.raises(ValueError, match=rf"weights in {half}.*Export model.float\(\)"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 class Sorter(nn.Module):
     """A model with an operator that ONNX does not have."""
 

@@ -236,7 +236,7 @@ def test_paths_in_results_and_configs_stay_at_home(folder):
     upload = plan_upload(folder, "user/name")
     sent = {op.path_in_repo: op.path_or_fileobj for op in upload.operations()}
     assert json.loads(sent["results.json"])["dataset"]["name"] == "photos"
-    assert json.loads(sent["config.json"])["standard"] == {"vision_config": {}}
+    assert json.loads(sent["config.json"])["standard"] == {"_name_or_path": "", "vision_config": {"_name_or_path": ""}}
     assert not any(b"/home/me" in text for text in (sent["results.json"], sent["config.json"], upload.card.encode()))
     assert upload.sizes()["results.json"] == len(sent["results.json"])
     assert Path(sent["model.safetensors"]) == folder / "model.safetensors" and contents(folder) == before
