@@ -41,6 +41,19 @@ def weights_obstacles(standard: nn.Module, robust: nn.Module) -> list[str]:
     ]
 
 
+def weights_cosine(standard: nn.Module, robust: nn.Module) -> float:
+    """Cosine between the matrices and kernels of two networks of one shape, in [-1, 1].
+
+    About 0 where they were initialised apart. Vectors are left out: the gains of all networks lie near 1.
+    """
+    own, other = robust.state_dict(), standard.state_dict()
+    names = [name for name, tensor in own.items() if tensor.is_floating_point() and tensor.ndim > 1]
+    pairs = [(other[name].flatten().double(), own[name].flatten().double()) for name in names]
+    product = sum(float(start @ end) for start, end in pairs)
+    lengths = [sum(float(pair[i] @ pair[i]) for pair in pairs) ** 0.5 for i in (0, 1)]
+    return product / max(lengths[0] * lengths[1], 1e-30)
+
+
 def interpolate(standard: nn.Module, robust: nn.Module, alpha: float) -> nn.Module:
     """A new network with the weights and statistics (1 - alpha) theta_S + alpha theta_R, in eval mode.
 
@@ -116,4 +129,4 @@ def forget_merge(owner: nn.Module) -> None:
     _merged_of.pop(owner, None)
 
 
-__all__ = ["cached_merge", "forget_merge", "interpolate", "weights_obstacles"]
+__all__ = ["cached_merge", "forget_merge", "interpolate", "weights_cosine", "weights_obstacles"]

@@ -34,7 +34,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import find_adapter_config_file, is_peft_available, logging
 
 from .configuration_dualmoe import MIXINGS, DualMoEConfig, MoEConfig, check_choice
-from .merging_dualmoe import cached_merge, forget_merge, interpolate, weights_obstacles
+from .merging_dualmoe import cached_merge, forget_merge, interpolate, weights_cosine, weights_obstacles
 
 try:  # trains the 1-Lipschitz backbones; a trained one needs torch alone
     from deel.torchlip.normalizers import bjorck_normalization, spectral_normalization
@@ -48,6 +48,7 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # what a config from a stranger may ask for before it is refused: far above any published vision model
 MAX_PARAMETERS = 20_000_000_000  # of all experts
 MAX_TENSORS = 10_000  # of one network
+UNRELATED = 0.1  # cosine of the weights of networks without a common start; measured on digits: 0.006, with one 0.999
 INITIALISED_BY_PARENT = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
 HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision")
 NO_ADAPTERS = (
@@ -1464,6 +1465,10 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         """
         alpha = self._merging_alpha(alpha)
         self._check_mergeable()
+        return self._interpolated(alpha)
+
+    def _interpolated(self, alpha: float) -> PreTrainedModel:
+        self._refuse_unmergeable()
         model = interpolate(self.standard, self.robust, alpha)
         model.config.id2label, model.config.label2id = dict(self.config.id2label), dict(self.config.label2id)
         return model
@@ -1477,12 +1482,22 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         if self.config.mixing != "weights":
             return None
         alpha = self._merging_alpha(alpha)
-        return cached_merge(self, (self.standard, self.robust), alpha, make=lambda: self.merge(alpha))
+        return cached_merge(self, (self.standard, self.robust), alpha, make=lambda: self._interpolated(alpha))
 
-    def _check_mergeable(self) -> None:
+    def _refuse_unmergeable(self) -> None:
         obstacles = self.config.merge_obstacles() or weights_obstacles(self.standard, self.robust)
         if obstacles:
             raise ValueError(f"F_S and F_R cannot be merged: {'; '.join(obstacles)}.")
+
+    def _check_mergeable(self) -> None:
+        """Refuse what cannot be merged; warn where it can, but hardly to any use."""
+        self._refuse_unmergeable()
+        cosine = weights_cosine(self.standard, self.robust)
+        if cosine < UNRELATED:
+            logger.warning_once(
+                f"F_S and F_R look trained apart (cosine of their weights {cosine:.3f}). Between networks without a "
+                "common start there is none that is of use; see what `sweep_alpha` measures there."
+            )
 
     def _merging_alpha(self, alpha: float | Tensor | None) -> float:
         """The one position of the dial that a network can have."""

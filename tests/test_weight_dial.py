@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
+from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification, modeling_dualmoe
 from hf_dualmoe.attack_primitives import frozen
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.batchnorm_folding import foldable_pairs, folded
@@ -291,6 +291,16 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(make_pair):
     model.standard.router[-1] = nn.Linear(5, 4)
     with pytest.raises(ValueError, match=r"2 weights are missing in one .*router\.1\.weight"):
         model.set_mixing("weights")
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_networks_that_were_trained_apart_are_a_warning(apart, make_moe, monkeypatch):
+    robust, warned = make_moe(**SMALL), []
+    monkeypatch.setattr(modeling_dualmoe.logger, "warning_once", warned.append)
+    torch.manual_seed(8)
+    standard = MoEForImageClassification(robust.config).eval() if apart else moved(robust)
+    DualMoEForImageClassification.from_models(standard, robust).merge()
+    assert len(warned) == apart and (not apart or "look trained apart (cosine of their weights" in warned[0])
 
 
 def test_other_labels_are_refused(make_moe):
