@@ -12,10 +12,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class TimeEstimate:
         evaluation_seconds: Seconds of one evaluation during training.
         hardware: What it was measured on.
         measured_steps: How many steps were timed, each way.
+        no_graph: Why steps cannot be recorded; None = they can.
     """
 
     steps: int
@@ -68,6 +69,7 @@ class TimeEstimate:
     evaluation_seconds: float
     hardware: str
     measured_steps: int
+    no_graph: str | None = None
 
     def total_seconds(self, way: str) -> float:
         """Steps and evaluations of the whole run; `way` is a key of `step_seconds`."""
@@ -79,8 +81,8 @@ class TimeEstimate:
         lines = [f"Time of the whole run, {self.steps:,} steps and {evaluation}, on {self.hardware}:"]
         for way, seconds in self.step_seconds.items():
             lines.append(f"  {way}: {duration(self.total_seconds(way))} ({1e3 * seconds:.4g} ms per step)")
-        if WITH not in self.step_seconds:
-            lines.append("  the step graph needs a CUDA GPU")
+        if self.no_graph is not None:
+            lines.append(f"  {WITH}: not possible, since {self.no_graph}")
         lines.append(f"Measured on {self.measured_steps} steps; checkpoints and the closing report come on top.")
         return "\n".join(lines)
 
@@ -94,7 +96,7 @@ def duration(seconds: float) -> str:
 
 
 def estimate_time(trainer: RobustTrainer) -> TimeEstimate:
-    """Measure a few steps, with and without the step graph where the device can have one, and an evaluation.
+    """Measure a few steps, with and without the step graph where steps can be recorded, and an evaluation.
 
     Args:
         trainer: A trainer that has not begun; all its processes must call this.
@@ -105,34 +107,42 @@ def estimate_time(trainer: RobustTrainer) -> TimeEstimate:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("estimate_time cannot copy sharded weights; measure without FSDP and DeepSpeed.")
     effort = CPU_EFFORT if trainer.args.device.type == "cpu" else ACCELERATOR_EFFORT
-    step_seconds, evaluation_seconds = {}, 0.0
     with random_numbers_kept(trainer.args.device):
-        for way, graph in ways(trainer.args).items():
-            step_seconds[way], evaluation_seconds = measure(trainer, effort, graph)
+        first = measure(trainer, effort, "auto")
+        step_seconds = {WITH if first.no_graph is None else WITHOUT: first.step}
+        if first.no_graph is None:
+            step_seconds[WITHOUT] = measure(trainer, effort, "off").step
     steps = count_steps(trainer)
     return TimeEstimate(
         steps=steps,
         evaluations=count_evaluations(trainer.args, steps),
         step_seconds=step_seconds,
-        evaluation_seconds=evaluation_seconds,
+        evaluation_seconds=first.evaluation,
         hardware=describe_environment(trainer.args.device)["hardware"],
         measured_steps=effort.block * effort.blocks,
+        no_graph=first.no_graph,
     )
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def ways(args: RobustTrainingArguments) -> dict[str, str | None]:
-    """How steps can be taken on this device -> the argument `step_graph` that does it; None leaves it alone."""
-    has_graph = "step_graph" in {field.name for field in fields(args)}
-    if not has_graph:
-        return {WITHOUT: None}
-    return {WITH: "auto", WITHOUT: "off"} if args.device.type == "cuda" else {WITHOUT: "off"}
+class Measured(NamedTuple):
+    """Seconds of a step and of a whole evaluation, and why the steps were not recorded; None = they were."""
+
+    step: float
+    evaluation: float
+    no_graph: str | None
 
 
-def measure(trainer: RobustTrainer, effort: Effort, step_graph: str | None) -> tuple[float, float]:
-    """Seconds of a step and of a whole evaluation, by a trainer like this one on a copy of its model."""
+def measure(trainer: RobustTrainer, effort: Effort, step_graph: str) -> Measured:
+    """Steps and an evaluation by a trainer like this one on a copy of its model; random numbers move on.
+
+    Args:
+        trainer: Is left alone.
+        effort: How many steps are taken.
+        step_graph: The argument of that name.
+    """
     clock = StepClock(effort, trainer.args.device)
     with tempfile.TemporaryDirectory() as folder:
         args = short_run(trainer.args, folder, effort.steps, step_graph)
@@ -148,15 +158,21 @@ def measure(trainer: RobustTrainer, effort: Effort, step_graph: str | None) -> t
         for callback in (PrinterCallback, ProgressCallback):
             twin.remove_callback(callback)
         twin.train()
-        seconds = clock.seconds(), time_evaluation(twin)
+        measured = Measured(clock.seconds(), time_evaluation(twin), why_eager(twin))
     del twin
-    torch.accelerator.memory.empty_cache() if args.device.type != "cpu" else None
-    return seconds
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return measured
 
 
-def short_run(
-    args: RobustTrainingArguments, folder: str, steps: int, step_graph: str | None
-) -> RobustTrainingArguments:
+def why_eager(trainer: RobustTrainer) -> str | None:
+    """Why a trainer's steps were launched one by one; None = they were recorded."""
+    if not hasattr(trainer, "step_graph"):
+        return "this version has none"
+    return trainer.step_graph.reason
+
+
+def short_run(args: RobustTrainingArguments, folder: str, steps: int, step_graph: str) -> RobustTrainingArguments:
     """The same arguments for `steps` steps without logs, evaluations and checkpoints."""
     changes: dict[str, Any] = {
         "output_dir": folder,
@@ -171,9 +187,8 @@ def short_run(
         "push_to_hub": False,
         "report_to": [],
         "disable_tqdm": True,
+        "step_graph": step_graph,
     }
-    if step_graph is not None:
-        changes["step_graph"] = step_graph
     args = copy.copy(args)
     for name, value in changes.items():
         setattr(args, name, value)

@@ -107,7 +107,7 @@ def test_steps_are_what_the_measured_time_allows(full_scale, monkeypatch):
     run.args, run.scale, run.device, run.whole = SimpleNamespace(minutes=12), full_scale.Scale(), "cuda", 49_000
     run.data = SimpleNamespace(train=range(24_500))  # half of the shards
     monkeypatch.setattr(run, "trainer", lambda *args, **kwargs: None)
-    monkeypatch.setattr(full_scale, "measure", lambda trainer, effort, graph: (step, 1.0))
+    monkeypatch.setattr(full_scale, "measure", lambda trainer, effort, graph: (step, 1.0, None))
     step = 0.1
     plan = run.plan("single", full_scale.STAGES["single"])
     assert plan["steps"] == int((12 * 60 * 0.38 - 5 - 6 * 1.0) / 0.1) and plan["step_ms"] == 100

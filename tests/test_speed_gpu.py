@@ -85,6 +85,15 @@ def test_steps_that_are_not_equal_are_reported(load, monkeypatch):
     assert pretend(0.3, 0.2)["holds"] and pretend(0.3, 0.2)["noise"]["loss"] == pytest.approx(0.2)
 
 
+def test_eager_steps_are_never_taken_for_recorded_ones(load):
+    cases = load("speed_gpu_cases")
+    trainer = SimpleNamespace(step_graph=SimpleNamespace(reason="recording failed"))
+    with pytest.raises(RuntimeError, match="one by one, since recording failed"):
+        cases.check_recorded(trainer, True, cases.Size("cuda"))
+    cases.check_recorded(trainer, False, cases.Size("cuda"))
+    cases.check_recorded(trainer, True, cases.REHEARSAL)
+
+
 def test_busy_time_counts_overlapping_work_once(load):
     cases = load("speed_gpu_cases")
     assert cases.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4

@@ -13,7 +13,15 @@ from transformers import TrainerCallback
 
 from hf_dualmoe import MoEConfig, MoEForImageClassification, time_estimate
 from hf_dualmoe.data import ImageTensorDataset
-from hf_dualmoe.time_estimate import Effort, StepClock, TimeEstimate, count_evaluations, count_steps, estimate_time
+from hf_dualmoe.time_estimate import (
+    Effort,
+    Measured,
+    StepClock,
+    TimeEstimate,
+    count_evaluations,
+    count_steps,
+    estimate_time,
+)
 from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
 
@@ -101,19 +109,18 @@ def test_steps_and_evaluations_are_those_of_the_run(settings, steps, evaluations
     assert (trainer.state.global_step, counter.evaluations) == (steps, evaluations)
 
 
-def test_both_ways_are_measured_where_a_graph_is_possible(trainer, monkeypatch):
-    seconds = {"auto": (0.02, 1.5), "off": (0.2, 1.5)}
-    monkeypatch.setattr(time_estimate, "ways", lambda args: {time_estimate.WITH: "auto", time_estimate.WITHOUT: "off"})
-    monkeypatch.setattr(time_estimate, "measure", lambda trainer, effort, graph: seconds[graph])
-    estimate = estimate_time(trainer(max_steps=90_000, eval_strategy="steps", eval_steps=30_000))
-    text = estimate.text()
+def test_both_ways_are_measured_where_steps_can_be_recorded(trainer, monkeypatch):
+    found = {"auto": Measured(0.02, 1.5, None), "off": Measured(0.2, 1.6, "step_graph='off'")}
+    monkeypatch.setattr(time_estimate, "measure", lambda trainer, effort, graph: found[graph])
+    trainer = trainer(max_steps=90_000, eval_strategy="steps", eval_steps=30_000)
+    text = estimate_time(trainer).text()
     assert "with the step graph: 30.1 min (20 ms per step)" in text  # 90,000 * 0.02 + 3 * 1.5 s
     assert "without the step graph: 5.0 h (200 ms per step)" in text and "3 evaluations of 1.5 s" in text
 
-
-def test_without_a_graph_the_text_says_what_it_needs():
-    text = TimeEstimate(10, 0, {time_estimate.WITHOUT: 0.5}, 0.0, "a CPU", 2).text()
-    assert "without the step graph: 5.0 s (500 ms per step)" in text and "the step graph needs a CUDA GPU" in text
+    found["auto"] = Measured(0.2, 1.5, "it needs a CUDA GPU")  # steps fell back: no number is called what it is not
+    estimate = estimate_time(trainer)
+    assert estimate.step_seconds == {"without the step graph": 0.2}
+    assert "with the step graph: not possible, since it needs a CUDA GPU" in estimate.text()
 
 
 def test_the_clock_leaves_warm_up_and_the_slow_block_out(monkeypatch):

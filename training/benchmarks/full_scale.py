@@ -124,14 +124,14 @@ class Run:
     def plan(self, name: str, stage: Stage) -> dict[str, Any]:
         """How many steps fit into the stage's share of the minutes, by a measured step and evaluation."""
         effort = CPU_EFFORT if self.device == "cpu" else ACCELERATOR_EFFORT
-        graph = self.graph_argument().get("step_graph")
-        step, evaluation = measure(self.trainer(name, stage, steps=1000), effort, graph)
+        step, evaluation, no_graph = measure(self.trainer(name, stage, steps=1000), effort, "auto")
         seconds = 60 * self.args.minutes * stage.share - START_UP - self.scale.reviews * evaluation
         most = math.ceil(stage.max_epochs * self.whole / self.scale.batch)
         steps = min(most, int(seconds / step), self.scale.most_steps or most)
         steps = max(steps, self.scale.reviews)
         epochs = round(steps * self.scale.batch / len(self.data.train), 2)
-        return {"steps": steps, "epochs": epochs, "step_ms": 1e3 * step, "evaluation_s": evaluation}
+        told = {"steps": steps, "epochs": epochs, "step_ms": 1e3 * step, "evaluation_s": evaluation}
+        return {**told, "no_step_graph": no_graph}
 
     def graph_argument(self) -> dict[str, str]:
         """The argument for the step graph, in versions that have it."""

@@ -27,7 +27,7 @@ from hf_dualmoe.attack_primitives import ce_objective, frozen, logits_of, value_
 from hf_dualmoe.autoattack import autoattack
 from hf_dualmoe.batchnorm_folding import folded
 from hf_dualmoe.data import DataSplits, ImageTensorDataset
-from hf_dualmoe.time_estimate import Effort, StepClock, synchronize
+from hf_dualmoe.time_estimate import Effort, StepClock, synchronize, why_eager
 from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
 from hf_dualmoe.worst_case import worst_case
@@ -146,8 +146,6 @@ def create_trainer(
     }
     if "step_graph" in {f.name for f in dataclasses.fields(RobustTrainingArguments)}:
         settings["step_graph"] = "auto" if graph else "off"
-    elif graph and size.device == "cuda":
-        raise RuntimeError("this version has no step_graph")
     parser = training.RecipeParser(training.RECIPES, description="")
     options = chain.from_iterable((f"--{name}", str(value)) for name, value in settings.items())
     _, model_args, args, _ = parser.parse(["--recipe", recipe, *options])
@@ -156,6 +154,16 @@ def create_trainer(
     trainer = RobustTrainer(training.create_model(model_args, args, data), args, train_dataset=data.train)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def check_recorded(trainer: RobustTrainer, graph: bool, size: Size) -> None:
+    """Refuse to take eager steps for recorded ones; a rehearsal has no others.
+
+    Raises:
+        RuntimeError: Says why the steps were not recorded.
+    """
+    if graph and size.device == "cuda" and (reason := why_eager(trainer)):
+        raise RuntimeError(f"steps were launched one by one, since {reason}")
 
 
 @contextlib.contextmanager
@@ -230,6 +238,7 @@ def time_steps(case: Case, size: Size, graph: bool) -> dict[str, float]:
         if size.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
+        check_recorded(trainer, graph, size)
         found = {"ms": 1e3 * clock.seconds(), "batch": batch, **profile.found}
         if size.device == "cuda":
             peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -402,6 +411,7 @@ def trained(method: str, attack: str, size: Size, graph: bool, steps: int) -> di
         start, record = flat(trainer.model.parameters()), Record(steps)
         trainer.add_callback(record)
         trainer.train()
+        check_recorded(trainer, graph, size)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         moved = flat(trainer.model.parameters()) - start
     return {"loss": torch.tensor(losses, dtype=torch.float64), "gradient": record.gradient, "weights": moved}
