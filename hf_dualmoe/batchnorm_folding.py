@@ -67,7 +67,8 @@ def folded(model: object, images: Tensor) -> Iterator[None]:
         images: (B, ...) input for the trial.
     """
     model = _plain(model)
-    if model is None or model in _held or not images.is_floating_point():
+    still = model is not None and not any(module.training for module in model.modules())
+    if not still or model in _held or not images.is_floating_point():
         yield
         return
     found = _holdable(model, images)
@@ -151,7 +152,7 @@ def _try(model: nn.Module, images: Tensor) -> Holdable:
     """Find what may be held, on a copy that nobody else sees."""
     devices = list({p.device for p in model.parameters() if p.is_cuda})
     with torch.no_grad(), torch.random.fork_rng(devices=devices), _eagerly(model):
-        twin = _structural_copy(model)
+        twin = _structural_copy(model).eval()  # statistics are shared
         pairs, casts = _find(twin, images[:PROBE_IMAGES].detach().clone())
     named = dict(model.named_modules())
     return Holdable([(named[conv], named[norm]) for conv, norm in pairs], [named[name] for name in casts])

@@ -97,7 +97,7 @@ def why_eager(trainer: "RobustTrainer") -> str | None:
         f"optim={optimizer!r} works within the backward pass": "lomo" in optimizer or "layerwise" in optimizer,
         f"{' and '.join(overridden)} of the trainer is overridden": bool(overridden),
         "several processes or GPUs exchange gradients within the step": args.parallel_mode
-        != ParallelMode.NOT_DISTRIBUTED,
+        != ParallelMode.NOT_PARALLEL,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from operations import Operations, TapeRecorder
 from torch import nn
+from transformers.training_args import ParallelMode
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.attack_primitives import frozen
@@ -19,8 +20,8 @@ from hf_dualmoe.memory import largest_that_fits
 from hf_dualmoe.modeling_dualmoe import static_shapes, trusted_values
 from hf_dualmoe.nfgsm import NFGSM
 from hf_dualmoe.resumable import ResumableTrainer
-from hf_dualmoe.step_graph import StepGraph, WaitWatch
-from hf_dualmoe.trainer import RobustTrainer
+from hf_dualmoe.step_graph import StepGraph, WaitWatch, why_eager
+from hf_dualmoe.trainer import RobustTrainer, share_buffers
 from hf_dualmoe.training_args import RobustTrainingArguments
 
 TINY = {
@@ -380,22 +381,47 @@ def test_a_model_that_waits_is_named(train):
     assert "_local_scalar_dense" in trainer.step_graph.reason
 
 
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"on_nan_loss": "skip"}, "on_nan_loss"),
-        ({"gradient_checkpointing": True}, "checkpointing"),
-        ({"optim": "adalomo"}, "lomo"),
-    ],
-)
-def test_what_cannot_be_recorded_is_named(changes, word, train, monkeypatch):
-    from hf_dualmoe import step_graph
+REASONS = {
+    "on_nan_loss": {"on_nan_loss": "skip"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "lomo": {"optim": "adalomo"},
+    "float16": {"fp16": True},
+    "reduce-overhead": {"torch_compile": True, "torch_compile_mode": "reduce-overhead"},
+    "several processes": {"parallel_mode": ParallelMode.DISTRIBUTED},
+}
 
+
+def test_on_one_gpu_a_step_is_recorded_unless_a_setting_forbids_it(train, monkeypatch):
     trainer = train("at", max_steps=1)
-    for name, value in changes.items():
-        setattr(trainer.args, name, value)
     monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
-    assert word in step_graph.why_eager(trainer)
+    assert why_eager(trainer) is None
+    for word, changes in REASONS.items():
+        with monkeypatch.context() as patch:
+            for name, value in changes.items():
+                where = type(trainer.args) if name == "parallel_mode" else trainer.args
+                patch.setattr(where, name, value)
+            assert word in why_eager(trainer)
+
+    class Other(RobustTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    trainer.__class__ = Other
+    assert "compute_loss" in why_eager(trainer)
+
+
+def test_buffers_are_shared_in_one_broadcast_per_type(monkeypatch):
+    model, sent = build("jtdmoe"), []
+
+    def broadcast(tensor, src):
+        sent.append(tensor.dtype)
+        tensor.fill_(3)
+
+    for name, value in {"is_initialized": lambda: True, "get_world_size": lambda: 2, "broadcast": broadcast}.items():
+        monkeypatch.setattr(torch.distributed, name, value)
+    share_buffers(model)
+    assert sorted(sent, key=str) == [torch.float32, torch.int64]
+    assert all((buffer == 3).all() for buffer in model.buffers())
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

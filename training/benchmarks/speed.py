@@ -183,8 +183,8 @@ def plan_text(part: dict) -> str:
             f"Peak memory of a step in bytes = 12 * parameters + {3 * kept['per_image'] / 1e6:.1f}e6 * images: "
             "weights, gradients and momentum, and what three images in the loss per training image keep. "
             "So the largest batch of a device is (its bytes - 12 * parameters) over the second number. "
-            "A recorded step (--step_graph) keeps both parts, also between steps: what an evaluation or a last smaller "
-            "batch needs comes on top, and with gradient accumulation 4 * parameters for the sums. "
+            "A recorded step (--step_graph) keeps both parts, also between steps: what an evaluation or a last "
+            "smaller batch needs comes on top, and with gradient accumulation 4 * parameters for the sums. "
             f"Measured up to {settings['memory_gb']:g} GB:",
             markdown_table(["experts", "images", "predicted GB", "measured GB", "error"], peaks),
         ]
