@@ -15,7 +15,7 @@ import torch.distributed as dist
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import EvalPrediction
+from transformers import EvalPrediction, get_scheduler
 
 from .attack_primitives import frozen, logits_of
 from .certified_training import certified_loss, check_certifiable
@@ -69,7 +69,8 @@ class RobustTrainer(ResumableTrainer):
 
     Args:
         model: A `DualMoEForImageClassification` for method="jtdmoe", a `MoEForImageClassification` for "rt_er", one
-            of 1-Lipschitz backbones for "certified", any image classifier that takes [0, 1] images otherwise.
+            of 1-Lipschitz backbones for "certified"; otherwise any image classifier that takes [0, 1] images and
+            returns logits, or an output that has them.
         args: Objective, attack and the usual training arguments.
         kwargs: As in `transformers.Trainer`. Datasets give {"pixel_values", "labels"}; uint8 pixel values are divided
             by 255 on the device, and training batches are augmented there. A `data_collator` of one's own gets the
@@ -77,7 +78,9 @@ class RobustTrainer(ResumableTrainer):
             the same for every batch size and number of processes.
 
     Raises:
-        ValueError: The model does not fit the method.
+        TypeError: `args` are not RobustTrainingArguments.
+        ValueError: The model does not fit the method, or an option would fail later: a metric that is not measured,
+            settings that the optimizer does not take, fewer images than a batch with dataloader_drop_last.
         ImportError: method="certified" without deel-torchlip.
 
     `train` also raises FloatingPointError (a loss that is NaN or infinite, see `on_nan_loss`) and CheckpointError (a
@@ -85,6 +88,10 @@ class RobustTrainer(ResumableTrainer):
     """
 
     def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
+        if not isinstance(args, RobustTrainingArguments):
+            raise TypeError(
+                f"args must be RobustTrainingArguments, which have the method and its attack; got {args!r:.60}."
+            )
         check_model_fits_method(model, args.method)
         if args.method == "certified":
             check_certifiable(model, args.route_weight, args.gate_weight)
@@ -94,6 +101,10 @@ class RobustTrainer(ResumableTrainer):
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         super().__init__(model=model, args=args, **kwargs)
+        check_metric(args, self.compute_metrics, self.eval_dataset)
+        check_dropped_batches(args, self.train_dataset, self.eval_dataset)
+        if self.optimizer is None:
+            check_optimizer(args, model)
         self.model_accepts_loss_kwargs = (
             False  # our losses are batch means: let the Trainer divide by the accumulation
         )
@@ -203,8 +214,8 @@ class RobustTrainer(ResumableTrainer):
     def _record_clean(self, raw: nn.Module, images: Tensor, labels: Tensor, output: LossOutput) -> None:
         """SA, expert load and route-flip rate on this batch; once per log, since it costs a forward pass."""
         with frozen(raw), self.accelerator.autocast():
-            clean = raw(images)
-            self._add("train_sa", 100.0 * (clean.logits.argmax(dim=1) == labels))
+            clean = logits_of(raw, images)
+            self._add("train_sa", 100.0 * (clean.argmax(dim=1) == labels))
             robust = getattr(raw, "robust", raw)
             if not has_experts(robust):
                 return
@@ -341,6 +352,52 @@ def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.where(attacked.isfinite(), attacked, images)
 
     return finite_attack
+
+
+def check_metric(args: RobustTrainingArguments, compute_metrics: Callable, eval_dataset: Any) -> None:
+    """Raise a ValueError where metric_for_best_model is none of what the evaluations measure.
+
+    Args:
+        compute_metrics: What a user's own one measures is not known: no check.
+        eval_dataset: With a dictionary of datasets, metrics carry their names.
+    """
+    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
+    attacked = ("ra", "sa_ra_mean") if args.eval_attack_steps else ()
+    measured = ("loss",) if args.prediction_loss_only else ("loss", "sa", *attacked)
+    if isinstance(eval_dataset, Mapping):
+        measured = tuple(f"{name}_{what}" for name in eval_dataset for what in measured)
+        metric = metric if args.metric_for_best_model else measured[0]
+    if compute_metrics is robust_accuracy_metrics and metric not in measured:
+        only = "; prediction_loss_only=True measures the loss alone" if args.prediction_loss_only else ""
+        raise ValueError(f"metric_for_best_model={metric!r} must be one of {', '.join(measured)}{only}.")
+
+
+def check_dropped_batches(args: RobustTrainingArguments, *datasets: Dataset | None) -> None:
+    """Raise a ValueError where dataloader_drop_last would leave no batch of the training or evaluation images."""
+    sizes = (args.per_device_train_batch_size, args.per_device_eval_batch_size)
+    for name, size, data in zip(("train_dataset", "eval_dataset"), sizes, datasets, strict=True):
+        if args.dataloader_drop_last and isinstance(data, Dataset) and len(data) < size * args.world_size:
+            raise ValueError(
+                f"dataloader_drop_last=True drops all {len(data)} images of {name}: a batch of all processes has "
+                f"{size * args.world_size}."
+            )
+
+
+def check_optimizer(args: RobustTrainingArguments, model: nn.Module) -> None:
+    """Create optimizer and schedule for one number, to see whether their settings are good.
+
+    Raises:
+        ValueError: They are not, or a package is missing.
+    """
+    try:
+        create, settings = RobustTrainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer = create([nn.Parameter(torch.zeros(1))], **settings)
+        specific = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(1000), 1000, **specific)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        names = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
+        given = ", ".join(f"{name}={str(value)!r}" for name in names if (value := getattr(args, name)) is not None)
+        raise ValueError(f"{given}: no optimizer can be made with these settings: {error}") from error
 
 
 def leaves_experts_unused(model: nn.Module) -> bool:

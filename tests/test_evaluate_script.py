@@ -112,7 +112,10 @@ def test_controls_stand_on_the_card_if_they_were_measured_alike(evaluate, saved,
         (["--controls", str(other)], "must be NAME=FOLDER"),
         (["--controls", f"nowhere={tmp_path / 'nowhere'}"], "must be NAME=FOLDER"),
         (["--controls", f"other={other}", "--eps", "0.06"], "controls='other' was attacked with"),
-        (["--controls", f"other={other}", "--max_test_samples", "20"], "controls='other' was measured on other images"),
+        (
+            ["--controls", f"other={other}", "--max_test_samples", "20"],
+            "controls='other' was measured on other images",
+        ),
     ):
         assert evaluate(*command, *changed) == 2
         assert reason in capsys.readouterr().err

@@ -59,6 +59,12 @@ def test_both_scripts_read_the_shared_arguments(script):
     args = vars(module.create_parser().parse_args(["--model", "somewhere"]))
     shared = {"model": "somewhere", "revision": "main", "trust_remote_code": False, "dataset_name": "digits"}
     shared |= {"dataset_config_name": None, "image_column": None, "label_column": None, "test_split": None}
-    shared |= {"max_test_samples": None, "on_bad_image": "raise", "ignore_class_names": False, "batch_size": 256, "seed": 0}
+    shared |= {
+        "max_test_samples": None,
+        "on_bad_image": "raise",
+        "ignore_class_names": False,
+        "batch_size": 256,
+        "seed": 0,
+    }
     shared |= {"output_dir": None, "fresh": False, "disable_tqdm": False}
     assert shared.items() <= args.items()
