@@ -4,12 +4,16 @@ import argparse
 import copy
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
+import timm
 import yaml
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from .certified_training import LIPSCHITZ
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
@@ -17,6 +21,8 @@ from .data import DataSplits
 from .training_args import PixelValue, RobustTrainingArguments
 
 TRAINER_OUTPUT = "trainer_output"  # what transformers fills in where no output_dir is given
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -67,7 +73,7 @@ class ModelArguments:
     )
     width: str | None = field(
         default=None,
-        metadata={"help": "Multiplier of a ResNet's channels (0.25), or its 4 stage channels (16,32,64,128)."},
+        metadata={"help": "Multiplier of a ResNet's channels (0.25), its 4 stage channels (16,32,64,128), or none."},
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; default: that of the data."}
@@ -202,8 +208,35 @@ def same_share(value: Any, *, of: Any, at: str) -> Any:
     return PixelValue(new * min(1.0, part / whole)) if whole > 0 else value
 
 
+def fitting_shape(settings: dict[str, Any], backbone: str) -> dict[str, Any]:
+    """A recipe's settings without those of its own backbone that another one does not take."""
+    if settings.get("backbone") == backbone:
+        return settings
+    unfit = (
+        ["backbone_kwargs"] if timm.models.is_model_in_modules(backbone, ["resnet"]) else ["backbone_kwargs", "width"]
+    )
+    dropped = [f"{name}={settings[name]!r}" for name in unfit if settings.get(name) is not None]
+    if dropped:
+        logger.warning(
+            f"backbone={backbone!r}: {', '.join(dropped)} of the recipe, for another backbone, is left out."
+        )
+    return {name: value for name, value in settings.items() if name not in unfit}
+
+
+def or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The conversion of an argument, which also takes the word none: it unsets what a recipe gives."""
+
+    @wraps(convert)  # argparse names it in errors
+    def converted(text: str) -> Any:
+        return None if text.lower() == "none" else convert(text)
+
+    return converted
+
+
 class RecipeParser(HfArgumentParser):
     """Data, model and training arguments; a recipe (YAML) gives defaults that the command line overrides.
+
+    The word none unsets an argument that may be left out, such as `--width none`.
 
     Args:
         recipes: Folder of the recipes that can be called by name.
@@ -218,6 +251,9 @@ class RecipeParser(HfArgumentParser):
             description=description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
+        for action in self._actions:
+            if action.default is None and action.nargs is None and action.type is not None:
+                action.type = or_none(action.type)
         self.add_argument(
             "--recipe", help=f"Recipe to start from: a .yaml file, or one of {', '.join(self.named)}.", default=None
         )
@@ -251,7 +287,8 @@ class RecipeParser(HfArgumentParser):
     ) -> tuple[DataArguments, ModelArguments, RobustTrainingArguments, argparse.Namespace]:
         """Parse a command line.
 
-        A recipe's `standard_eps` keeps its share of eps when the command line changes eps alone.
+        A recipe's `standard_eps` keeps its share of eps when the command line changes eps alone. What it says of the
+        shape of its backbone is left out when the command line names one that does not take it.
 
         Raises:
             ValueError: The recipe does not exist or has an unknown key, or an argument is out of range.
@@ -260,11 +297,14 @@ class RecipeParser(HfArgumentParser):
         first.add_argument("--recipe")
         first.add_argument("--dataset_name", "--dataset-name")
         first.add_argument("--eps")
+        first.add_argument("--backbone")
         known, _ = first.parse_known_args(args)
         recipe = known.recipe or ("digits" if known.dataset_name in (None, "digits") else "own_images")
         settings = self.read_recipe(recipe)
         if known.eps is not None and {"eps", "standard_eps"} <= set(settings):
             settings["standard_eps"] = same_share(settings["standard_eps"], of=settings["eps"], at=known.eps)
+        if known.backbone is not None:
+            settings = fitting_shape(settings, known.backbone)
         self.set_defaults(recipe=recipe, **settings)
         data_args, model_args, training_args, run = self.parse_args_into_dataclasses(args, look_for_args_file=False)
         if training_args.output_dir == TRAINER_OUTPUT:

@@ -62,8 +62,9 @@ class ResumableTrainer(Trainer):
             raise ValueError("on_nan_loss='skip' does not work with DeepSpeed, which keeps the gradients to itself.")
         if args.ema_decay > 0 and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
-                f"ema_decay={args.ema_decay!r} does not work with weights that are spread over processes (FSDP, DeepSpeed "
-                "ZeRO-3): give --ema_decay 0, or start with a configuration that keeps them whole, such as multi_gpu.yaml."
+                f"ema_decay={args.ema_decay!r} does not work with weights that are spread over processes (FSDP, "
+                "DeepSpeed ZeRO-3): give --ema_decay 0, or start with a configuration that keeps them whole, such as "
+                "multi_gpu.yaml."
             )
         self._sums: dict[str, Tensor] = {}  # (sum, count) of what the next log tells
         self._resumed: dict[str, Any] = {}  # progress of the checkpoint that was loaded, until training begins

@@ -108,7 +108,7 @@ def load_model(args: Namespace, *, dtype: torch.dtype | str = torch.float32) -> 
 def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits:
     """The images, at the size and with the channels that the model takes; of train none are needed.
 
-    Labels are those of the model: where all class names of the data are names of the model's, they are matched by name.
+    Labels are those of the model: where it knows all class names of the data, they are matched by name.
 
     Args:
         args: What a `model_parser` with "test_split" read.

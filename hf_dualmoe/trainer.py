@@ -19,7 +19,7 @@ from accelerate.utils import TorchDynamoPlugin
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import EvalPrediction
+from transformers import EvalPrediction, get_scheduler
 from transformers.trainer_utils import EvalLoopOutput
 
 from .attack_primitives import check_batch, check_label_range, frozen, logits_of
@@ -79,7 +79,8 @@ class RobustTrainer(ResumableTrainer):
 
     Args:
         model: A `DualMoEForImageClassification` for method="jtdmoe", a `MoEForImageClassification` for "rt_er", one
-            of 1-Lipschitz backbones for "certified", any image classifier that takes [0, 1] images otherwise.
+            of 1-Lipschitz backbones for "certified"; otherwise any image classifier that takes [0, 1] images and
+            returns logits, or an output that has them.
         args: Objective, attack and the usual training arguments.
         kwargs: As in `transformers.Trainer`. Datasets give {"pixel_values", "labels"}; uint8 pixel values are divided
             by 255 on the device, and training batches are augmented there. A `data_collator` of one's own gets the
@@ -87,7 +88,9 @@ class RobustTrainer(ResumableTrainer):
             the same for every batch size and number of processes.
 
     Raises:
-        ValueError: The model does not fit the method.
+        TypeError: `args` are not RobustTrainingArguments.
+        ValueError: The model does not fit the method, or an option would fail later: a metric that is not measured,
+            settings that the optimizer does not take, fewer images than a batch with dataloader_drop_last.
         ImportError: method="certified" without deel-torchlip.
 
     `train` also raises FloatingPointError (a loss that is NaN or infinite, see `on_nan_loss`) and CheckpointError (a
@@ -95,10 +98,13 @@ class RobustTrainer(ResumableTrainer):
     """
 
     def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
+        if not isinstance(args, RobustTrainingArguments):
+            raise TypeError(
+                f"args must be RobustTrainingArguments, which have the method and its attack; got {args!r:.60}."
+            )
         check_model_fits_method(model, args.method)
         if args.method == "certified":
             check_certifiable(model, args.route_weight, args.gate_weight)
-        check_batches(args, **kwargs)
         kwargs = {"data_collator": collate, "compute_metrics": robust_accuracy_metrics, **kwargs}
         if args.ddp_find_unused_parameters is None and leaves_experts_unused(model):
             args.ddp_find_unused_parameters = True  # the parent's default is False with gradient checkpointing
@@ -107,6 +113,10 @@ class RobustTrainer(ResumableTrainer):
         if args.dataloader_pin_memory:  # else each copy of a batch waits until the device has done all before it
             args.accelerator_config.non_blocking = True
         super().__init__(model=model, args=args, **kwargs)
+        check_metric(args, self.compute_metrics, self.eval_dataset)
+        check_batches(args, self.train_dataset, self.eval_dataset)
+        if self.optimizer is None:
+            check_optimizer(args, model)
         self.model_accepts_loss_kwargs = (
             False  # our losses are batch means: let the Trainer divide by the accumulation
         )
@@ -512,6 +522,41 @@ def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return finite_attack
 
 
+def check_metric(args: RobustTrainingArguments, compute_metrics: Callable, eval_dataset: Any) -> None:
+    """Raise a ValueError where metric_for_best_model is none of what the evaluations measure.
+
+    Args:
+        compute_metrics: What a user's own one measures is not known: no check.
+        eval_dataset: With a dictionary of datasets, metrics carry their names.
+    """
+    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
+    attacked = ("ra", "sa_ra_mean") if args.eval_attack_steps else ()
+    measured = ("loss",) if args.prediction_loss_only else ("loss", "sa", *attacked)
+    if isinstance(eval_dataset, Mapping):
+        measured = tuple(f"{name}_{what}" for name in eval_dataset for what in measured)
+        metric = metric if args.metric_for_best_model else measured[0]
+    if compute_metrics is robust_accuracy_metrics and metric not in measured:
+        only = "; prediction_loss_only=True measures the loss alone" if args.prediction_loss_only else ""
+        raise ValueError(f"metric_for_best_model={metric!r} must be one of {', '.join(measured)}{only}.")
+
+
+def check_optimizer(args: RobustTrainingArguments, model: nn.Module) -> None:
+    """Create optimizer and schedule for one number, to see whether their settings are good.
+
+    Raises:
+        ValueError: They are not, or a package is missing.
+    """
+    try:
+        create, settings = RobustTrainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer = create([nn.Parameter(torch.zeros(1))], **settings)
+        specific = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(1000), 1000, **specific)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        names = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
+        given = ", ".join(f"{name}={str(value)!r}" for name in names if (value := getattr(args, name)) is not None)
+        raise ValueError(f"{given}: no optimizer can be made with these settings: {error}") from error
+
+
 def leaves_experts_unused(model: nn.Module) -> bool:
     """Whether some experts may see no image of a batch, and so get no gradient."""
     return any(has_experts(m) and m.config.router_top_k < m.config.num_experts for m in model.modules())
@@ -541,25 +586,26 @@ def check_model_fits_method(model: nn.Module, method: str) -> None:
         )
 
 
-def check_batches(args: RobustTrainingArguments, **datasets: Any) -> None:
+def check_batches(args: RobustTrainingArguments, train_dataset: Any = None, eval_dataset: Any = None) -> None:
     """Refuse `dataloader_drop_last` where it drops everything: no step would be made, and nothing said.
 
     Args:
         args: Batch sizes and number of processes.
-        **datasets: `train_dataset` and `eval_dataset`, of which those without a length are not checked.
+        train_dataset, eval_dataset: Those without a length are not checked.
 
     Raises:
         ValueError: A dataset has fewer images than one batch of all processes.
     """
     processes = 1 if args.accelerator_config.split_batches else args.world_size
-    for role, batch_size in (("train", args.train_batch_size), ("eval", args.eval_batch_size)):
-        images, needed = datasets.get(f"{role}_dataset"), batch_size * processes
+    sets = (("train", train_dataset, args.train_batch_size), ("eval", eval_dataset, args.eval_batch_size))
+    for role, images, batch_size in sets:
         if not args.dataloader_drop_last or not isinstance(images, Sized) or isinstance(images, Mapping):
             continue
-        if len(images) < needed:
+        if len(images) < batch_size * processes:
             raise ValueError(
-                f"dataloader_drop_last drops all {len(images)} images of {role}_dataset: a batch takes {needed}, "
-                f"per_device_{role}_batch_size times devices; lower it, or leave dataloader_drop_last out."
+                f"dataloader_drop_last=True drops all {len(images)} images of {role}_dataset: a batch takes "
+                f"{batch_size * processes}, per_device_{role}_batch_size times devices; lower it, or leave "
+                "dataloader_drop_last out."
             )
 
 

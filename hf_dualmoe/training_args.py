@@ -21,6 +21,18 @@ COUNTS = ("attack_steps", "eval_attack_steps", "crop_padding", "max_skipped_step
 WEIGHTS = ("beta", "trades_lambda", "margin_weight", "route_weight", "gate_weight")
 SHARES = ("train_alpha", "ema_decay", "eps_warmup_ratio")
 
+# What transformers takes here and fails on in the first step, or after an epoch's work, or not at all
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
+POSITIVE = ("adam_epsilon", "logging_steps", "save_steps")
+BELOW_ONE = ("label_smoothing_factor", "adam_beta1", "adam_beta2")
+FIXED = {
+    "remove_unused_columns": (False, "images are made in the collator"),
+    "eval_do_concat_batches": (True, "SA and RA are those of all batches together"),
+    "batch_eval_metrics": (False, "SA and RA are those of all batches together"),
+    "neftune_noise_alpha": (None, "images have no embeddings to add noise to"),
+}
+
 
 class PixelValue(float):
     """A length in [0, 1] pixel units that may be written as a fraction: `PixelValue("8/255")`."""
@@ -119,9 +131,7 @@ class RobustTrainingArguments(TrainingArguments):
     )
     eps_warmup_ratio: float = field(
         default=0.0,
-        metadata={
-            "help": "Share of the training steps over which eps and standard_eps grow linearly from 0, in [0, 1]."
-        },
+        metadata={"help": "Share of training over which eps and standard_eps grow from 0, linearly, in [0, 1]."},
     )
     eval_attack_steps: int = field(
         default=20, metadata={"help": "PGD steps of the evaluation during training; 0 evaluates clean accuracy only."}
@@ -151,9 +161,8 @@ class RobustTrainingArguments(TrainingArguments):
     ema_decay: float = field(
         default=0.0,
         metadata={
-            "help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It warms up with the step, as "
-            "1 - step^(-2/3). The average is evaluated and saved; at the end, the trained weights instead where they are "
-            "over 1 point better on the validation images."
+            "help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It warms up as 1 - step^(-2/3). "
+            "Saved is it, or the trained weights where over 1 point better in validation."
         },
     )
 
@@ -230,8 +239,30 @@ class RobustTrainingArguments(TrainingArguments):
             self._check("standard_learning_rate", self.method == "jtdmoe", "left out where method is not jtdmoe")
         step_size = self.attack_step_size
         self._check("attack_step_size", step_size is None or step_size > 0, "> 0, in the unit of eps")
+        self._check_parent()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # lets bf16 recipes run on a CPU too
         super().__post_init__()
+
+    def _check_parent(self) -> None:
+        """Refuse values of the parent's arguments on which a run would fail late, or train nothing."""
+        for name in AT_LEAST_ONE:
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in NOT_NEGATIVE:
+            self._check(name, 0 <= (getattr(self, name) or 0) < math.inf, ">= 0 and finite")
+        for name in POSITIVE:
+            self._check(name, 0 < getattr(self, name) < math.inf, "> 0 and finite")
+        for name in BELOW_ONE:
+            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name, (value, reason) in FIXED.items():
+            self._check(name, getattr(self, name) == value, f"{value}: {reason}")
+        self._check("max_steps", self.max_steps >= 1 or self.max_steps == -1, "at least 1, or -1 (as epochs say)")
+        has_length = self.max_steps >= 1 or 0 < self.num_train_epochs < math.inf
+        self._check("num_train_epochs", has_length, "> 0 and finite")
+        every = self.eval_accumulation_steps
+        self._check("eval_accumulation_steps", every is None or every >= 1, "at least 1, or left out")
+        has_workers = self.dataloader_num_workers > 0
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+            self._check(name, has_workers or not getattr(self, name), "left out with dataloader_num_workers=0")
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:

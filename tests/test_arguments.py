@@ -40,6 +40,33 @@ def test_command_line_overrides_recipe(parser):
     assert parser.parse(["--output_dir", "here"])[2].output_dir == "here"
 
 
+def test_values_of_a_recipe_can_be_unset(parser):
+    _, model, training, _ = parser.parse(["--width", "none", "--alpha", "None", "--optim_args", "none"])
+    assert (model.width, model.alpha, training.optim_args) == (None, None, None)
+    single = parser.parse(
+        ["--recipe", "cifar10_resnet18_single", "--optim_args", "none", "--max_train_samples", "none"]
+    )
+    assert (single[2].optim_args, single[0].max_train_samples) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "backbone", "width", "kwargs"),
+    [
+        ("digits", "convnext_atto", None, None),
+        ("own_images", "vit_tiny_patch16_224", None, None),
+        ("digits", "resnet34", "16,32,60,32", None),
+        ("digits", "resnet18", "16,32,60,32", None),
+        ("tinyimagenet_vit_small_64px", "vit_tiny_patch16_224", None, None),
+        ("tinyimagenet_vit_small_64px", "vit_small_patch16_224", None, '{"patch_size": 8}'),
+    ],
+)
+def test_another_backbone_does_not_get_the_shape_of_the_recipes(recipe, backbone, width, kwargs, parser):
+    model = parser.parse(["--recipe", recipe, "--backbone", backbone])[1]
+    assert (model.backbone, model.width, model.backbone_kwargs) == (backbone, width, kwargs)
+    given = parser.parse(["--recipe", recipe, "--backbone", backbone, "--width", "0.5"])[1]
+    assert given.width == "0.5"  # for the model to judge
+
+
 @pytest.mark.parametrize("eps", ["0.03", "1/255", "0", "0.3"])
 @pytest.mark.parametrize("recipe", ["digits", "own_images"])
 def test_attacks_on_the_standard_model_keep_their_share_of_eps(parser, recipe, eps):

@@ -35,6 +35,7 @@ def create(output_dir, **changes):
         "save_steps": 2,
         "logging_steps": 4,  # no multiple of save_steps: checkpoints come in the middle of a log
         "ema_decay": 0.5,
+        "eval_attack_steps": 0,
         "crop_padding": 1,
         "use_cpu": True,
         "report_to": "none",
@@ -147,7 +148,17 @@ def test_logs_have_no_gap_where_a_checkpoint_lies_between_two(finished, tmp_path
             assert without_time(whole["log_history"]) == without_time(again["log_history"])
         else:
             assert whole["last_logged"] == 4 and whole["sums"]["loss_ce"][1] == 2
+            assert whole.pop("seconds") > 0 and again.pop("seconds") > 0
             assert whole == again
+
+
+def test_training_time_is_that_of_all_starts(run_dir):
+    """A finished run that was started again told of 0.006 s."""
+    earlier = json.loads((run_dir / "checkpoint-6" / "progress.json").read_text())["seconds"]
+    again = create(run_dir)
+    again.train(resume_from_checkpoint=str(run_dir / "checkpoint-6"))
+    once = again.train_seconds
+    assert earlier < once == again.train_seconds < earlier + 60
 
 
 @pytest.mark.parametrize("max_steps", [5, 6], ids=["within an epoch", "at its end"])
@@ -268,16 +279,36 @@ def script():
     return module
 
 
-def test_run_goes_on_from_the_last_whole_checkpoint_of_the_same_run(script, run_dir):
+def test_run_goes_on_from_the_last_whole_checkpoint(script, run_dir):
     with pytest.raises(ValueError, match="holds checkpoints but no settings.json"):
-        script.find_checkpoint(run_dir, "settings", fresh=False)
-    (run_dir / "settings.json").write_text("settings")
-    assert script.find_checkpoint(run_dir, "settings", fresh=False) == str(run_dir / "checkpoint-6")
+        script.find_checkpoint(run_dir, {})
+    recorded = {"data": {}, "model": {}, "training": {}}
+    assert script.find_checkpoint(run_dir, recorded) == str(run_dir / "checkpoint-6")
     cut(run_dir / "checkpoint-6" / "scheduler.pt")
-    assert script.find_checkpoint(run_dir, "settings", fresh=False) == str(run_dir / "checkpoint-4")
-    assert script.find_checkpoint(run_dir, "settings", fresh=True) is None
-    with pytest.raises(ValueError, match="a run with other settings"):
-        script.find_checkpoint(run_dir, "others", fresh=False)
+    assert script.find_checkpoint(run_dir, recorded) == str(run_dir / "checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "refused"),
+    [
+        ({"num_train_epochs": 2, "max_steps": -1}, {"num_train_epochs": 3, "max_steps": -1}, None),
+        ({"num_train_epochs": 3, "max_steps": 4}, {"num_train_epochs": 3, "max_steps": 9}, None),
+        ({"num_train_epochs": 3}, {"num_train_epochs": 2}, "num_train_epochs: 3 there, 2 here"),
+        ({"max_steps": -1}, {"max_steps": 9}, "max_steps: -1 there, 9 here"),
+        ({"num_train_epochs": 2, "beta": 1.0}, {"num_train_epochs": 3, "beta": 2.0}, "beta: 1.0 there, 2.0 here"),
+        ({"num_train_epochs": 2}, {"num_train_epochs": 2, "beta": 2.0}, "beta: None there, 2.0 here"),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_the_same_settings_or_for_longer(script, tmp_path, there, here, refused):
+    there, here = ({"data": {}, "model": {}, "training": settings} for settings in (there, here))
+    (tmp_path / "settings.json").write_text(json.dumps(there))
+    if refused is None:
+        assert script.recorded_settings(tmp_path, here, fresh=False) == there
+    else:
+        with pytest.raises(ValueError, match=f"a run with other settings .*{refused}"):
+            script.recorded_settings(tmp_path, here, fresh=False)
+    assert script.recorded_settings(tmp_path, here, fresh=True) == {}
 
 
 def test_fresh_leaves_no_checkpoint_to_go_on_from(script, run_dir, monkeypatch):

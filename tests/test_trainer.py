@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainingArguments
 
-from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification, resumable
 from hf_dualmoe.attack_primitives import frozen
 from hf_dualmoe.data import ImageTensorDataset
 from hf_dualmoe.trainer import RobustTrainer, check_batches, robust_accuracy_metrics
@@ -235,7 +235,7 @@ def test_resumed_run_equals_unbroken_run_bitwise(ema_decay, stripes, arguments):
 
 
 def test_ema_is_what_is_evaluated_selected_and_kept(stripes, arguments, monkeypatch):
-    monkeypatch.setattr("hf_dualmoe.resumable.MAX_EMA_LOSS", 100.0)  # which is better after six steps is chance
+    monkeypatch.setattr(resumable, "MAX_EMA_LOSS", 100)  # after six steps it may well be behind
     selection = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "sa_ra_mean"}
     args = arguments("at", ema_decay=0.5, save_strategy="epoch", **selection)
     trainer = RobustTrainer(build("at"), args, train_dataset=stripes, eval_dataset=stripes)
@@ -366,6 +366,25 @@ def test_a_model_that_does_not_fit_is_refused(method, model, message, arguments)
         ({"margin_weight": math.nan}, "margin_weight=nan must be >= 0"),
         ({"method": "jtdmoe", "standard_learning_rate": -1e-3}, "standard_learning_rate=-0.001 must be >= 0"),
         ({"method": "at", "standard_learning_rate": 1e-3}, "standard_learning_rate=0.001 must be left out where"),
+        ({"label_smoothing_factor": 1.5}, r"label_smoothing_factor=1.5 must be in \[0, 1\)"),
+        ({"adam_beta1": -0.1}, r"adam_beta1=-0.1 must be in \[0, 1\)"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon=0.0 must be > 0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be >= 0"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be >= 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm=nan must be >= 0"),
+        ({"warmup_steps": math.nan}, "warmup_steps=nan must be >= 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
+        ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1 must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
+        ({"max_steps": 0}, "max_steps=0 must be at least 1, or -1"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0 must be > 0"),
+        ({"save_steps": -1}, "save_steps=-1 must be > 0"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True must be False: images are made in the collator"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False must be True"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics=True must be False"),
+        ({"eval_accumulation_steps": 0}, "eval_accumulation_steps=0 must be at least 1"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 must be None: images have no embeddings"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers=True must be left out with"),
         ({"eval_attack_steps": 0, "metric_for_best_model": "eval_ra"}, "metric_for_best_model='ra' needs; give steps"),
     ],
     ids=str,
@@ -373,6 +392,55 @@ def test_a_model_that_does_not_fit_is_refused(method, model, message, arguments)
 def test_settings_out_of_range_are_named(settings, message, arguments):
     with pytest.raises(ValueError, match=message):
         arguments(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"metric_for_best_model": "accuracy"},
+            "metric_for_best_model='accuracy' must be one of loss, sa, ra, sa_ra_mean",
+        ),
+        (
+            {"metric_for_best_model": "sa", "prediction_loss_only": True},
+            "must be one of loss; prediction_loss_only=True",
+        ),
+        ({"optim_args": "foo"}, "optim_args='foo'.*no optimizer can be made with these settings"),
+        ({"optim": "adamw_bnb_8bit"}, "optim='.*no optimizer can be made"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_kwargs=.*no optimizer can be made"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 61}, "drops all 60 images of train_dataset"),
+        ({"dataloader_drop_last": True, "per_device_eval_batch_size": 61}, "drops all 60 images of eval_dataset"),
+    ],
+    ids=str,
+)
+def test_options_that_would_fail_after_an_epoch_are_refused_before_training(settings, message, stripes, arguments):
+    with pytest.raises(ValueError, match=message):
+        RobustTrainer(build("at"), arguments("at", **settings), train_dataset=stripes, eval_dataset=stripes)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"metric_for_best_model": "loss"}, {"metric_for_best_model": "eval_sa"}, {}], ids=str
+)
+def test_metrics_that_are_measured_are_accepted(settings, stripes, arguments):
+    RobustTrainer(build("at"), arguments("at", **settings), eval_dataset=stripes)
+    with_name = {name: f"mine_{value.removeprefix('eval_')}" for name, value in settings.items()}
+    RobustTrainer(build("at"), arguments("at", **with_name), eval_dataset={"mine": stripes})
+    own = {"metric_for_best_model": "accuracy"}
+    RobustTrainer(build("at"), arguments("at", **own), eval_dataset=stripes, compute_metrics=lambda _: {"accuracy": 1})
+
+
+@pytest.mark.parametrize("method", ["standard", "at", "trades"])
+def test_a_plain_module_is_trained_and_evaluated(method, stripes, arguments):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 3))
+    args = arguments(method, max_steps=2, save_strategy="steps", save_steps=2, ema_decay=0.5)
+    trainer = RobustTrainer(model, args, train_dataset=stripes, eval_dataset=stripes)
+    trainer.train()
+    assert logged(trainer, "train_sa") and "eval_ra" in trainer.evaluate()
+
+
+def test_plain_arguments_are_refused(stripes, tmp_path):
+    with pytest.raises(TypeError, match="args must be RobustTrainingArguments, .* got TrainingArguments"):
+        RobustTrainer(build("at"), TrainingArguments(output_dir=str(tmp_path)), train_dataset=stripes)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -430,4 +498,4 @@ def test_dropping_counts_the_batches_of_all_processes(stripes, arguments, monkey
     with pytest.raises(ValueError, match="a batch takes 80"):
         check_batches(args, train_dataset=stripes)
     args.accelerator_config.split_batches = True  # then a batch is that of all processes together
-    check_batches(args, train_dataset=stripes, eval_dataset={"a": stripes}, model=None)
+    check_batches(args, train_dataset=stripes, eval_dataset={"a": stripes})

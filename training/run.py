@@ -57,29 +57,28 @@ def main() -> None:
     parser = RecipeParser(RECIPES, description=__doc__.splitlines()[0])
     try:
         data_args, model_args, args, run = parser.parse(sys.argv[1:])
-        output_dir = Path(args.output_dir)
-        checkpoint = find_checkpoint(output_dir, settings_of(data_args, model_args, args), run.fresh)
+        output_dir, settings = Path(args.output_dir), settings_of(data_args, model_args, args)
+        recorded = recorded_settings(output_dir, settings, run.fresh)
+        checkpoint = None if run.fresh else find_checkpoint(output_dir, recorded)
         set_seed(args.seed)
         data = load_data(data_args, model_args, args.seed)
+        settings["data_digest"] = data.digest()
+        check_same_data(output_dir, recorded, settings)
         check_dial_request(args.method, run)
         check_mixing(args.method, model_args)
         model = create_model(model_args, args, data)
         if run.report != "none":
-            check_evaluation(model.eval(), (data.test, None), eps=args.eps, norm=args.norm, level=run.report)
+            datasets = (data.test, data.validation)
+            check_evaluation(model.eval(), datasets, eps=args.eps, norm=args.norm, level=run.report)
         trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
         if run.estimate_time:
             tell_time(trainer)
-    except (ValueError, FileNotFoundError, ImportError, CheckpointError) as error:
-        parser.error(str(error))
+        if run.estimate_time != "only" and trainer.is_world_process_zero():
+            begin(output_dir, recorded, settings, checkpoint, run.fresh and not args.resume_from_checkpoint)
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
+        parser.error(" ".join(hide_tokens(str(error)).split()))
     if run.estimate_time == "only":
         return trainer.accelerator.end_training()
-
-    if trainer.is_world_process_zero():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if run.fresh and not args.resume_from_checkpoint:  # or a later start would go on from them
-            for folder in list_checkpoints(output_dir).values():
-                remove_checkpoint(folder)
-        write_text(output_dir / "settings.json", settings_of(data_args, model_args, args))
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
         save_and_report(trainer, data, data_args, model_args, args, run)
@@ -95,6 +94,33 @@ def tell_time(trainer: RobustTrainer) -> None:
     estimate = estimate_time(trainer)
     if trainer.is_world_process_zero():
         print(estimate.text(), flush=True)
+
+
+def begin(
+    output_dir: Path, recorded: dict[str, Any], settings: dict[str, Any], checkpoint: str | None, clear: bool
+) -> None:
+    """Record the settings in the output folder, and say so where a run is gone on with for longer.
+
+    Args:
+        recorded: Settings of the run that the folder holds, {} without one.
+        settings: Those of this start; it learns here at which lengths the run was started before.
+        checkpoint: Where this start goes on from, if anywhere.
+        clear: Whether to delete checkpoints, or a later start would go on from them.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for folder in list_checkpoints(output_dir).values() if clear else ():
+        remove_checkpoint(folder)
+    settings["shorter_before"] = recorded.get("shorter_before", [])
+    if lengths := differing_settings(recorded, settings) if recorded else {}:
+        settings["shorter_before"] += [{name: before for name, (before, _) in lengths.items()}]
+        changes = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in lengths.items())
+        print(
+            f"Going on for longer ({changes}) from {checkpoint or 'the start: there is no checkpoint'}. The schedule "
+            "of the learning rate, and of eps where it warms up, is computed anew for the whole new length: the rate "
+            "jumps to where that schedule is by now. So this is not the run that the new length would have been from "
+            "the start; --fresh trains that."
+        )
+    write_text(output_dir / "settings.json", json.dumps(settings, indent=2) + "\n")
 
 
 def save_and_report(
@@ -163,8 +189,10 @@ def check_mixing(method: str, model_args: ModelArguments) -> None:
         )
 
 
-def settings_of(data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments) -> str:
-    """What makes two runs the same, as JSON; where they write and how they report is left out."""
+def settings_of(
+    data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments
+) -> dict[str, dict[str, Any]]:
+    """What makes two runs the same, fit for JSON; where they write and how they report is left out."""
     ours = {name: getattr(args, name) for name in RobustTrainingArguments.__annotations__ if name not in FREE}
     shared = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "optim", "seed")
     shared += ("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "optim_args")
@@ -174,42 +202,82 @@ def settings_of(data_args: DataArguments, model_args: ModelArguments, args: Robu
         shared += ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps")
     training = ours | {name: getattr(args, name) for name in shared}
     settings = {"data": asdict(data_args), "model": asdict(model_args), "training": training}
-    return json.dumps(settings, indent=2, default=str) + "\n"
+    return json.loads(json.dumps(settings, default=str))
 
 
-def find_checkpoint(output_dir: Path, settings: str, fresh: bool) -> str | None:
-    """The newest whole checkpoint to go on from when the same run was started in `output_dir` before.
+def recorded_settings(output_dir: Path, settings: dict[str, Any], fresh: bool) -> dict[str, Any]:
+    """Settings of the run that `output_dir` holds, which may differ in being shorter; {} where there is none.
 
     Raises:
-        ValueError: The folder holds a run with other settings, or checkpoints of an unknown one, and `fresh` does not
-            say to start over.
+        ValueError: They differ in more, and `fresh` does not say to start over; the message names in what.
+    """
+    path = output_dir / "settings.json"
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not fresh else {}
+    differing = differing_settings(recorded, settings) if recorded else {}
+    if not all(is_longer(name, *values) for name, values in differing.items()):
+        shown = ", ".join(f"{name}: {before!r} there, {now!r} here" for name, (before, now) in differing.items())
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds a run with other settings ({shown}); choose another --output_dir, "
+            "or start over in it with --fresh."
+        )
+    return recorded
+
+
+def differing_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (there, here) of the arguments that differ."""
+    found = {}
+    for group in ("data", "model", "training"):
+        there, here = recorded.get(group, {}), settings[group]
+        found |= {n: (there.get(n), here.get(n)) for n in {**there, **here} if there.get(n) != here.get(n)}
+    return found
+
+
+def is_longer(name: str, before: Any, now: Any) -> bool:
+    """Whether an argument lets the same run go on for longer."""
+    return name in ("num_train_epochs", "max_steps") and 0 < before < now
+
+
+def check_same_data(output_dir: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise a ValueError where the run that the folder holds saw other images, labels or class names."""
+    if recorded and recorded.get("data_digest") != settings["data_digest"]:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds a run on other data: images, labels or names of classes have "
+            f"changed since (digest {recorded.get('data_digest')} there, {settings['data_digest']} here); choose "
+            "another --output_dir, or start over in it with --fresh."
+        )
+
+
+def find_checkpoint(output_dir: Path, recorded: dict[str, Any]) -> str | None:
+    """The newest whole checkpoint to go on from, where `output_dir` holds a run.
+
+    Raises:
+        ValueError: The folder holds checkpoints of an unknown run.
         CheckpointError: It holds checkpoints, none of which can be used.
     """
-    recorded = output_dir / "settings.json"
-    if fresh:
-        return None
-    if not recorded.is_file():
-        if list_checkpoints(output_dir):
-            raise ValueError(
-                f"output_dir={str(output_dir)!r} holds checkpoints but no settings.json that says of which run; "
-                "choose another --output_dir, or start over in it with --fresh."
-            )
-        return None
-    if recorded.read_text(encoding="utf-8") != settings:
+    if not recorded and list_checkpoints(output_dir):
         raise ValueError(
-            f"output_dir={str(output_dir)!r} holds a run with other settings; choose another --output_dir, or start "
-            "over in it with --fresh."
+            f"output_dir={str(output_dir)!r} holds checkpoints but no settings.json that says of which run; "
+            "choose another --output_dir, or start over in it with --fresh."
         )
     found = last_good_checkpoint(output_dir)
     return str(found) if found else None
 
 
 def load_data(data_args: DataArguments, model_args: ModelArguments, seed: int) -> DataSplits:
-    """Load and decode the images, at the size and with the channels that the model arguments ask for."""
+    """Load and decode the images, at the size and with the channels that the model arguments ask for.
+
+    Raises:
+        ValueError: They are not there, cannot be reached or cannot be used; the message begins with `dataset_name`.
+    """
+    from datasets.exceptions import DatasetsError  # takes a second to import
+
     options = asdict(data_args)
     name, config_name = options.pop("dataset_name"), options.pop("dataset_config_name")
     shape = {"image_size": model_args.image_size, "num_channels": model_args.num_channels}
-    return load_splits(name, config_name=config_name, **shape, **options, seed=seed)
+    try:
+        return load_splits(name, config_name=config_name, **shape, **options, seed=seed)
+    except (DatasetsError, OSError) as error:
+        raise ValueError(f"dataset_name={name!r} cannot be loaded: {error}") from error
 
 
 def create_model(
@@ -268,7 +336,15 @@ def write_report(
     """Measure on the test images and write results.json as the numbers come."""
     path = folder / "results.json"
     report = evaluate_robustness(
-        model, data.test, eps=args.eps, norm=args.norm, seed=args.seed, dataset_name=data.name, path=path, level=level
+        model,
+        data.test,
+        eps=args.eps,
+        norm=args.norm,
+        seed=args.seed,
+        held_out=None if alpha_choice else data.validation,  # to choose on, not yet done
+        dataset_name=data.name,
+        path=path,
+        level=level,
     )
     report.seeds["training"] = args.seed
     report.alpha_choice = alpha_choice or report.alpha_choice
@@ -283,10 +359,20 @@ def write_report(
         **{name: getattr(args, name) for name in used},
         **{name: getattr(args, name) for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay")},
         **sources,
-        "train_runtime_s": next((e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e), None),
+        **kept_weights(trainer),
+        "train_runtime_s": round(trainer.train_seconds, 4),
     }
     report.save(path)
     return report
+
+
+def kept_weights(trainer: RobustTrainer) -> dict[str, Any]:
+    """Which weights were saved, where there are two; and at which lengths the run was started before, if at others."""
+    found = {}
+    if trainer.ema is not None:
+        found["saved_weights"] = "moving average" if trainer.keeps_average else "trained (the average was worse)"
+    before = json.loads(Path(trainer.args.output_dir, "settings.json").read_text())["shorter_before"]
+    return found | ({"lengthened_from": before} if before else {})
 
 
 def origins(data_args: DataArguments, model_args: ModelArguments) -> dict[str, str]:
