@@ -488,7 +488,7 @@ def test_dropping_every_batch_is_refused(stripes, arguments, sizes, message):
     if message is None:
         create(dataloader_drop_last=True)
     else:
-        with pytest.raises(ValueError, match=f"dataloader_drop_last drops {message}"):
+        with pytest.raises(ValueError, match=f"dataloader_drop_last=True drops {message}"):
             create(dataloader_drop_last=True)
 
 
