@@ -73,7 +73,7 @@ class ModelArguments:
     )
     width: str | None = field(
         default=None,
-        metadata={"help": "Multiplier of a ResNet's channels (0.25), its 4 stage channels (16,32,64,128), or none."},
+        metadata={"help": "Multiplier of a ResNet's channels (0.25), or its 4 stage channels (16,32,64,128)."},
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; default: that of the data."}

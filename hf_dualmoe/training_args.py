@@ -131,7 +131,7 @@ class RobustTrainingArguments(TrainingArguments):
     )
     eps_warmup_ratio: float = field(
         default=0.0,
-        metadata={"help": "Share of training over which eps and standard_eps grow from 0, linearly, in [0, 1]."},
+        metadata={"help": "Share of training over which eps and standard_eps grow from 0, in [0, 1]."},
     )
     eval_attack_steps: int = field(
         default=20, metadata={"help": "PGD steps of the evaluation during training; 0 evaluates clean accuracy only."}
@@ -161,8 +161,8 @@ class RobustTrainingArguments(TrainingArguments):
     ema_decay: float = field(
         default=0.0,
         metadata={
-            "help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It warms up as 1 - step^(-2/3). "
-            "Saved is it, or the trained weights where over 1 point better in validation."
+            "help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It warms up: 1 - step^(-2/3). "
+            "Saved unless the trained weights are over 1 point better."
         },
     )
 

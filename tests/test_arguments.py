@@ -43,10 +43,6 @@ def test_command_line_overrides_recipe(parser):
 def test_values_of_a_recipe_can_be_unset(parser):
     _, model, training, _ = parser.parse(["--width", "none", "--alpha", "None", "--optim_args", "none"])
     assert (model.width, model.alpha, training.optim_args) == (None, None, None)
-    single = parser.parse(
-        ["--recipe", "cifar10_resnet18_single", "--optim_args", "none", "--max_train_samples", "none"]
-    )
-    assert (single[2].optim_args, single[0].max_train_samples) == (None, None)
 
 
 @pytest.mark.parametrize(

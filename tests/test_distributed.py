@@ -1,5 +1,6 @@
 """Two CPU processes do what one does at the same global batch."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,8 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_dualmoe import MoEConfig, MoEForImageClassification
+from hf_dualmoe.attack_primitives import logits_of
+from hf_dualmoe.data import ImageTensorDataset
 from hf_dualmoe.evaluation import RobustnessReport
 from hf_dualmoe.measuring import Processes
+from hf_dualmoe.trainer import RobustTrainer
+from hf_dualmoe.training_args import RobustTrainingArguments
 
 TRAINING = Path(__file__).parents[1] / "training"
 # GroupNorm: BatchNorm statistics are those of each process's own images
@@ -55,6 +61,38 @@ def wait_long(rank, folder):
 def test_a_long_measurement_of_the_main_process_does_not_time_out(tmp_path):
     torch.multiprocessing.spawn(wait_long, (str(tmp_path),), nprocs=2)
     assert len([*tmp_path.glob("[01]-[01]")]) == 4
+
+
+def train_hard_routing(rank, folder):
+    """What a process of the next test does: four experts, two images, so that some experts see none."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(29_000 + os.getppid() % 20_000)}
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images = torch.randint(0, 255, (26, 1, 10, 10), dtype=torch.uint8)
+    data = ImageTensorDataset(images, torch.arange(26) % 3, ["a", "b", "c"])
+    sizes = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1, "num_experts": 4}
+    model = MoEForImageClassification(MoEConfig(**sizes, router_top_k=1))
+    settings = {"method": "at", "eps": 0.3, "attack_steps": 1, "eval_attack_steps": 1, "max_steps": 3, "use_cpu": True}
+    settings |= {"per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    args = RobustTrainingArguments(output_dir=folder, gradient_checkpointing=True, **settings)
+    trainer = RobustTrainer(model, args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    attacked = torch.tensor(trainer.predict(data).predictions[1])
+    if rank == 0:
+        alone = RobustTrainer(copy.deepcopy(model), args, eval_dataset=data)
+        ids = torch.arange(26)
+        raw, floats = alone.model.eval(), images / 255
+        expected = logits_of(raw, args.evaluation_attack()(raw, floats, data.labels, ids=ids))
+        assert torch.allclose(attacked, expected, atol=1e-4)
+        Path(folder, f"{trainer.state.global_step}-steps").touch()
+
+
+@pytest.mark.slow
+def test_hard_routing_is_trained_with_recomputed_activations_and_measured_alike(tmp_path):
+    """DDP with gradient checkpointing did not look for experts without images; RA depended on the processes."""
+    torch.multiprocessing.spawn(train_hard_routing, (str(tmp_path),), nprocs=2)
+    assert (tmp_path / "3-steps").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.evaluation import RobustnessReport
@@ -37,7 +38,7 @@ def run(run_module, monkeypatch):
 
 
 def test_run_trains_reports_and_saves(run, tmp_path, capsys):
-    run(*QUICK, "--output_dir", tmp_path)
+    run(*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9)
     folder = tmp_path / "model"
     files = {path.name for path in folder.iterdir()}
     assert files >= {
@@ -54,6 +55,8 @@ def test_run_trains_reports_and_saves(run, tmp_path, capsys):
         "class_names": [str(i) for i in range(10)],
     }
     assert report.training["method"] == "jtdmoe" and report.training["num_images"] == 64
+    assert report.alpha_choice["chosen_on"] == "20 held-out images"
+    assert report.training["saved_weights"] in ("moving average", "trained (the average was worse)")
     assert report.environment["packages"]["torch"]
     assert report.table() in capsys.readouterr().out
 
@@ -63,14 +66,17 @@ def test_run_trains_reports_and_saves(run, tmp_path, capsys):
         assert model(torch.rand(3, 1, 8, 8)).logits.shape == (3, 10)
 
     # the same command again goes on from the last checkpoint: nothing is left to train, the model stays the same
-    run(*QUICK, "--output_dir", tmp_path)
+    run(*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9)
     again = AutoModelForImageClassification.from_pretrained(folder)
     assert all(torch.equal(v, again.state_dict()[name]) for name, v in model.state_dict().items())
 
+    again = RobustnessReport.load(folder / "results.json").training
+    assert again["train_runtime_s"] > 0.5 * report.training["train_runtime_s"]  # not that of the last start alone
+
     for other in (["--beta", "2"], ["--warmup_steps", "3"], ["--max_grad_norm", "0.1"], ["--bf16", "true"]):
         with pytest.raises(SystemExit):  # other settings must not continue it
-            run(*QUICK, "--output_dir", tmp_path, *other)
-        assert "holds a run with other settings" in capsys.readouterr().err
+            run(*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9, *other)
+        assert f"holds a run with other settings ({other[0][2:]}: " in capsys.readouterr().err
     run(*QUICK, "--output_dir", tmp_path, "--beta", "2", "--fresh")
     assert RobustnessReport.load(folder / "results.json").training["beta"] == 2
 
@@ -82,6 +88,47 @@ def test_every_other_method_by_flag(run, tmp_path, method):
     assert results["model"]["kind"] == "mixture of experts"
     assert results["training"]["method"] == method
     assert results["metrics"]["ra_pgd20"] <= results["metrics"]["sa"]
+
+
+SMALL = [*QUICK, "--method", "standard", "--num_experts", 1, "--num_train_epochs", 1, "--report", "none"]
+
+
+def test_a_finished_run_goes_on_for_more_epochs(run, tmp_path, capsys):
+    run(*SMALL, "--output_dir", tmp_path, "--logging_steps", 1)
+    assert "Going on" not in capsys.readouterr().out
+    longer = [*SMALL, "--num_train_epochs", 3, "--output_dir", tmp_path, "--logging_steps", 1]
+    run(*longer)
+    out = capsys.readouterr().out
+    assert (
+        "Going on for longer (num_train_epochs 1.0 -> 3.0) from" in out and "checkpoint-2. The schedule of the" in out
+    )
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
+    assert state["global_step"] == state["max_steps"] == 6
+    assert rates[3] == 0 and 0.006 < rates[4] < rates[2] == 0.01  # as the message says: of two steps, then of six
+    recorded = json.loads((tmp_path / "settings.json").read_text())
+    assert recorded["shorter_before"] == [{"num_train_epochs": 1.0}]
+    run(*longer)  # and a restart of the longer run is the same run
+    assert "Going on" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "settings.json").read_text()) == recorded
+
+
+def test_a_run_does_not_go_on_after_class_folders_were_renamed(run, tmp_path, capsys):
+    """Labels are swapped then: SA was 91.7 before and 0 after, without a word."""
+    for i, name in enumerate(("cat", "dog")):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for n in range(12):
+            Image.new("RGB", (8, 8), (100 * i + 5 * n, 40, 90)).save(folder / f"{n}.png")
+    own = ["--dataset_name", tmp_path / "images", "--image_size", 8, "--max_train_samples", 12]
+    own += ["--max_validation_samples", 2, "--max_test_samples", 2, "--output_dir", tmp_path / "out"]
+    run(*SMALL, *own)
+    (tmp_path / "images" / "cat").rename(tmp_path / "images" / "zebra")
+    with pytest.raises(SystemExit):
+        run(*SMALL, *own)
+    error = capsys.readouterr().err
+    assert "holds a run on other data: images, labels or names of classes have changed since" in error
+    run(*SMALL, *own, "--fresh")
 
 
 def test_run_upcycles_a_single_network(run, tmp_path):
@@ -154,15 +201,23 @@ def test_run_leaves_the_dial_in_the_weights(run, tmp_path):
         (["--alpha", "1.5"], "alpha=1.5"),
         (["--mixing", "weights"], "mixing='weights' needs a trained network from which both parts start"),
         (["--mixing", "weights", "--method", "at"], "mixing='weights' needs the dual model of method='jtdmoe'"),
-        (["--dataset_name", "./nowhere"], "nowhere"),
+        (["--dataset_name", "./nowhere"], "dataset_name='./nowhere' cannot be loaded: "),
+        (["--dataset_name", "nobody/nothing"], "dataset_name='nobody/nothing' cannot be loaded: "),
+        (["--dataset_name", "broken.parquet"], "'broken.parquet'"),
+        (["--output_dir", "broken.parquet"], "broken.parquet"),
+        (["--metric_for_best_model", "accuracy"], "metric_for_best_model='accuracy' must be one of"),
+        (["--backbone", "convnext_atto"], "shared_stages=3 needs a timm ResNet or ViT"),
         (["--image_column", "picture"], "image_column"),
         (["--recipe", "nonsense"], "recipe='nonsense'"),
     ],
     ids=str,
 )
-def test_run_refuses_bad_input_before_training(run, arguments, message, tmp_path, capsys):
+def test_run_refuses_bad_input_before_training(run, arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more of it")
     with pytest.raises(SystemExit) as exit_info:
         run("--output_dir", tmp_path / "out", *arguments)
     assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert message in line
     assert not (tmp_path / "out" / "model").exists()
