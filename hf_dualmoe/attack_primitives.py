@@ -22,8 +22,11 @@ Objective = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def logits_of(model: Classifier, images: Tensor) -> Tensor:
-    """Logits (B, C) in float32, whatever kind of classifier `model` is."""
-    output = model(images)
+    """Logits (B, C) in float32, whatever kind of classifier `model` is.
+
+    It gets a copy: some models normalise in place, and would change what an attack goes on from or returns.
+    """
+    output = model(images.clone())
     return (output if isinstance(output, Tensor) else output.logits).float()
 
 
