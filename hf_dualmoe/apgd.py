@@ -161,10 +161,10 @@ class Ascent:
             *(torch.full_like(value, step), zeros, zeros.bool(), value),
         )
 
-    def keep(self, mask: Tensor) -> None:
-        """Drop the images where `mask` (n,) is false."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[mask])
+    def keep(self, kept: Tensor) -> None:
+        """Drop all images but those at `kept` (m,) int64: a mask would make the device wait once for each field."""
+        for field in fields(self) if len(kept) < len(self.rows) else ():
+            setattr(self, field.name, getattr(self, field.name)[kept])
 
     def proposal(self, eps: float, norm: str, momentum: float) -> Tensor:
         """The next iterate, Eq. 1: a projected gradient step, blended with the last move."""
@@ -206,9 +206,11 @@ class _Outcome:
 
     def update(self, rows: Tensor, images: Tensor, wrong: Tensor, value: Tensor) -> None:
         """Take over candidates (n, ...) for the images at `rows` (n,) where they are better."""
-        better = (wrong & ~self.wrong[rows]) | ((wrong == self.wrong[rows]) & (value > self.value[rows]))
-        rows = rows[better]
-        self.images[rows], self.value[rows], self.wrong[rows] = images[better], value[better], wrong[better]
+        before = self.images[rows], self.value[rows], self.wrong[rows]
+        better = (wrong & ~before[2]) | ((wrong == before[2]) & (value > before[1]))
+        self.images[rows] = torch.where(per_image(better, images), images, before[0])
+        self.value[rows] = torch.where(better, value, before[1])
+        self.wrong[rows] = wrong | before[2]
 
 
 # --- the attack ------------------------------------------------------------------------------------------------------
@@ -287,8 +289,8 @@ class APGD(Attack):
         for step in range(1, self.steps + 1):
             wrong = logits.argmax(dim=1) != ascent.labels
             outcome.update(ascent.rows, ascent.current, wrong, ascent.value)
-            if self.stop_early and wrong.any():
-                ascent.keep(~wrong)
+            if self.stop_early:
+                ascent.keep((~wrong).nonzero().squeeze(1))
                 if len(ascent.rows) == 0:
                     return
             proposal = ascent.proposal(self.eps, self.norm, MOMENTUM if step > 1 else 1.0)

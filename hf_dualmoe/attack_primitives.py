@@ -31,10 +31,12 @@ Objective = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 def logits_of(model: Classifier, images: Tensor) -> Tensor:
     """Logits (B, C) in float32, whatever kind of classifier `model` is.
 
+    It gets a copy: some models normalise in place, and would change what an attack goes on from or returns.
+
     Raises:
         ValueError: It returns neither logits nor an output, a dictionary or a tuple that has them.
     """
-    return find_logits(model(images)).float()
+    return find_logits(model(images.clone())).float()
 
 
 def sharded_modules(model: Classifier) -> list[nn.Module]:

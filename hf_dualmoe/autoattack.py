@@ -32,6 +32,7 @@ from .attack_primitives import (
     project,
 )
 from .backends import BACKENDS, backend_name, make_attack
+from .environment import full_precision
 from .sanity_flags import Flag, digest, probe_model, rounding, square_flag, weights_digest
 
 _FULL = {
@@ -172,7 +173,7 @@ def autoattack(
     ids = torch.arange(len(images)) if ids is None else ids.cpu()
     if ids.shape != labels.shape:
         raise ValueError(f"ids has shape {tuple(ids.shape)}; expected one number per image, ({len(images)},).")
-    with torch.inference_mode(False), frozen(model):
+    with torch.inference_mode(False), full_precision(), frozen(model):
         run = _Run(model, images, labels, ids, settings, state_file)
         run.prepare(batch_size)
         if "apgd-t" in stages:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .attack_primitives import frozen, logits_of
 from .attacks import PGD
 from .data import ImageTensorDataset, to_unit_range
+from .environment import full_precision
 from .measuring import percent
 from .modeling_dualmoe import apply_logit_map, mix_logits
 
@@ -183,7 +184,7 @@ class _Calibration:
         standard, robust = Component(self.model, "standard"), Component(self.model, "robust")
         attack = replace(self.attack, objective="margin", keep_best=True)
         rows = {"standard": [], "robust": [], "attacked": []}
-        with frozen(self.model):
+        with full_precision(), frozen(self.model):
             for ids, images, labels in self._batches("attack on the robust model"):
                 attacked = attack(robust, images, labels, ids=ids)
                 self.attacked.append(attacked.cpu())
@@ -222,7 +223,7 @@ class _Calibration:
         """SA and worst-case RA of each candidate, over the attack on F_R and those on all candidates."""
         mixtures = [_Mixture(self.model, candidate) for candidate in candidates]
         clean, robust = (torch.zeros(len(mixtures), len(self.dataset), dtype=torch.bool) for _ in range(2))
-        with frozen(self.model):
+        with full_precision(), frozen(self.model):
             for number, (ids, images, labels) in enumerate(self._batches("attack on the mixtures")):
                 attacked = [self.attacked[number].to(self.device)]
                 attacked += [self.attack(mixture, images, labels, ids=ids) for mixture in mixtures]

@@ -17,7 +17,7 @@ from .autoattack import VERSIONS
 from .component_attacks import has_dial
 from .data import ImageTensorDataset
 from .dial import DialedModel
-from .environment import check_class_names, check_counts, describe_environment, describe_model
+from .environment import check_class_names, check_counts, describe_environment, describe_model, full_precision
 from .evaluation_parts import Evaluation
 from .measuring import Processes, correct_mask, device_of, measurer_of, percent
 from .report import RobustnessReport
@@ -121,7 +121,7 @@ def evaluate_robustness(
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
     attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)
     storing = {"batch_size": batch_size, "progress": progress, "resume_dir": resume_dir, "fresh": fresh}
-    with frozen(model):
+    with full_precision(), frozen(model):
         run = start(model, dataset, attack, dataset_name, path, accelerator, **storing)
         measure(run, parts, (alphas, held_out, floors), worst_case_steps or steps, autoattack_version, effort)
     return run.report

@@ -141,14 +141,17 @@ class FAB(Attack):
             nearer = wrong & (distance < nearest)
             closest = torch.where(per_image(nearer, current), current, closest)
             nearest = torch.where(nearer, distance, nearest)
-            if done.any():
-                attacked[rows[done]] = project(current[done], images[done], self.eps, self.norm)
-                standing[rows[done]] = False
+            attacked[rows] = torch.where(
+                per_image(done, current), project(current, images, self.eps, self.norm), attacked[rows]
+            )
+            standing[rows] = ~done
+            kept = (~done).nonzero().squeeze(1)
+            if len(kept) == 0:
+                return
+            if len(kept) < len(rows):
                 images, labels, targets, rows, current, closest, nearest, wrong = (
-                    x[~done] for x in (images, labels, targets, rows, current, closest, nearest, wrong)
+                    x[kept] for x in (images, labels, targets, rows, current, closest, nearest, wrong)
                 )
-                if len(rows) == 0:
-                    return
             current = torch.where(per_image(wrong, current), images + self.beta * (current - images), current)
 
     def _move(self, current: Tensor, images: Tensor, gradient: Tensor, gap: Tensor) -> Tensor:

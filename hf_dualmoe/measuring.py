@@ -25,7 +25,7 @@ from .attack_primitives import Classifier, frozen, logits_of
 from .attacks import PGD
 from .component_attacks import answering, has_experts
 from .data import ImageTensorDataset, to_unit_range
-from .environment import check_outputs, data_digest, model_digest, write_text
+from .environment import check_outputs, data_digest, full_precision, model_digest, write_text
 from .modeling_dualmoe import gate_weights
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def correct_mask(
     """
     work, rows = classify(classifier, attack), torch.arange(len(dataset))
     options = {"batch_size": batch_size, "device": torch.device(device), "description": description}
-    with frozen(classifier):
+    with full_precision(), frozen(classifier):
         return run_batches(work, dataset, rows, **options, retry=False).tensors["right"]
 
 

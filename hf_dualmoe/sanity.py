@@ -19,6 +19,7 @@ from .apgd import APGD, MIN_CLASSES, PassCounter
 from .attack_primitives import check_batch, check_eps, frozen, logits_of
 from .attacks import PGD
 from .data import ImageTensorDataset, to_unit_range
+from .environment import full_precision
 from .metrics import wilson_interval
 from .sanity_flags import Flag, NoGradientError, gradient_counts, probe_model, square_flag, weights_digest
 from .square import Square
@@ -99,7 +100,7 @@ def run_sanity_checks(
             raise ValueError(f"{name}={value!r} must be > 0.")
     sample = dataset.take(num_images, seed=seed) if num_images < len(dataset) else dataset
     device = next(model.parameters()).device if device is None else device
-    with torch.inference_mode(False), torch.no_grad(), frozen(model, seed=seed):
+    with torch.inference_mode(False), torch.no_grad(), full_precision(), frozen(model, seed=seed):
         run = _Run(model, sample, eps, norm, steps, seed, batch_size, device)
         before = weights_digest(model)
         checks = run.probe()

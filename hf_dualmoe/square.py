@@ -24,6 +24,7 @@ from .attack_primitives import (
     l2_norm,
     logits_of,
     margin_objective,
+    per_image,
     project,
     round_inwards,
 )
@@ -47,9 +48,9 @@ class _Streams:
         rows = [torch.rand(shape, generator=g, dtype=torch.float64) for g in self.generators]
         return torch.stack(rows).to(self.device)
 
-    def keep(self, mask: Tensor) -> None:
-        """Drop the images where `mask` (n,) is false."""
-        self.generators = [g for g, kept in zip(self.generators, mask.tolist(), strict=True) if kept]
+    def keep(self, kept: Tensor) -> None:
+        """Drop all images but those at `kept` (m,) int64."""
+        self.generators = [self.generators[i] for i in kept.tolist()]
 
 
 def signs(uniform: Tensor, like: Tensor) -> Tensor:
@@ -180,6 +181,9 @@ class _Search:
     ones, and most of a long search asks what has been answered; where more proposals are possible than there are
     queries, nothing is remembered. Where images have left, one that refuses again and again is shown several
     proposals at once; after the first that it takes, the others count as not asked.
+
+    A device is waited for twice a step: for what to ask, and for which of it changes its image. Images that are done
+    are passed over until the end of the list, and only there leave.
     """
 
     def __init__(self, rows: Tensor, images: Tensor, labels: Tensor, streams: _Streams, attack: "Square"):
@@ -188,6 +192,7 @@ class _Search:
         self.side, self.size, device = 0, len(rows), rows.device
         self.uniform = self.numbers = self.place = torch.zeros(len(rows), 0, device=device)
         self.refused, self.streak = torch.zeros(len(rows), 0, dtype=torch.bool, device=device), torch.zeros_like(rows)
+        self.wrong, self.done = (torch.zeros(len(rows), dtype=torch.bool, device=device) for _ in range(2))
 
     def load(self, side: int, count: int) -> None:
         """Draw the next `count` proposals of each image, all of one size."""
@@ -197,7 +202,7 @@ class _Search:
         if linf:
             self.numbers, kinds = proposal_numbers(self.uniform, side, self.images.shape)
         if linf and side != self.side:
-            kept = kinds if kinds <= self.attack.queries else 0
+            kept = kinds + 1 if kinds <= self.attack.queries else 0  # the last one takes what is not to be noted
             self.refused = torch.zeros(len(self.rows), kept, dtype=torch.bool, device=self.rows.device)
         self.side = side
 
@@ -206,59 +211,73 @@ class _Search:
         new = torch.arange(self.uniform.shape[1], device=self.place.device) >= self.place[:, None]
         if self.refused.shape[1]:
             new &= ~self.refused.gather(1, self.numbers)
-        active = max(1, int(new.any(dim=1).sum()))
+        new &= ~self.done[:, None]
+        active = new.any(dim=1).sum().clamp_min(1)
         several = (1 + self.streak // PATIENCE).clamp_max(self.size // active)
         new &= new.cumsum(dim=1, dtype=torch.int32) <= several[:, None]
         return new.nonzero(as_tuple=True)
 
-    def step(self, model: Classifier) -> Tensor | None:
-        """Ask once; (n,) who is misclassified now, None at the end of the lists."""
+    def step(self, model: Classifier) -> bool:
+        """Ask once; False at the end of the lists."""
         at, place = self.next()
         if len(at) == 0:
-            return None
+            return False
         propose = propose_linf if self.attack.norm == "linf" else propose_l2
         drawn = self.uniform[at, place]
         proposal = propose(self.images[at], self.current[at], self.attack.eps, self.side, drawn)
         margin, wrong = self.best[at], torch.zeros_like(at, dtype=torch.bool)
-        changes = (proposal != self.current[at]).flatten(1).any(dim=1)
-        if changes.any():
-            margin[changes], wrong[changes] = self.ask(model, proposal[changes], self.labels[at[changes]])
-        order, better = torch.arange(len(at), device=at.device), wrong | (margin > self.best[at])
-        none = torch.full_like(self.rows, len(at))
-        first = none.scatter_reduce(0, at, order.where(better, len(at)), "amin")[at]  # that the image takes
-        known, taken = order <= first, order == first
-        self.place.scatter_reduce_(0, at[known], place[known] + 1, "amax")
-        self.streak.scatter_add_(0, at, known.long())
-        self.streak[at[taken]] = 0
+        changed = (proposal != self.current[at]).flatten(1).any(dim=1).nonzero().squeeze(1)
+        if len(changed):
+            margin[changed], wrong[changed] = self.ask(model, proposal[changed], self.labels[at[changed]])
+        self.answer(at, place, proposal, margin, wrong)
+        return True
+
+    def answer(self, at: Tensor, place: Tensor, proposal: Tensor, margin: Tensor, wrong: Tensor) -> None:
+        """Let each image take the first of its proposals that is better; `at` (k,) and what goes with it, in order."""
+        order = torch.arange(len(at), device=at.device)
+        better = order.where(wrong | (margin > self.best[at]), len(at))
+        first = torch.full_like(self.rows, len(at)).scatter_reduce(0, at, better, "amin")  # that the image takes
+        took, chosen = first < len(at), first.clamp_max(len(at) - 1)
+        known = order <= first[at]
+        self.place.scatter_reduce_(0, at, (place + 1).where(known, 0), "amax")
+        self.streak.scatter_add_(0, at, known.long()).masked_fill_(took, 0)
         if self.refused.shape[1]:
-            self.refused[at[known], self.numbers[at[known], place[known]]] = True
-            self.refused[at[taken]] = False
-        self.current[at[taken]], self.best[at[taken]] = proposal[taken], margin[taken]
-        return torch.zeros_like(self.rows, dtype=torch.bool).index_fill(0, at[taken & wrong], True)
+            number = self.numbers[at, place].where(known, self.refused.shape[1] - 1)
+            self.refused[at, number] = True
+            self.refused &= ~took[:, None]
+        self.current = torch.where(per_image(took, self.current), proposal[chosen], self.current)
+        self.best = torch.where(took, margin[chosen], self.best)
+        self.wrong |= took & wrong[chosen]
+        self.done |= self.wrong | self.exhausted()
 
     def ask(self, model: Classifier, proposal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Margin (k,) of proposals (k, ...), and whether they are misclassified (k,)."""
         logits = logits_of(model, proposal)
         return margin_objective(logits, labels), logits.argmax(dim=1) != labels
 
-    def begin(self, model: Classifier, start: Tensor) -> Tensor:
-        """Take the start (n, ...), the first query; (n,) who is misclassified by it."""
-        margin, wrong = self.ask(model, start, self.labels)
-        taken = wrong | (margin > self.best)  # false for NaN
-        self.current[taken], self.best[taken] = start[taken], margin[taken]
-        return wrong
+    def begin(self, model: Classifier, start: Tensor) -> None:
+        """Take the start (n, ...), the first query."""
+        margin, self.wrong = self.ask(model, start, self.labels)
+        taken = self.wrong | (margin > self.best)  # false for NaN
+        self.current = torch.where(per_image(taken, start), start, self.current)
+        self.best = torch.where(taken, margin, self.best)
+        self.done = self.wrong.clone()
 
     def exhausted(self) -> Tensor:
         """(n,) whether an image has refused every single pixel, the smallest square; nothing can change it."""
-        done = self.refused.all(dim=1)
+        done = self.refused[:, :-1].all(dim=1)
         return done if self.side == 1 and self.refused.shape[1] else torch.zeros_like(done)
 
-    def keep(self, mask: Tensor) -> None:
-        """Drop the images where `mask` (n,) is false."""
+    def leave(self, attacked: Tensor, standing: Tensor) -> None:
+        """Write what was found (N, ...) at `rows`, and drop the images that are done."""
+        attacked[self.rows], standing[self.rows] = self.current, ~self.wrong
+        kept = (~self.done).nonzero().squeeze(1)
+        if len(kept) == len(self.rows):
+            return
         own = ("rows", "images", "labels", "current", "best", "uniform", "numbers", "place", "refused", "streak")
-        for name in own:
-            setattr(self, name, getattr(self, name)[mask])
-        self.streams.keep(mask)
+        for name in (*own, "wrong", "done"):
+            setattr(self, name, getattr(self, name)[kept])
+        self.streams.keep(kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,22 +333,15 @@ class Square(Attack):
     def _search(self, model, images, labels, rows, streams, attacked, standing) -> None:
         """One random search; writes what it finds into `attacked` and `standing` at `rows`."""
         search, start = _Search(rows, images, labels, streams, self), start_linf if self.norm == "linf" else start_l2
-
-        def leave(wrong: Tensor) -> None:
-            leaving = wrong | search.exhausted()
-            if leaving.any():
-                left = search.rows[leaving]
-                attacked[left], standing[left] = search.current[leaving], ~wrong[leaving]
-                search.keep(~leaving)
-
-        leave(search.begin(model, start(images, self.eps, streams)))
+        search.begin(model, start(images, self.eps, streams))
+        search.leave(attacked, standing)
         for side, count in blocks(self.queries, self.p_init, images.shape, self.norm):
             if len(search.rows) == 0:
                 return
             search.load(side, count)
-            while (wrong := search.step(model)) is not None:
-                leave(wrong)
-        attacked[search.rows] = search.current
+            while search.step(model):
+                pass
+            search.leave(attacked, standing)
 
 
 __all__ = ["Square"]

@@ -10,7 +10,7 @@ saturated component. `worst_case` climbs surrogates that are each blind to other
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from .attack_primitives import (
     frozen,
     logits_of,
     margin_objective,
+    per_image,
     project,
     random_start,
     value_and_gradient,
@@ -42,34 +43,55 @@ from .component_attacks import (
     soft_margin,
     unit_range,
 )
+from .environment import full_precision
 
 TEMPERATURES = (0.2, 1.0, 5.0)  # close to the hard route, as the scores are, close to an equal mixture
 ALPHAS = (0.5, 0.9, 0.99)
-ROUTE_SLACK = 0.05  # share of the range of the router's scores by which a flipped route should win
 
 # --- members of the union --------------------------------------------------------------------------------------------
+
+Look = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Member:
-    """A function to climb, and how to prepare for it.
+    """A function to climb.
 
     Args:
         name: Name in the report; the random start depends on it, not on the other members.
-        value: (images (B, ...), labels (B,), reference (B, ...)) -> what to raise, (B,), differentiable.
-        prepare: (clean images, labels) -> the reference, a tensor with a row per image, such as a target.
+        look: (images (B, ...), labels (B,), reference (B, ...)) -> what to raise, (B,), differentiable; and the logits
+            (B, C) of the model itself, or None.
+        prepare: (clean images, labels) -> the reference, a tensor with a row per image, such as a route.
         prepare_passes: Forward passes per image that `prepare` takes.
+        judges: Whether `look` gives the model's logits on the way, so that the judge needs no forward of its own.
+        effort: Gradient passes in units of the `steps` of `worst_case`.
     """
 
     name: str
-    value: Callable[[Tensor, Tensor, Tensor], Tensor]
+    look: Look
     prepare: Callable[[Tensor, Tensor], Tensor] = lambda images, labels: labels
     prepare_passes: int = 0
+    judges: bool = False
+    effort: float = 1.0
+
+    def steps(self, steps: int) -> int:
+        """Gradient passes per image and restart."""
+        return max(1, int(self.effort * steps))
 
 
 def margin_member(name: str, classify: Classifier) -> Member:
     """Raise the soft margin of a classifier."""
-    return Member(name, lambda images, labels, reference: soft_margin(logits_of(classify, images), labels))
+    return Member(name, lambda images, labels, _: (soft_margin(logits_of(classify, images), labels), None))
+
+
+def whole_member(name: str, model: Classifier, objective: Callable[[Tensor, Tensor], Tensor]) -> Member:
+    """Raise an objective of the model itself."""
+
+    def look(images: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits_of(model, images)
+        return objective(logits, labels), logits
+
+    return Member(f"whole {name}", look, judges=True)
 
 
 def whole_members(model: Classifier, num_classes: int) -> list[Member]:
@@ -77,13 +99,9 @@ def whole_members(model: Classifier, num_classes: int) -> list[Member]:
 
     The cross-entropy alone is blind where logits are large: its gradient is then exactly 0.
     """
-
-    def value(objective, images, labels, reference):
-        return objective(logits_of(model, images), labels, None)
-
     names = [name for name in ("ce", "dlr") if num_classes >= MIN_CLASSES[name]]
-    members = [Member(f"whole {name}", partial(value, APGD_OBJECTIVES[name])) for name in names]
-    return members if "dlr" in names else [*members, margin_member("whole margin", model)]
+    members = [whole_member(name, model, APGD_OBJECTIVES[name]) for name in names]
+    return members if "dlr" in names else [*members, whole_member("margin", model, soft_margin)]
 
 
 def component_members(dual: nn.Module, alphas: Sequence[float]) -> list[Member]:
@@ -93,50 +111,60 @@ def component_members(dual: nn.Module, alphas: Sequence[float]) -> list[Member]:
     they lean to one wrong class. Other positions of the dial: more weight on the hidden one.
     """
 
-    def both(images: Tensor) -> Tensor:
-        output = dual(images)
-        return unit_range(output.standard_logits) + unit_range(output.robust_logits)
+    def member(name: str, scores: Callable[[Any], Tensor], alpha: float | None = None) -> Member:
+        def look(images: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            output = dual(images, alpha=alpha)
+            own = output.logits if alpha is None else dual.mix(output.standard_logits, output.robust_logits)
+            return soft_margin(scores(output).float(), labels), own.float()
 
-    classifiers = {
-        "robust": lambda images: dual(images).robust_logits,
-        "standard": lambda images: dual(images).standard_logits,
-        "standard + robust": both,
-        **{f"alpha={alpha:g}": partial(dual, alpha=alpha) for alpha in alphas},
-    }
-    return [margin_member(name, classify) for name, classify in classifiers.items()]
+        return Member(name, look, judges=True)
+
+    return [
+        member("robust", lambda output: output.robust_logits),
+        member("standard", lambda output: output.standard_logits),
+        member("standard + robust", lambda out: unit_range(out.standard_logits) + unit_range(out.robust_logits)),
+        *(member(f"alpha={alpha:g}", lambda output: output.logits, alpha) for alpha in alphas),
+    ]
 
 
 def route_members(model: nn.Module) -> list[Member]:
     """For models that route (themselves or in F_R), whose gradient is blind to the router.
 
-    The route alone (RA-R). A flip to the expert that is weakest on this image, or nearest in score, with an attack on
-    it: a broken expert counts only where it is chosen. Each expert in turn: any may come to be chosen.
+    The route alone (RA-R). For each expert in turn, the lead of its route and the margin by which it is wrong,
+    whichever is smaller, each in units of its range on the clean image: a broken expert counts only where it is
+    chosen, a chosen one only where it is broken, and a sum of the two spends the radius on the one that is there
+    already. Each expert alone, in fewer steps: these take no more together than E + 2 members of full length.
     """
     moe = mixture_of(model)
     num_experts = moe.config.num_experts
-    slack = ROUTE_SLACK if moe.config.router_top_k == 1 else math.inf  # k > 1: the target should get all the weight
 
-    def ranked(images, labels):
-        return moe.route(images).topk(2, dim=1).indices
+    def leave(images: Tensor, labels: Tensor, route: Tensor) -> tuple[Tensor, None]:
+        return margin_objective(moe.route(images), route), None
 
-    def weakest(images, labels):
-        fixed = (unit_range(fixed_expert(model, images, expert=i)) for i in range(num_experts))
-        margins = torch.stack([margin_objective(logits, labels) for logits in fixed], dim=1)
-        return margins.scatter(1, ranked(images, labels)[:, :1], -torch.inf).argmax(dim=1)
+    def scores(images: Tensor, labels: Tensor, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        target = torch.full_like(labels, expert)
+        return target, moe.route(images).float(), model(images, expert_index=target).logits.float()
 
-    def leave(images, labels, route):
-        return margin_objective(moe.route(images), route)
+    def units(images: Tensor, labels: Tensor, expert: int) -> Tensor:
+        ranges = [z.amax(dim=1) - z.amin(dim=1) for z in scores(images, labels, expert)[1:]]
+        return torch.stack(ranges, dim=1).clamp_min(1e-12)
 
-    def flip(images, labels, target):
-        lead = -margin_objective(unit_range(moe.route(images)), target)
-        logits = model(images, expert_index=target).logits
-        return soft_margin(logits, labels) + lead.clamp_max(slack)
+    def through(images: Tensor, labels: Tensor, units: Tensor, expert: int) -> tuple[Tensor, None]:
+        target, routes, logits = scores(images, labels, expert)
+        lead = -margin_objective(routes, target) / units[:, 0]
+        soft = soft_margin(logits, labels)  # its gradient sees all wrong classes, but its value is too high
+        margin = soft + (margin_objective(logits, labels) / units[:, 1] - soft).detach()
+        return torch.minimum(lead, margin), None
 
+    experts = range(num_experts)
+    alone = [margin_member(f"expert {i}", partial(fixed_expert, model, expert=i)) for i in experts]
     return [
-        Member("route", leave, lambda *batch: ranked(*batch)[:, 0]),
-        Member("flip to weakest", flip, weakest, prepare_passes=num_experts),
-        Member("flip to nearest", flip, lambda *batch: ranked(*batch)[:, 1]),
-        *(margin_member(f"expert {i}", partial(fixed_expert, model, expert=i)) for i in range(num_experts)),
+        Member("route", leave, lambda images, labels: moe.route(images).argmax(dim=1)),
+        *(
+            Member(f"route to expert {i}", partial(through, expert=i), partial(units, expert=i), prepare_passes=1)
+            for i in experts
+        ),
+        *(replace(member, effort=min(1.0, 2 / num_experts)) for member in alone),
     ]
 
 
@@ -234,10 +262,10 @@ class _Search:
         rows = {"forward": self.judge.forward_rows, "gradient": self.surrogate.gradient_rows}
         return {name: count / len(self.images) for name, count in rows.items()}
 
-    def affords(self, budget: float | None) -> bool:
+    def affords(self, member: Member, budget: float | None) -> bool:
         """Whether one more member fits into the budget, even if it breaks nothing."""
         pool = self.clean_correct if self.settings["own_accuracy"] else self.robust
-        most = int(pool.sum()) * self.settings["steps"] * self.settings["restarts"]
+        most = int(pool.sum()) * member.steps(self.settings["steps"]) * self.settings["restarts"]
         return budget is None or self.surrogate.gradient_rows + most <= budget * len(self.images)
 
     def run(self, member: Member) -> Tensor:
@@ -259,33 +287,63 @@ class _Search:
 
     def _climb(self, member: Member, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:
         """APGD on a member's value, where the real model looks at every step and what is broken leaves the work."""
-        steps, reviews, last_review = self.settings["steps"], checkpoints(self.settings["steps"]), 0
+        steps, last_review = member.steps(self.settings["steps"]), 0
+        reviews = checkpoints(steps)
         found, reference = start.clone(), member.prepare(images, labels)
         self.judge.forward_rows += member.prepare_passes * len(images)
-        gradient, value = self._rise(member, start, labels, reference)
+        gradient, value, _ = self._rise(member, start, labels, reference)
         rows = torch.arange(len(images), device=images.device)
         step_size = 2 * self.ball["eps"]
         ascent = Ascent.begin(rows, images, labels, reference, start, gradient, value, step_size)
         for step in range(1, steps + 1):
             point = ascent.proposal(**self.ball, momentum=MOMENTUM if step > 1 else 1.0)
-            wrong = logits_of(self.judge, point).argmax(dim=1) != ascent.labels
-            found[ascent.rows[wrong]] = point[wrong]
-            ascent.keep(~wrong)
-            if step == steps or len(ascent.rows) == 0:  # the last point needs no gradient
+            risen = self._step(member, ascent, point, found, last=step == steps)
+            if not risen:
                 break
-            point = point[~wrong]
-            ascent.accept(point, *self._rise(member, point, ascent.labels, ascent.reference))
+            ascent.accept(*risen)
             if step in reviews:
                 ascent.review(step - last_review, APGD.rho)
                 last_review = step
         found[ascent.rows] = ascent.peak
         return found
 
-    def _rise(self, member: Member, points: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient (B, ...) and value (B,) of a member at `points`, counted."""
-        self.surrogate.model = lambda images: member.value(images, labels, reference)
+    def _step(self, member: Member, ascent: Ascent, point: Tensor, found: Tensor, last: bool) -> list[Tensor]:
+        """Note in `found` which of the points (n, ...) break the model, and drop them from the ascent.
+
+        One sync with the device: how many images are left.
+
+        Returns:
+            Point, gradient and value of those that are left; [] where none is, or `last`, which needs no gradient.
+        """
+        own: list[Tensor] = [point]
+        if member.judges and not last:
+            *risen, logits = self._rise(member, point, ascent.labels, ascent.reference)
+            own += risen
+        else:
+            logits = logits_of(self.judge, point)
+        stands = logits.argmax(dim=1) == ascent.labels
+        found[ascent.rows] = torch.where(per_image(stands, point), found[ascent.rows], point)
+        kept = stands.nonzero().squeeze(1)
+        ascent.keep(kept)
+        if last or len(kept) == 0:
+            return []
+        own = [tensor[kept] for tensor in own]
+        return own if member.judges else [*own, *self._rise(member, own[0], ascent.labels, ascent.reference)[:2]]
+
+    def _rise(
+        self, member: Member, points: Tensor, labels: Tensor, reference: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradient (B, ...), value (B,) and the model's logits, if it gives them, of a member at `points`, counted."""
+        own: list[Tensor | None] = []
+
+        def look(images: Tensor) -> Tensor:
+            value, logits = member.look(images, labels, reference)
+            own.append(logits)
+            return value
+
+        self.surrogate.model = look
         gradient, _, value = value_and_gradient(self.surrogate, points, labels, lambda value, *_: value)
-        return gradient, value
+        return gradient, value, own[0]
 
 
 def worst_case(
@@ -315,7 +373,8 @@ def worst_case(
         images: (N, ...) floats in [0, 1].
         labels: (N,) int64, the right classes.
         eps, norm: Radius in [0, 1] pixel units of the "linf" or "l2" ball.
-        steps: Gradient passes per image, member and restart, each followed by a forward pass of the real model.
+        steps: Gradient passes per image, member and restart, each point seen by the real model; some members of a
+            mixture take fewer.
         restarts: Random starts per member.
         seed: Of the starts, which depend on it, `ids` and the member alone: the batch size does not matter.
         ids: (N,) int64 numbers of the images in their dataset; None = 0 .. N-1.
@@ -341,13 +400,13 @@ def worst_case(
     if ids.shape != labels.shape:
         raise ValueError(f"ids has shape {tuple(ids.shape)}; expected one number per image, ({len(images)},).")
     own, skipped = {}, []
-    with torch.inference_mode(False), torch.no_grad(), frozen(model):
+    with torch.inference_mode(False), torch.no_grad(), full_precision(), frozen(model):
         search = _Search(model, images.detach().clone(), labels.clone(), ids, settings)  # clones leave inference mode
         union = {"clean": _percent(search.robust)}
         todo = named(members, members_of(model, search.num_classes, temperatures, alphas))
         with folded(model, search.images[:PROBE_IMAGES].to(search.device)):
             for member in tqdm(todo, description, disable=description is None):
-                if not search.affords(budget):
+                if not search.affords(member, budget):
                     skipped.append(member.name)
                     continue
                 stands = search.run(member)

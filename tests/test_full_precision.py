@@ -5,8 +5,15 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
+from hf_dualmoe.autoattack import autoattack
+from hf_dualmoe.data import ImageTensorDataset
 from hf_dualmoe.environment import full_precision
+from hf_dualmoe.evaluation import evaluate_robustness
+from hf_dualmoe.measuring import correct_mask
+from hf_dualmoe.sanity import run_sanity_checks
+from hf_dualmoe.worst_case import worst_case
 
 PARTS = (
     *(torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
@@ -67,3 +74,37 @@ def test_autocast_is_off_inside():
         with full_precision():
             assert not torch.is_autocast_enabled("cpu")
         assert torch.is_autocast_enabled("cpu")
+
+
+class Watched(nn.Module):
+    """A classifier that notes the precision in which it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.seen = nn.Linear(3 * 5 * 5, 4), set()
+
+    def forward(self, images):
+        self.seen.add((torch.backends.cudnn.conv.fp32_precision, torch.is_autocast_enabled("cpu")))
+        return self.linear(images.flatten(1))
+
+
+EVALUATIONS = {
+    "worst_case": lambda model, data: worst_case(model, data.images / 255, data.labels, eps=0.1, steps=2),
+    "autoattack": lambda model, data: autoattack(
+        model, data.images / 255, data.labels, eps=0.1, version="fast", progress=False
+    ),
+    "evaluate": lambda model, data: evaluate_robustness(
+        model, data, eps=0.1, steps=1, progress=False, check_names=False, level=["worst_case"]
+    ),
+    "sanity": lambda model, data: run_sanity_checks(model, data, eps=0.1, steps=1, square_queries=2, progress=False),
+    "correct_mask": correct_mask,
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations_ask_the_model_in_full_precision(name):
+    model = Watched().eval()
+    images = torch.randint(0, 256, (6, 3, 5, 5), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        EVALUATIONS[name](model, ImageTensorDataset(images, torch.arange(6) % 4, list("abcd")))
+    assert model.seen == {("ieee", False)}

@@ -16,7 +16,7 @@ from hf_dualmoe.apgd import APGD
 from hf_dualmoe.attack_primitives import frozen, logits_of
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.component_attacks import attack_experts, attack_router, fixed_expert, soft_logits
-from hf_dualmoe.worst_case import worst_case
+from hf_dualmoe.worst_case import route_members, worst_case
 
 EPS, SIDE, CLASSES = 0.05, 12, 4
 TRICK, LEVER = slice(3, 23), slice(44, 144)  # pixels; 0-2 show the class
@@ -91,34 +91,74 @@ def test_union_finds_the_expert_that_is_wrong_everywhere(shown):
     result = worst_case(model, *shown, eps=EPS, steps=10)
     assert pgd_accuracy(model, *shown) == 100
     assert [result.members[name] for name in ("whole ce", "whole dlr", "expert 0", "expert 1")] == [100] * 4
-    assert [result.members[name] for name in ("route", "flip to weakest", "flip to nearest")] == [0] * 3
+    assert [result.members[name] for name in ("route", "route to expert 1")] == [0] * 2
+    assert result.members["route to expert 0"] == 100
     assert result.members["soft T=1"] == 0
     assert result.accuracy == 0 and result.clean_correct.all()
 
 
 @pytest.mark.parametrize("scale", [1, 1e3])
-def test_only_a_flip_with_an_attack_breaks_an_expert_behind_the_route(shown, scale):
+def test_only_an_attack_on_both_breaks_an_expert_behind_the_route(shown, scale):
     """Expert 1 is right when clean and breaks on the TRICK pixels; scores of any scale must not hide it."""
     weight, bias = lever()
     model = linear_moe([readout(10, 2), readout(1, trick=2)], (scale * weight, scale * bias))
     result = worst_case(model, *shown, eps=EPS, steps=20)
     assert pgd_accuracy(model, *shown) == 100
     assert [result.members[name] for name in ("whole ce", "route", "expert 0", "expert 1")] == [100] * 4
-    assert result.members["flip to weakest"] == 0 and result.accuracy == 0
+    assert result.members["route to expert 1"] == 0 and result.accuracy == 0
     assert min(value for name, value in result.members.items() if name.startswith("soft")) == 0
 
 
-def test_weakest_expert_is_chosen_per_image_and_nearest_by_score(shown):
-    """Three experts behind the route: the nearest one is sound, a farther one breaks."""
+def test_every_expert_is_tried_not_the_nearest_and_the_weakest_alone(shown):
+    """The nearest expert is sound, the weakest on clean images never breaks; the third breaks where nobody looked."""
     (weight, bias), images = lever(), shown[0]
-    router = torch.stack([weight[0], weight[1], weight[1]]), torch.stack([bias[0], bias[1] + 5 * EPS, bias[1]])
-    router[0][2, TRICK] = 2.0  # also lifts expert 2 over expert 1
-    router[1][2] -= 20
-    model = linear_moe([readout(10, 2), readout(10, 2), readout(1, trick=2)], router)
+    router = torch.stack([weight[0], weight[1], weight[1], weight[1]]), torch.stack([bias[0], *[bias[1]] * 3])
+    router[0][3, TRICK] = 2.0  # also lifts expert 3 over the others
+    router[1][1] += 5 * EPS
+    router[1][3] -= 20.5
+    weakest = readout(10, 7)  # 8 against 7: of a range of 8 the least margin, and 0.5 is left of it at eps
+    model = linear_moe([readout(10, 2), readout(10, 2), weakest, readout(1, trick=2)], router)
     result = worst_case(model, *shown, eps=EPS, steps=20)
-    assert (model.route(images).argsort(dim=1, descending=True) == torch.tensor([0, 1, 2])).all()
-    assert result.members["flip to weakest"] == 0
-    assert result.members["flip to nearest"] == 100
+    assert (model.route(images).argsort(dim=1, descending=True) == torch.tensor([0, 1, 2, 3])).all()
+    assert result.members["route to expert 3"] == 0 and result.accuracy == 0
+    assert [result.members[f"route to expert {i}"] for i in range(3)] == [100] * 3
+
+
+def independent_attack(model, images, labels, steps=40):
+    """(B,) bool: what stands when Adam, for every expert in turn, raises min(route lead, margin), in clean ranges."""
+    stands = model(images).logits.argmax(1) == labels
+    index = torch.arange(len(images))
+    for expert in range(model.config.num_experts):
+        chosen = torch.full_like(labels, expert)
+        units = [z.detach().max(1).values - z.detach().min(1).values for z in both(model, images, chosen)]
+        delta = torch.zeros_like(images, requires_grad=True)
+        adam = torch.optim.Adam([delta], lr=EPS / 5)
+        for _ in range(steps):
+            point = (images + EPS * delta.div(EPS).tanh()).clamp(0, 1)
+            with torch.no_grad():
+                stands &= model(point).logits.argmax(1) == labels
+            scores, logits = both(model, point, chosen)
+            others = [i for i in range(scores.shape[1]) if i != expert]
+            lead = (scores[:, expert] - scores[:, others].max(1).values) / units[0]
+            wrong = logits.masked_fill(nn.functional.one_hot(labels, logits.shape[1]).bool(), -1e9).max(1).values
+            margin = (wrong - logits[index, labels]) / units[1]
+            adam.zero_grad()
+            (-torch.minimum(lead, margin).sum()).backward()
+            adam.step()
+    return stands
+
+
+def both(model, images, expert):
+    return model.route(images), model(images, expert_index=expert).logits
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nothing_that_the_union_leaves_falls_to_an_attack_written_without_it(digits, seed):
+    model, images, labels = digits
+    stands = independent_attack(model, images, labels)
+    result = worst_case(model, images, labels, eps=EPS, steps=20, seed=seed, own_accuracy=False)
+    assert 0 < stands.sum() < result.clean_correct.sum()  # neither nothing nor everything falls
+    assert not (result.robust & ~stands).any()
 
 
 def test_saturated_standard_model_is_found(shown):
@@ -149,7 +189,7 @@ def test_soft_routing_inside_the_robust_part_of_a_dual(shown):
     dual = DualMoEForImageClassification.from_models(standard, robust, alpha=0.75)
     result = worst_case(dual, *shown, eps=EPS, steps=10)
     assert result.members["whole ce"] == result.members["robust"] == 100
-    assert result.members["soft T=1"] == result.members["flip to weakest"] == result.members["route"] == 0
+    assert result.members["soft T=1"] == result.members["route to expert 1"] == result.members["route"] == 0
 
 
 def test_soft_logits_near_the_hard_route_and_near_an_equal_mixture(resnet_moe, images, make_dual):
@@ -178,7 +218,8 @@ def test_union_is_pointwise_and_below_every_member(digits):
     assert torch.equal(right, result.robust)
     assert torch.equal(result.adversarial[result.robust], images[result.robust])
     assert list(result.members) == [
-        *("whole ce", "whole dlr", "route", "flip to weakest", "flip to nearest", "expert 0", "expert 1", "expert 2"),
+        *("whole ce", "whole dlr", "route"),
+        *(f"{way}expert {i}" for way in ("route to ", "") for i in range(3)),
         "soft T=1",
     ]
 
@@ -219,22 +260,32 @@ def test_without_own_accuracy_the_union_is_the_same_and_cheaper(digits):
 
 
 def test_passes_are_counted(shown):
-    """Nothing breaks: each of 2 + 5 + 3 members takes 4 gradients, 4 looks and a last one; one asks both experts."""
+    """Nothing breaks: each of 2 + 5 + 3 members takes 4 gradients, 4 looks and a last one.
+
+    Those on the model itself see with their gradients, but for the end; two first ask an expert for its range.
+    """
     model = linear_moe([readout(10, 2), readout(10, 2)], lever())
     result = worst_case(model, *shown, eps=1e-3, steps=4)
     assert result.accuracy == 100
-    assert result.passes == {"gradient": 10 * 4, "forward": 1 + 10 * 5 + 2}
+    assert result.passes == {"gradient": 10 * 4, "forward": 1 + 8 * 5 + 2 * 2 + 2}
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 8])
+def test_the_members_that_route_cost_no_more_than_e_plus_two_of_full_length(shown, num_experts):
+    model = linear_moe([readout(10, 2)] * num_experts, tuple(part[[0] * (num_experts - 1) + [1]] for part in lever()))
+    steps = [member.steps(20) for member in route_members(model)]
+    assert sum(steps) <= 20 * (1 + num_experts + 2) and steps[: 1 + num_experts] == [20] * (1 + num_experts)
 
 
 def test_budget_skips_members_and_says_so(digits):
     model, images, labels = digits
-    result = worst_case(model, images, labels, eps=0.01, steps=5, budget=22)
-    assert result.passes["gradient"] <= 22
-    assert list(result.members) == ["whole ce", "whole dlr", "route", "flip to weakest"]
+    result = worst_case(model, images, labels, eps=0.01, steps=5, budget=23)
+    assert result.passes["gradient"] <= 23
+    experts = [f"expert {i}" for i in range(3)]  # in 3 steps each, of which one more fits
+    assert list(result.members) == ["whole ce", "whole dlr", "route", "route to expert 0", "expert 0"]
     assert result.skipped == [
-        "flip to nearest",
-        *(f"expert {i}" for i in range(3)),
-        *"soft T=0.2,soft T=1,soft T=5".split(","),
+        *("route to expert 1", "route to expert 2"),
+        *(*experts[1:], "soft T=0.2", "soft T=1", "soft T=5"),
     ]
     assert list(result.union) == ["clean", *result.members]
 
@@ -271,7 +322,7 @@ def test_several_experts_per_image_and_shared_trunks(make_moe, images, fields):
     model = make_moe("resnet", **fields)
     labels = model(images).logits.argmax(1)
     result = worst_case(model, images, labels, eps=8 / 255, steps=2, temperatures=[1.0])
-    assert len(result.members) == 2 + 3 + 4 + 1
+    assert len(result.members) == 2 + 1 + 2 * 4 + 1
     assert torch.equal(model(result.adversarial).logits.argmax(1) == labels, result.robust)
 
 
@@ -280,7 +331,7 @@ def test_members_that_do_not_apply_are_left_out(make_moe, make_dual, native_vit,
         return list(worst_case(model, images[:2], labels[:2], eps=0.0, steps=1, temperatures=[1], alphas=[0.5]).union)
 
     whole, dual = ["clean", "whole ce", "whole dlr"], ["robust", "standard", "standard + robust", "alpha=0.5"]
-    routes = ["route", "flip to weakest", "flip to nearest", *(f"expert {i}" for i in range(4)), "soft T=1"]
+    routes = ["route", *(f"{way}expert {i}" for way in ("route to ", "") for i in range(4)), "soft T=1"]
     one, many = make_moe("resnet", num_experts=1), make_moe("resnet")
     join = DualMoEForImageClassification.from_models
     assert names(native_vit) == names(lambda x: native_vit(x).logits) == names(one) == whole
