@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -147,8 +148,9 @@ def autoattack(
         seed: Of the random starts and of Square.
         ids: (N,) int64 numbers of the images in their dataset, so that a subset gets the noise of the whole; None = 0
             .. N-1.
-        state_file: Where to keep what is done (safetensors), after each batch. A later call with the same settings,
-            images and model goes on from there; the batch size may differ.
+        state_file: Where to keep what is done (safetensors), after each batch; broken images go to the end of a file
+            of the same name with ".images" behind. A later call with the same settings, images and model goes on from
+            there; the batch size may differ. See `remove_state`.
         progress: Show a progress bar with the running robust accuracy.
         backend: "hf_dualmoe", or "torchattacks" for an installed torchattacks, with the same budgets (its own
             `AutoAttack` takes 10 instead of 100 steps) and with noise that depends on the batches.
@@ -197,6 +199,17 @@ class _State:
     forward_rows: int = 0
     gradient_rows: int = 0
     seconds: float = 0.0
+    broken: int = 0  # images in the file of broken images; what lies behind them was never finished
+
+
+def remove_state(state_file: str | os.PathLike) -> None:
+    """Delete what `autoattack` kept, where it is."""
+    for path in (Path(state_file), _images_file(Path(state_file))):
+        path.unlink(missing_ok=True)
+
+
+def _images_file(state_file: Path) -> Path:
+    return state_file.with_name(state_file.name + ".images")
 
 
 class _Run:
@@ -224,6 +237,8 @@ class _Run:
             if self.state.weights != weights_digest(self.model) or not self._same_outputs():
                 raise ValueError(f"state_file={str(self.file)!r} belongs to another model, or the output is random.")
             return
+        if self.file is not None:
+            _images_file(self.file).write_bytes(b"")
         probe = min(PROBE_IMAGES, batch_size, len(self.images))
         # clones leave inference mode, if it was on
         images, labels = (x[:probe].clone().to(self.device) for x in (self.images, self.labels))
@@ -276,6 +291,7 @@ class _Run:
         self.pending[rows] = False
         if broken.any():
             self.adversarial[at[broken.to(at.device)]] = attacked[broken.to(self.device)].to(self.adversarial)
+            self._append(rows[broken] if attack is not None else rows[:0])
 
     def result(self, settings: dict) -> AutoAttackResult:
         """The result, with the checks that look back on the whole run."""
@@ -302,13 +318,29 @@ class _Run:
         self.started, self.counter.forward_rows, self.counter.gradient_rows = now, 0, 0
         return self.state
 
+    def _append(self, rows: Tensor) -> None:
+        """Write the broken images at `rows` behind those of before, each once: the state alone is written anew."""
+        if self.file is None:
+            return
+        found = self.adversarial[rows.to(self.adversarial.device)].cpu()
+        records = np.empty(len(rows), self._record)
+        records["row"], records["image"] = rows.numpy(), found.flatten(1).contiguous().view(torch.uint8).numpy()
+        with open(_images_file(self.file), "r+b") as file:
+            file.seek(self.state.broken * self._record.itemsize)
+            file.write(records.tobytes())
+        self.state.broken += len(rows)
+
+    @property
+    def _record(self) -> np.dtype:
+        """One entry in the file of broken images."""
+        image = self.adversarial[0]
+        return np.dtype([("row", "<i8"), ("image", np.uint8, (image.numel() * image.element_size(),))])
+
     def _save(self) -> None:
         """Write the state beside its file and move it there, so that a kill never leaves half a file."""
         if self.file is None:
             return
-        broken = self.clean_correct & ~self.robust
         tensors = {name: getattr(self, name) for name in ("robust", "clean_correct", "pending", "probe_logits")}
-        tensors["broken_images"] = self.adversarial[broken.to(self.adversarial.device)]
         partial = self.file.with_name(self.file.name + ".partial")
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -330,8 +362,13 @@ class _Run:
         self.state = state
         self.robust, self.clean_correct, self.pending = (tensors[n] for n in ("robust", "clean_correct", "pending"))
         self.probe_logits = tensors["probe_logits"]
-        broken = (self.clean_correct & ~self.robust).to(self.adversarial.device)
-        self.adversarial[broken] = tensors["broken_images"].to(self.adversarial)
+        kept = _images_file(self.file)
+        if not kept.is_file() or kept.stat().st_size < state.broken * self._record.itemsize:
+            raise ValueError(f"state_file={str(self.file)!r} has lost images that belong in {kept.name}; delete both.")
+        records = np.fromfile(kept, self._record, state.broken)
+        rows = torch.from_numpy(records["row"].astype(np.int64)).to(self.adversarial.device)
+        images = torch.from_numpy(np.ascontiguousarray(records["image"])).view(self.adversarial.dtype)
+        self.adversarial[rows] = images.view(len(rows), *self.adversarial.shape[1:]).to(self.adversarial.device)
 
 
-__all__ = ["BACKENDS", "VERSIONS", "AutoAttackResult", "Flag", "autoattack", "make_attack"]
+__all__ = ["BACKENDS", "VERSIONS", "AutoAttackResult", "Flag", "autoattack", "make_attack", "remove_state"]

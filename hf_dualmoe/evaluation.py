@@ -55,6 +55,7 @@ def evaluate_robustness(
     min_sa: float | None = None,
     min_ra: float | None = None,
     worst_case_steps: int | None = None,
+    union_restarts: int = 1,
     autoattack_version: str | None = None,
     sanity_images: int | None = None,
     check_names: bool = True,
@@ -86,6 +87,8 @@ def evaluate_robustness(
         held_out: Images of neither training nor test to choose the dial on, by `dial_attack`; None = PGD on `dataset`.
         min_sa, min_ra: Floor in % for the recommended alpha; at most one. See `choose_alpha` for the rule without.
         worst_case_steps: Gradient passes per member of the worst case; None = `steps`.
+        union_restarts: Random starts per member of the worst case. A plain network has 2 members where a dual model of
+            mixtures has a dozen or more: give it as many restarts where the two are compared.
         autoattack_version: "standard", "few_classes" or "fast"; None = the first that the number of classes allows.
         sanity_images: Images for the sanity checks; None = 64 at level "quick", else 200.
         check_names: Whether the dataset's class names must be those of the model's `id2label`.
@@ -105,6 +108,7 @@ def evaluate_robustness(
     """
     floors = {"min_sa": min_sa, "min_ra": min_ra}
     counts = {"batch_size": batch_size, "sanity_images": sanity_images, "worst_case_steps": worst_case_steps}
+    counts["union_restarts"] = union_restarts
     parts = check_evaluation(
         model,
         (dataset, held_out),
@@ -123,7 +127,8 @@ def evaluate_robustness(
     storing = {"batch_size": batch_size, "progress": progress, "resume_dir": resume_dir, "fresh": fresh}
     with full_precision(), frozen(model):
         run = start(model, dataset, attack, dataset_name, path, accelerator, **storing)
-        measure(run, parts, (alphas, held_out, floors), worst_case_steps or steps, autoattack_version, effort)
+        union = (worst_case_steps or steps, union_restarts)
+        measure(run, parts, (alphas, held_out, floors), union, autoattack_version, effort)
     return run.report
 
 
@@ -153,11 +158,11 @@ def measure(
     run: Evaluation,
     parts: Sequence[str],
     dial: tuple[Sequence[float], ImageTensorDataset | None, dict[str, float | None]],
-    worst_case_steps: int,
+    union: tuple[int, int],
     autoattack_version: str | None,
     sanity: dict[str, int],
 ) -> None:
-    """Measure the whole model, then `parts` in the order of `PARTS`; `dial` has the arguments of `Evaluation.dial`."""
+    """Measure the whole model, then `parts` in the order of `PARTS`; `dial` and `union` are arguments of methods."""
     run.whole()
     for name, take in {
         "components": run.components,
@@ -165,7 +170,7 @@ def measure(
         "dial": lambda: run.dial(*dial),
         "component_attacks": run.component_attacks,
         "eps_curve": run.eps_curve,
-        "worst_case": lambda: run.worst_case(worst_case_steps),
+        "worst_case": lambda: run.worst_case(*union),
         "autoattack": lambda: run.autoattack(autoattack_version),
         "sanity": lambda: run.sanity(**sanity),
     }.items():

@@ -8,10 +8,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from .attacks import PGD
-from .autoattack import autoattack
+from .autoattack import autoattack, remove_state
 from .calibration import Component
 from .component_attacks import (
     answering,
@@ -30,7 +31,7 @@ from .metrics import wilson_interval
 from .report import RobustnessReport
 from .sanity import Check, run_sanity_checks, suspicious, worst_case_check
 from .sanity_flags import square_flag
-from .worst_case import worst_case
+from .worst_case import UNION, member_names, worst_case
 
 EPS_FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of eps, for accuracy against eps
 ENDS = {0.0: "standard", 1.0: "robust"}  # of the dial
@@ -64,6 +65,8 @@ class Evaluation(Measurer):
         costs = [cost for name, cost in self.cost.items() if name != "total"]
         if costs:
             self.cost["total"] = {name: round(sum(cost[name] for cost in costs), 3) for name in costs[0]}
+        if self.smaller_batches:
+            self.report.environment["smaller_batches"] = self.smaller_batches
         self.report.environment["wall_time_s"] = round(time.perf_counter() - self.started, 2)
         if self.path is not None and self.processes.is_main:
             self.report.save(self.path)
@@ -210,23 +213,41 @@ class Evaluation(Measurer):
         self.report.metrics["eps_curve"] = points
         self.write()
 
-    def worst_case(self, steps: int) -> None:
-        """The adaptive union of `worst_case`, every member with its own accuracy."""
+    def worst_case(self, steps: int, restarts: int = 1) -> None:
+        """The adaptive union of `worst_case`, every member a measurement of its own: a restart goes on behind it."""
+        many = "" if restarts == 1 else f" {restarts} restarts"
+        title = f"worst case {steps} steps{many}{self.at}"
+        names = member_names(self.model, len(self.dataset.class_names))
+        found = {
+            name: self.measure(f"{title} {name}", self.member(name, steps, restarts), self.counted) for name in names
+        }
+        self.add_cost(title, [f"{title} {name}" for name in names])
+        if all(found.values()):
+            right = {name: part.tensors["right"] for name, part in found.items()}
+            self.add_whole("ra_adaptive_union", torch.stack([*right.values()]).all(dim=0))
+            self.own |= {name: percent(mask & self.clean) for name, mask in right.items()}
+            runs = f"{steps} APGD steps and {restarts} restart{'s' * (restarts > 1)} per member"
+            self.report.threat["attacks"]["worst_case"] = f"{UNION} of {len(names)} members, {runs}"
+        self.write()
+
+    def member(self, name: str, steps: int, restarts: int) -> Callable[..., dict[str, Any]]:
+        """Work that runs one member of the adaptive union."""
 
         def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Any]:
-            settings = {**self.ball, "steps": steps, "seed": self.attack.seed, "batch_size": self.batch_size}
-            result = worst_case(self.model, images, labels, ids=ids, **settings)
-            members = {f"member {name}": round(share * len(ids) / 100) for name, share in result.members.items()}
-            passes = {name: count * len(ids) for name, count in result.passes.items()}
-            return {"right": result.robust, **members, **passes}
+            settings = {**self.ball, "steps": steps, "restarts": restarts, "seed": self.attack.seed}
+            result = worst_case(
+                self.model, images, labels, ids=ids, members=[name], batch_size=len(images), **settings
+            )
+            passes = {kind: count * len(ids) for kind, count in result.passes.items()}
+            return {"right": result.robust, **passes}
 
-        found = self.measure(f"worst case {steps} steps{self.at}", work, self.counted)
-        if found is not None:
-            self.add_whole("ra_adaptive_union", found.tensors["right"])
-            members = {n.removeprefix("member "): v for n, v in found.sums.items() if n.startswith("member ")}
-            self.own |= {name: 100 * value / len(self.dataset) for name, value in members.items()}
-            self.report.threat["attacks"]["worst_case"] = f"adaptive union, {steps} APGD steps per member"
-        self.write()
+        return work
+
+    def add_cost(self, title: str, parts: list[str]) -> None:
+        """Report the cost of several measurements as that of one."""
+        costs = [self.cost.pop(part) for part in parts if part in self.cost]
+        if costs:
+            self.cost[title] = {kind: round(sum(cost[kind] for cost in costs), 3) for kind in costs[0]}
 
     def autoattack(self, version: str | None) -> None:
         """The AutoAttack union, with its flags among the sanity checks."""
@@ -237,9 +258,15 @@ class Evaluation(Measurer):
 
         def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Any]:
             settings = {**self.ball, "version": version, "seed": self.attack.seed, "batch_size": self.batch_size}
-            result = autoattack(
-                self.model, images, labels, ids=ids, state_file=state, progress=self.progress, **settings
-            )
+            try:
+                result = autoattack(
+                    self.model, images, labels, ids=ids, state_file=state, progress=self.progress, **settings
+                )
+            except RuntimeError as error:
+                if self.batch_size == 1 or not should_reduce_batch_size(error):
+                    raise
+                self.use_smaller_batches(self.batch_size // 2)
+                return work(images, labels, ids)  # goes on from the state file
             stages = {f"stage {stage}": round(share * len(ids)) for stage, share in result.accuracy.items()}
             passes = {kind: rows * len(ids) for kind, rows in result.passes.items()}
             flags = {flag: [found.raised, found.message] for flag, found in result.flags.items()}
@@ -248,7 +275,7 @@ class Evaluation(Measurer):
         found = self.measure(name, work, self.counted, at_once=True)
         if found is not None:
             if state is not None:
-                state.unlink(missing_ok=True)
+                remove_state(state)
             self.add_whole("ra_autoattack", found.tensors["right"])
             self.report.threat["attacks"]["autoattack"] = found.texts["name"][0]
             self.add_flags(found)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
+KEPT = ("*.safetensors", "*.partial", "*.images")  # files of measurements
 WAITS = count()  # how often all processes have waited for the main one
 Work = Callable[[Tensor, Tensor, Tensor], dict[str, Any]]  # (images, labels, ids) of a batch -> see `run_batch`
 
@@ -161,7 +163,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         recorded = self.folder / SETTINGS
         if fresh:
-            for path in [*self.folder.glob("*.safetensors"), *self.folder.glob("*.partial")]:
+            for path in (path for kind in KEPT for path in self.folder.glob(kind)):
                 path.unlink()
         elif recorded.is_file():
             there = json.loads(recorded.read_text(encoding="utf-8"))
@@ -221,7 +223,8 @@ def run_batch(work: Work, dataset: ImageTensorDataset, ids: Tensor, device: torc
     """Do `work` on the images `ids` (B,); where it fails and `retry` is set, on each alone: a bad one loses no other.
 
     Raises:
-        Exception: What `work` raises, unless some of several images succeed.
+        Exception: What `work` raises, unless some of several images succeed; where memory runs out for several images,
+            none is tried alone.
     """
     batch = dataset.__getitems__(ids)
     images, labels = to_unit_range(batch["pixel_values"].to(device)), batch["labels"].to(device)
@@ -229,7 +232,7 @@ def run_batch(work: Work, dataset: ImageTensorDataset, ids: Tensor, device: torc
     try:
         result = work(images, labels, ids)
     except Exception as error:
-        if not retry:
+        if not retry or (len(ids) > 1 and should_reduce_batch_size(error)):
             raise
         if len(ids) == 1:
             found.failed[:] = True
@@ -255,17 +258,31 @@ def run_batches(
     device: torch.device,
     description: str | None = None,
     retry: bool = True,
+    smaller: Callable[[int], None] = lambda batch_size: None,
 ) -> Found:
-    """Do `work` on the images `rows` (n,), with a bar that shows the running accuracy ("right" of the results)."""
-    parts = [Found(rows[:0])]
-    bar = tqdm(rows.split(batch_size) if len(rows) else [], description, disable=description is None, leave=False)
-    right = 0
-    for ids in bar:
-        parts.append(run_batch(work, dataset, ids, device, retry))
-        right += int(parts[-1].tensors.get("right", torch.zeros(1)).sum())
-        bar.set_postfix_str(f"{100 * right / sum(len(part.rows) for part in parts):.2f} %")
+    """Do `work` on the images `rows` (n,), with a bar that shows the running accuracy ("right" of the results).
+
+    Where a batch does not fit into memory, it and all that follow are halved; `smaller` is told the new size.
+    """
+    parts, right = [Found(rows[:0])], 0
+    with tqdm(total=len(rows), desc=description, unit="img", disable=description is None, leave=False) as bar:
+        while len(rows):
+            ids = rows[:batch_size]
+            try:
+                parts.append(run_batch(work, dataset, ids, device, retry))
+            except RuntimeError as error:
+                if len(ids) == 1 or not should_reduce_batch_size(error):
+                    raise
+                batch_size = len(ids) // 2
+                smaller(batch_size)
+                clear_device_cache()
+                continue
+            rows = rows[len(ids) :]
+            right += int(parts[-1].tensors.get("right", torch.zeros(1)).sum())
+            bar.update(len(ids))
+            bar.set_postfix_str(f"{100 * right / sum(len(part.rows) for part in parts):.2f} %")
     found = Found.joined(parts)
-    if len(rows) and found.failed.all():
+    if len(found.rows) and found.failed.all():
         raise RuntimeError(found.texts["error"][0])
     return found
 
@@ -337,6 +354,7 @@ class Measurer:
     Attributes:
         failures: Name of a measurement -> why it is missing, or which images failed.
         cost: Name -> mean `forward` and `gradient` passes per image, and `seconds`.
+        smaller_batches: Name -> what did not fit into memory, and how many images were looked at at once instead.
     """
 
     def __init__(
@@ -353,6 +371,7 @@ class Measurer:
         self.batch_size, self.device, self.progress = batch_size, device, progress and processes.is_main
         self.failures: dict[str, str] = {}
         self.cost: dict[str, dict[str, float]] = {}
+        self.smaller_batches: dict[str, str] = {}
 
     def measure(
         self,
@@ -382,19 +401,25 @@ class Measurer:
         if found is not None:
             cost = {key: found.sums[key] / len(dataset) for key in ("forward", "gradient")}
             self.cost[name] = {**cost, "seconds": round(found.sums["seconds"], 3)}
+            if "memory" in found.texts:
+                self.smaller_batches[name] = found.texts["memory"][0]
             if found.failed.any():
                 error = found.texts["error"][0]
                 self.failures[name] = f"{int(found.failed.sum())} images failed and count as wrong ({error})"
         return found
 
     def _measure(self, name, work, counted, dataset, at_once) -> Found | None:
-        rows, started = self.processes.share(len(dataset)), time.perf_counter()
-        options = {"batch_size": max(len(rows), 1) if at_once else self.batch_size, "retry": not at_once}
+        rows, started, asked = self.processes.share(len(dataset)), time.perf_counter(), self.batch_size
+        options: dict[str, Any] = {"batch_size": self.batch_size, "retry": True, "smaller": self.use_smaller_batches}
+        if at_once:
+            options = {"batch_size": max(len(rows), 1), "retry": False}
         bar = name if self.progress and not at_once else None
         try:
             with count_passes(counted) as passes:
                 part = run_batches(work, dataset, rows, **options, device=self.device, description=bar)
             part.sums = {**passes, **part.sums}
+            if self.batch_size < asked:
+                part.texts["memory"] = [f"{asked} images did not fit into memory; batches of {self.batch_size}"]
         except Exception as error:
             logger.debug("%s failed", name, exc_info=True)
             part = f"{type(error).__name__}: {error}"
@@ -408,6 +433,11 @@ class Measurer:
         found.sums["seconds"] = time.perf_counter() - started
         self.processes.from_main(lambda: self.store.save(name, found))
         return found
+
+    def use_smaller_batches(self, batch_size: int) -> None:
+        """Look at so many images at once from here on."""
+        logger.warning("Out of memory with batches of %d images: going on with %d.", self.batch_size, batch_size)
+        self.batch_size = batch_size
 
 
 def measurer_of(

@@ -98,6 +98,7 @@ class RobustnessReport:
         lines.append(f"Sanity checks: {passed} of {len(self.sanity)} passed." if self.sanity else "No sanity checks.")
         lines += [f"SUSPICIOUS: {reason}" for reason in self.suspicious]
         lines += [f"FAILED: {name}: {reason}" for name, reason in self.failures.items()]
+        lines += [f"MEMORY: {name}: {what}" for name, what in self.environment.get("smaller_batches", {}).items()]
         if total := self.cost.get("total"):
             passes = f"{total['forward']:.0f} forward and {total['gradient']:.0f} gradient passes per image"
             lines.append(f"Cost: {passes}, {total['seconds']:.1f} s.")

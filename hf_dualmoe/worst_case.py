@@ -47,6 +47,7 @@ from .environment import full_precision
 
 TEMPERATURES = (0.2, 1.0, 5.0)  # close to the hard route, as the scores are, close to an equal mixture
 ALPHAS = (0.5, 0.9, 0.99)
+UNION = "adaptive union, every expert by lead and margin"  # what made a number, in reports
 
 # --- members of the union --------------------------------------------------------------------------------------------
 
@@ -183,6 +184,11 @@ def members_of(
         soft = {f"soft T={t:g}": partial(soft_logits, model, temperature=t) for t in temperatures}
         members += [margin_member(name, classify) for name, classify in soft.items()]
     return members
+
+
+def member_names(model: Classifier, num_classes: int) -> list[str]:
+    """Names of the members that apply to `model`, in the order in which they run."""
+    return [member.name for member in members_of(model, num_classes, TEMPERATURES, ALPHAS)]
 
 
 def named(names: Sequence[str] | None, members: list[Member]) -> list[Member]:
@@ -430,4 +436,4 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"budget={settings['budget']!r} must be None or > 0 gradient passes per image.")
 
 
-__all__ = ["Member", "WorstCaseResult", "worst_case"]
+__all__ = ["Member", "WorstCaseResult", "member_names", "worst_case"]

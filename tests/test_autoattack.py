@@ -12,11 +12,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 from hf_dualmoe.apgd import APGD, PassCounter
 from hf_dualmoe.attacks import PGD
-from hf_dualmoe.autoattack import VERSIONS, AutoAttackResult, autoattack
+from hf_dualmoe.autoattack import VERSIONS, AutoAttackResult, autoattack, remove_state
 from hf_dualmoe.data import load_splits, to_unit_range
 from hf_dualmoe.fab import FAB
 from hf_dualmoe.square import Square
@@ -356,7 +357,25 @@ def test_a_killed_run_goes_on_where_it_was(digits, tmp_path, at):
     finished = small_union(again, images, labels, batch_size=3, state_file=file)
     assert again.calls == 2 and torch.equal(finished.robust, expected.robust)
     assert finished.passes["gradient"] >= expected.passes["gradient"]
-    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.safetensors", "state.safetensors.images"]
+
+
+def test_each_broken_image_is_written_once_and_what_was_not_finished_is_passed_over(digits, tmp_path):
+    model, images, labels = digits
+    file = tmp_path / "state.safetensors"
+    expected = small_union(model, images, labels, batch_size=3, state_file=file)
+    kept = tmp_path / "state.safetensors.images"
+    broken = int((expected.clean_correct & ~expected.robust).sum())
+    assert kept.stat().st_size == broken * (8 + images[0].numel() * images.element_size()) > 0
+    with safe_open(file, framework="pt") as state:
+        assert all(state.get_tensor(name).ndim < 4 for name in state.keys())  # noqa: SIM118 - not a dict
+    kept.write_bytes(kept.read_bytes() + b"half a record")
+    assert torch.equal(small_union(model, images, labels, state_file=file).adversarial, expected.adversarial)
+    kept.write_bytes(b"")
+    with pytest.raises(ValueError, match="has lost images"):
+        small_union(model, images, labels, state_file=file)
+    remove_state(file)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_file_refuses_what_it_does_not_belong_to(digits, tmp_path):

@@ -255,6 +255,90 @@ def test_finished_work_of_other_settings_is_refused(model, moe, dataset, tmp_pat
     assert report.failures == {} and "ra_pgd3" in report.metrics
 
 
+class Narrow(nn.Module):
+    """A classifier that runs out of memory with more than `most` images, and counts the images that it is shown."""
+
+    def __init__(self, most):
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear, self.most, self.sizes = nn.Linear(100, 4), most, []
+
+    def forward(self, images):
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return self.linear(images.flatten(1))
+
+
+def test_where_memory_runs_out_batches_are_halved_and_the_report_says_so(dataset, caplog):
+    settings = {**QUIET, "check_names": False, "level": ["worst_case", "autoattack"], "autoattack_version": "fast"}
+    wide, narrow = Narrow(100), Narrow(8)
+    work = parts.classify(narrow)
+    found = run_batches(work, dataset, torch.arange(23), batch_size=23, device=torch.device("cpu"))
+    assert narrow.sizes == [23, 11, 5, 5, 5, 5, 3] and found.rows.tolist() == list(range(23))
+    assert not found.failed.any() and "error" not in found.texts
+    expected = evaluate_robustness(wide, dataset, batch_size=6, **settings)
+    narrow.most = 6  # the look at the first batch, before anything is measured, still fits
+    with caplog.at_level("WARNING"):
+        report = evaluate_robustness(Once(narrow), dataset, batch_size=12, **settings)
+    assert report.metrics == expected.metrics and not report.failures
+    assert report.environment["smaller_batches"] == {
+        "whole model clean": "12 images did not fit into memory; batches of 6"
+    }
+    assert sum("Out of memory" in record.message for record in caplog.records) == 1
+    assert "MEMORY: whole model clean: 12 images did not fit into memory; batches of 6" in report.notes()
+
+
+class Once(nn.Module):
+    """Lets the first look through, whatever its size."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.first = model, True
+
+    def forward(self, images):
+        if self.first:
+            self.first = False
+            return self.model.linear(images.flatten(1))
+        return self.model(images)
+
+
+def test_autoattack_goes_on_with_smaller_batches(dataset):
+    class Later(Narrow):
+        def forward(self, images):
+            self.most = 6 if len(self.sizes) > 12 else 100
+            return super().forward(images)
+
+    settings = {**QUIET, "check_names": False, "level": ["autoattack"], "autoattack_version": "fast"}
+    report = evaluate_robustness(Later(0), dataset, batch_size=23, **settings)
+    expected = evaluate_robustness(Narrow(100), dataset, batch_size=5, **settings)
+    assert report.metrics == expected.metrics and not report.failures
+    assert list(report.environment["smaller_batches"].values())[-1].endswith("batches of 5")
+
+
+def test_an_interrupted_union_goes_on_behind_its_last_member(moe, dataset, tmp_path, monkeypatch):
+    settings = {**QUIET, "level": ["worst_case"], "resume_dir": tmp_path, "check_names": False, "union_restarts": 2}
+    ran, run = [], parts.worst_case
+
+    def counted(*args, members, **options):
+        ran.extend(members)
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return run(*args, members=members, **options)
+
+    monkeypatch.setattr(parts, "worst_case", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_robustness(moe, dataset, **settings)
+    before = ran[:3]
+    report = evaluate_robustness(moe, dataset, **settings)
+    assert not set(before) & set(ran[4:])  # nothing twice
+    union = run(moe, dataset.images / 255, dataset.labels, eps=0.1, steps=2, restarts=2)
+    assert report.metrics["ra_adaptive_union"] == pytest.approx(union.accuracy)
+    assert "2 APGD steps and 2 restarts per member" in report.threat["attacks"]["worst_case"]
+    assert f"{len(union.members)} members" in report.threat["attacks"]["worst_case"]
+    assert [name for name in report.cost if "worst case" in name] == ["worst case 2 steps 2 restarts"]
+
+
 def test_a_bad_image_counts_as_wrong_and_loses_no_other(moe, dataset, monkeypatch):
     expected = correct_mask(moe, dataset)
 

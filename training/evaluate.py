@@ -41,6 +41,7 @@ def create_parser() -> ArgumentParser:
     add("--steps", type=int, default=20, help="PGD steps.")
     add("--level", default="standard", help=f"{', '.join(LEVELS)}, or parts of {','.join(PARTS)} joined by commas.")
     add("--worst_case_steps", type=int, help="Steps per member of the adaptive union; default: --steps.")
+    add("--union_restarts", type=int, default=1, help="Random starts per member of the adaptive union.")
     add("--autoattack_version", help="standard, few_classes or fast; default: what the number of classes allows.")
     add("--sanity_images", type=int, help="Images for the sanity checks; default: 64 at level quick, else 200.")
     add("--alphas", type=float, nargs="+", default=list(ALPHAS), help="Positions of the dial, in [0, 1].")
@@ -123,7 +124,7 @@ def check_request(args: Namespace, model: nn.Module | None = None) -> None:
 
 def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> None:
     """Raise a ValueError for what the evaluation would refuse, before a calibration that takes minutes."""
-    counts = ("batch_size", "sanity_images", "worst_case_steps")
+    counts = ("batch_size", "sanity_images", "worst_case_steps", "union_restarts")
     parts = check_evaluation(
         model,
         (data.test, data.validation),
@@ -208,7 +209,7 @@ def load_data(args: Namespace, model: nn.Module) -> DataSplits:
 
 def evaluate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> RobustnessReport:
     """The report, written to results.json as the numbers come."""
-    names = "eps norm steps alphas batch_size seed min_sa min_ra worst_case_steps autoattack_version"
+    names = "eps norm steps alphas batch_size seed min_sa min_ra worst_case_steps union_restarts autoattack_version"
     return evaluate_robustness(
         model,
         data.test,
