@@ -296,7 +296,7 @@ def project(perturbed: Tensor, images: Tensor, eps: float | Tensor, norm: str) -
     Values that are not finite (a gradient overflowed) fall back to the clean pixel.
     """
     wide = torch.promote_types(images.dtype, torch.float32)
-    delta = torch.where(torch.isfinite(perturbed), perturbed.to(wide) - images.to(wide), 0)
+    delta = torch.nan_to_num(perturbed.to(wide) - images.to(wide), nan=0.0, posinf=0.0, neginf=0.0)
     if norm == "linf":
         delta = delta.clamp(-eps, eps)
     else:
@@ -379,23 +379,17 @@ OBJECTIVES: dict[str, Objective] = {"ce": ce_objective, "margin": margin_objecti
 
 
 def value_and_gradient(
-    model: Classifier,
-    perturbed: Tensor,
-    labels: Tensor,
-    objective: Objective,
-    reference: Tensor | None = None,
-    *,
-    rescale: bool = True,
+    model: Classifier, perturbed: Tensor, labels: Tensor, objective: Objective, reference: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One forward and input-gradient pass.
+
+    Safe in half precision: the gradient of a confident image is tiny and would be flushed to zero on its way through a
+    float16 network. So it starts there at a size of about 1, image by image, and gets its own size back at the end;
+    both by powers of two, which in single precision changes no bit of a number that is not tiny.
 
     Args:
         model, perturbed, labels: As for an `Attack`.
         objective, reference: One of `OBJECTIVES`, and its third argument.
-        rescale: Be safe in half precision: the gradient of a confident image is tiny and would be flushed to zero on
-            its way through a float16 network. So it starts there at a size of about 1, image by image, and gets its
-            own size back at the end; both by powers of two, which in single precision changes no bit of a number that
-            is not tiny. False saves a dozen operations (see `may_flush_gradients`).
 
     Returns:
         Gradient (B, ...), logits (B, C) and objective (B,), all detached.
@@ -408,9 +402,6 @@ def value_and_gradient(
         logits = logits_of(model, perturbed)
         if not logits.requires_grad:
             raise ValueError(NO_GRADIENT)
-        if not rescale:
-            value = objective(logits, labels, reference)
-            return torch.autograd.grad(value.sum(), perturbed)[0], logits.detach(), value.detach()
         leaf = logits.detach().requires_grad_(True)
         value = objective(leaf, labels, reference)
         slope = torch.autograd.grad(value.sum(), leaf)[0]
@@ -423,3 +414,33 @@ def value_and_gradient(
             raise ValueError(NO_GRADIENT)
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return torch.ldexp(gradient, per_image(exponent, gradient)), logits.detach(), value.detach()
+
+
+def input_gradient(
+    model: Classifier,
+    perturbed: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    reference: Tensor | None = None,
+    *,
+    rescale: bool = True,
+) -> Tensor:
+    """The gradient (B, ...) alone, for training.
+
+    Args:
+        rescale: Whether small gradients are kept from flushing to zero (see `may_flush_gradients`), as
+            `value_and_gradient` always does. Without, a pass has a dozen operations less.
+
+    Other arguments and errors are those of `value_and_gradient`.
+    """
+    if rescale:
+        return value_and_gradient(model, perturbed, labels, objective, reference)[0]
+    with torch.enable_grad():
+        perturbed = perturbed.detach().requires_grad_(True)
+        logits = logits_of(model, perturbed)
+        if not logits.requires_grad:
+            raise ValueError(NO_GRADIENT)
+        gradient = torch.autograd.grad(objective(logits, labels, reference).sum(), perturbed, allow_unused=True)[0]
+        if gradient is None:
+            raise ValueError(NO_GRADIENT)
+    return gradient

@@ -25,6 +25,7 @@ from .attack_primitives import (
     check_seed,
     checked,
     frozen,
+    input_gradient,
     logits_of,
     may_flush_gradients,
     per_image,
@@ -96,7 +97,7 @@ class PGD(Attack):
         rescale = may_flush_gradients(model, images)
         perturbed = self._start(images, ids, 0)
         for _ in range(self.steps):
-            gradient, _, _ = value_and_gradient(model, perturbed, labels, objective, reference, rescale=rescale)
+            gradient = input_gradient(model, perturbed, labels, objective, reference, rescale=rescale)
             perturbed = move(perturbed, gradient)
             objective = OBJECTIVES[self.objective]
         return perturbed

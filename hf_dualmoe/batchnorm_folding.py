@@ -238,7 +238,7 @@ def _find(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, str]], list
     handles = [m.register_forward_hook(note_output) for m in names if type(m) is nn.Conv2d]
     handles += [m.register_forward_pre_hook(note_input) for m in names if type(m) in (nn.BatchNorm2d, BatchNormAct2d)]
     handles += [m.register_forward_pre_hook(note_run) for m in names if type(m) in (nn.Conv2d, nn.Linear)]
-    expected = _all_outputs(model, images)
+    expected = _all_outputs(model, images.clone())  # some models work in place
     for handle in handles:
         handle.remove()
     convs = list(pairs.values())
@@ -246,7 +246,7 @@ def _find(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, str]], list
     casts = [layer for layer, always in runs.items() if always]
     for found in (Holdable(folds, casts), Holdable(folds), Holdable([], casts)):
         with _applied(found, dtype):
-            outputs = _all_outputs(model, images)
+            outputs = _all_outputs(model, images.clone())
         if _agree(expected, outputs, dtype):
             return [(names[conv], names[norm]) for conv, norm in found.pairs], [names[m] for m in found.casts]
     return [], []

@@ -16,10 +16,10 @@ from .attack_primitives import (
     check_objective,
     checked,
     image_noise,
+    input_gradient,
     logits_of,
     may_flush_gradients,
     round_inwards,
-    value_and_gradient,
 )
 
 
@@ -57,7 +57,7 @@ class NFGSM(Attack):
         reference = logits_of(model, images) if self.objective == "kl" else None
         start = images + (2 * image_noise(images, shard=self.shard) - 1) * (self.noise * self.eps)
         objective, rescale = checked(OBJECTIVES[self.objective]), may_flush_gradients(model, images)
-        gradient, _, _ = value_and_gradient(model, start, labels, objective, reference, rescale=rescale)
+        gradient = input_gradient(model, start, labels, objective, reference, rescale=rescale)
         return round_inwards((start + self.eps * gradient.sign()).clamp(0, 1), images)
 
 

@@ -19,80 +19,46 @@ What cannot be recorded trains as before, and one line of the log says why.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .batchnorm_folding import flow_key
-from .losses import LossOutput
-from .modeling_dualmoe import static_shapes
 from .nonfinite import copy_buffers, restore_buffers
+from .static_step import StaticStep, StepResult, WaitWatch
 
 if TYPE_CHECKING:
     from .trainer import RobustTrainer
 
 WARMUP_STEPS = 3
 CHECKED_REPLAYS = 2
-LARGEST_DIFFERENCE = 0.1  # of the norm of the gradient; a graph that reads stale numbers is off by about 1
-MOST_CAPTURES = 3  # of models that change again and again
-RADII = ("eps", "step_size")  # what the warm-up of an attack changes
+LARGEST_DIFFERENCE = 0.25  # of the norm of the gradient; a graph that reads stale numbers is off by about 1
+MOST_CHANGES = 10  # of a model: layers that begin to learn, switches; each takes a few eager steps
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2", "unique_dim", "equal")
 
 logger = logging.get_logger(__name__)
-
-
-# --- what a step may not do ------------------------------------------------------------------------------------------
-
-
-class WaitWatch(TorchDispatchMode):
-    """Notes the operations within it that wait for the device or copy from the host; `names` are those found."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if _waits(func, args, out):
-            self.names.append(str(func))
-        return out
-
-
-def _waits(func: Any, args: tuple, out: Any) -> bool:
-    name = func.overloadpacket.__name__
-    if name in WAITING or name == "lift_fresh":  # the last: a number or list that becomes a tensor
-        return True
-    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    if name == "repeat_interleave" and func._overloadname == "Tensor":
-        return True
-    if name in ("copy_", "_to_copy"):
-        source, target = (args[1], args[0]) if name == "copy_" else (args[0], out)
-        return source.device != target.device
-    return False
 
 
 def why_eager(trainer: "RobustTrainer") -> str | None:
     """Why this trainer's steps cannot be recorded; None = they can, as far as its settings tell."""
     args, model = trainer.args, trainer.model
     optimizer = str(args.optim)
-    overridden = [n for n in ("compute_loss", "_prepare_inputs") if n not in _own_methods(trainer)]
+    overridden = _overridden(trainer)
     reasons = {
         "it needs a CUDA GPU": args.device.type != "cuda",
         "DeepSpeed has steps of its own": trainer.is_deepspeed_enabled,
         "FSDP gathers weights within the step": trainer.is_fsdp_enabled,
         "on_nan_loss='skip' looks at each loss": args.on_nan_loss == "skip",
-        "float16 looks at each gradient for its loss scale (bf16 does not)": args.fp16,
+        "float16 looks at each gradient for its loss scale (bf16 does not)": args.fp16
+        or trainer.accelerator.mixed_precision == "fp16",
         f"torch_compile_mode={args.torch_compile_mode!r} has CUDA graphs of its own": args.torch_compile
         and args.torch_compile_mode in OWN_GRAPHS,
         "gradient checkpointing runs parts of the step again": args.gradient_checkpointing
+        or getattr(args, "activation_checkpointing", False)
         or getattr(model, "is_gradient_checkpointing", False),
         f"optim={optimizer!r} works within the backward pass": "lomo" in optimizer or "layerwise" in optimizer,
         f"{' and '.join(overridden)} of the trainer is overridden": bool(overridden),
@@ -102,119 +68,10 @@ def why_eager(trainer: "RobustTrainer") -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def _own_methods(trainer: "RobustTrainer") -> list[str]:
+def _overridden(trainer: "RobustTrainer") -> list[str]:
     """Methods of the step that are not those of our trainer."""
-    module = __name__.replace("step_graph", "trainer")
-    return [n for n in ("compute_loss", "_prepare_inputs") if getattr(type(trainer), n).__module__ == module]
-
-
-# --- the static step -------------------------------------------------------------------------------------------------
-
-
-class StaticAttack:
-    """An attack whose radii are tensors, so that a recorded step reads the present ones.
-
-    Args:
-        attack: A `PGD` or `NFGSM`.
-        device: Where the tensors are.
-    """
-
-    def __init__(self, attack: Any, device: torch.device):
-        names = [f.name for f in fields(attack) if f.name in RADII and getattr(attack, f.name) is not None]
-        self.radii = {name: torch.empty((), device=device) for name in names}
-        self.attack = replace(attack, **self.radii)
-        self.fill(attack)
-
-    def fill(self, attack: Any) -> None:
-        """Take over the radii of an attack with the same settings."""
-        for name, radius in self.radii.items():
-            radius.fill_(getattr(attack, name))
-
-
-@dataclass
-class StepResult:
-    """What a step leaves behind: tensors on the device, overwritten by the next replay.
-
-    Args:
-        loss: Scalar, divided by the number of accumulated steps.
-        output: What the objective returned.
-        images: (B, C, H, W) augmented images.
-        gradients: One per parameter of the step; None where the loss does not depend on it.
-        values: (1 + terms,) float32: the loss before the division, and each term.
-    """
-
-    loss: Tensor
-    output: LossOutput
-    images: Tensor
-    gradients: list[Tensor | None]
-    values: Tensor
-
-
-class StaticStep:
-    """One step of a trainer as a function of tensors that stay where they are.
-
-    Args:
-        trainer: Whose objective, attacks and augmentation it runs.
-        batch: What one batch looks like: {"pixel_values", "labels"} on the device.
-    """
-
-    def __init__(self, trainer: "RobustTrainer", batch: dict[str, Tensor]):
-        self.trainer = trainer
-        self.batch = {name: torch.empty_like(tensor) for name, tensor in batch.items()}
-        self.accumulation = torch.ones((), device=trainer.args.device)
-        self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-        self.sums: dict[str, Tensor] = {}  # of the log: (sum, count) each, added up in place
-        self.attacks = {name: StaticAttack(a, trainer.args.device) for name, a in trainer.step_attacks().items()}
-        self.radii_change = trainer.eps_changes
-
-    def fill(self, batch: dict[str, Tensor]) -> None:
-        """Take over a batch, and all that changes from step to step."""
-        for name, tensor in batch.items():
-            self.batch[name].copy_(tensor, non_blocking=True)
-        self.accumulation.fill_(self.trainer.current_gradient_accumulation_steps)
-        if self.radii_change:
-            for name, attack in self.trainer.step_attacks().items():
-                self.attacks[name].fill(attack)
-
-    def run(self) -> StepResult:
-        """The step: the same operations on the same tensors each time."""
-        trainer = self.trainer
-        torch.clear_autocast_cache()  # within an autocast of the caller, casts of older weights would be recorded
-        if self.radii_change:
-            attacks = {name: static.attack for name, static in self.attacks.items()}
-        else:
-            attacks = trainer.step_attacks()
-        with static_shapes():
-            images = trainer.to_images(self.batch["pixel_values"])
-            output = trainer.run_objective(trainer.model, images, self.batch["labels"], attacks)
-        loss = output.loss / self.accumulation
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        self._sum_up(output)
-        values = torch.stack([value.detach().float() for value in (output.loss, *output.terms.values())])
-        output.loss = output.loss.detach()
-        torch.clear_autocast_cache()
-        aligned = [g if g is None else _like(g, p) for g, p in zip(gradients, self.parameters, strict=True)]
-        return StepResult(loss.detach(), output, images, aligned, values)
-
-    def _sum_up(self, output: LossOutput) -> None:
-        for name, added in self.trainer.log_sums(output, self.batch["labels"]).items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros_like(added)
-            self.sums[name].add_(added)
-
-    def take_sums(self) -> dict[str, Tensor]:
-        """The sums since the last call."""
-        taken = {name: total.clone() for name, total in self.sums.items()}
-        for total in self.sums.values():
-            total.zero_()
-        return taken
-
-
-def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in the memory layout of its parameter, as `.grad` has it: optimizers are fast on equal layouts."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
+    own = f"{__package__}.trainer"
+    return [name for name in ("compute_loss", "_prepare_inputs") if getattr(type(trainer), name).__module__ != own]
 
 
 # --- recording -------------------------------------------------------------------------------------------------------
@@ -301,7 +158,7 @@ class StepGraph:
         self.trainer = trainer
         self.recorder = recorder
         self.reason: str | None = None  # why steps are eager from now on
-        self.captures = 0
+        self.captures = self._changes = 0
         self._is_given = recorder is not None
         self._has_begun = False
         self._forget()
@@ -311,7 +168,6 @@ class StepGraph:
         self._key: tuple | None = None
         self._result: StepResult | None = None
         self._replay: Callable[[], None] | None = None
-        self._accumulators: list[Tensor] = []
         self._steps = self._replays = 0
 
     @property
@@ -322,7 +178,7 @@ class StepGraph:
     def begin(self) -> None:
         """Before the first step of a training: see whether its steps can be recorded, and say so if not."""
         self._forget()
-        self._has_begun, self.captures, self._other_shapes = True, 0, set()
+        self._has_begun, self.captures, self._changes, self._other_shapes = True, 0, 0, set()
         self.reason = None if self._is_given else why_eager(self.trainer)
         if self.trainer.args.step_graph == "off":
             self.reason = "step_graph='off'"
@@ -372,8 +228,9 @@ class StepGraph:
         """The model is another: record it anew."""
         self.flush()
         self._forget()
-        if self.captures >= MOST_CAPTURES:
-            self._give_up(f"the model was changed {self.captures} times")
+        self._changes += 1
+        if self._changes > MOST_CHANGES:
+            self._give_up(f"the model was changed {self._changes} times, as its modules' attributes and weights tell")
             return False
         self._begin_step(batch, key)
         return True
@@ -526,4 +383,4 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         torch.set_rng_state(state)
 
 
-__all__ = ["StaticStep", "StepGraph", "StepGraphCallback", "StepResult", "WaitWatch", "why_eager"]
+__all__ = ["StepGraph", "StepGraphCallback", "why_eager"]

@@ -30,9 +30,12 @@ CODE = [PACKAGE / f"{name}.py" for name in ("configuration_dualmoe", "merging_du
 STANDARD_LIBRARY = {
     "collections.abc",
     "contextlib",
+    "contextvars",
     "copy",
     "dataclasses",
     "difflib",
+    "functools",
+    "json",
     "math",
     "numbers",
     "os",

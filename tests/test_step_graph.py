@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from operations import Operations, TapeRecorder
 from torch import nn
+from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
@@ -20,8 +21,10 @@ from hf_dualmoe.memory import largest_that_fits
 from hf_dualmoe.modeling_dualmoe import static_shapes, trusted_values
 from hf_dualmoe.nfgsm import NFGSM
 from hf_dualmoe.resumable import ResumableTrainer
-from hf_dualmoe.step_graph import StepGraph, WaitWatch, why_eager
-from hf_dualmoe.trainer import RobustTrainer, share_buffers
+from hf_dualmoe.static_step import WaitWatch
+from hf_dualmoe.step_graph import StepGraph, why_eager
+from hf_dualmoe.step_parts import share_buffers
+from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
 
 TINY = {
@@ -106,14 +109,27 @@ CASES = [
 # --- few operations, and no waiting ----------------------------------------------------------------------------------
 
 
+class Watched(TrainerCallback):
+    """Watches the third step: forward, attack, backward, clipping, optimizer and moving average."""
+
+    def __init__(self):
+        self.watch = WaitWatch()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.watch.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.watch.__exit__(None, None, None)
+
+
 @pytest.mark.parametrize(("method", "attack"), CASES)
-def test_a_step_waits_for_nothing(method, attack, train, stripes):
-    trainer = train(method, training_attack=attack, max_steps=2, logging_steps=100)
-    trainer.state.max_steps = 100
-    batch = stripes[torch.arange(8)]
-    with WaitWatch() as watch:
-        trainer.training_step(trainer.model, batch)
-    assert watch.names == []
+def test_a_step_waits_for_nothing(method, attack, train):
+    watched = Watched()
+    options = {"training_attack": attack, "ema_decay": 0.9, "max_grad_norm": 0.1, "optim_args": "momentum=0.9"}
+    train(method, callbacks=[watched], max_steps=4, logging_steps=100, **options)
+    assert watched.watch.names == []
 
 
 def test_the_watch_sees_what_waits():
@@ -284,6 +300,25 @@ def test_settings_train_the_same_in_a_graph(name, train):
     ordinary, graphed = (train("jtdmoe", graph=graph, **SETTINGS[name]) for graph in (False, True))
     assert recorded(graphed)
     assert difference(ordinary, graphed) == 0
+
+
+def test_a_model_that_changes_is_recorded_anew(train):
+    """Its layers begin to learn one after the other; a model that is never the same is left alone."""
+
+    class Unfreeze(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            model.experts[0].fc.requires_grad_(state.global_step >= 6)
+
+    runs = [train("standard", graph=graph, callbacks=[Unfreeze()], max_steps=12) for graph in (False, True)]
+    assert runs[1].step_graph.captures == 2 and runs[1].step_graph.reason is None
+    assert difference(*runs) == 0
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            model.seen = state.global_step
+
+    counting = train("standard", graph=True, callbacks=[Count()], max_steps=12)
+    assert "was changed" in counting.step_graph.reason
 
 
 @pytest.mark.parametrize("second", ["own", pytest.param("shared", marks=pytest.mark.slow)])
