@@ -84,13 +84,13 @@ class ImageTensorDataset(Dataset):
         From the counts of the 256 values: exact, and without a float copy of the images.
         """
         images = self.images[:MOST_FOR_STATISTICS]
-        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64, device=images.device)
-        for part in images.split(AT_ONCE):
-            counts += torch.stack([part[:, c].flatten().bincount(minlength=256) for c in range(images.shape[1])])
-        values, total = torch.arange(256, dtype=torch.float64, device=images.device) / 255, counts[0].sum()
-        mean = counts.double() @ values / total  # (C,)
-        squares = (counts * (values - mean[:, None]) ** 2).sum(dim=1)
-        return mean.tolist(), (squares / (total - 1).clamp(min=1)).sqrt().tolist()
+        channels, parts = range(images.shape[1]), images.split(AT_ONCE)
+        counted = [torch.stack([part[:, c].flatten().bincount(minlength=256) for c in channels]) for part in parts]
+        counts = torch.stack(counted).sum(dim=0).numpy()  # (C, 256)
+        values, total = np.arange(256) / 255, counts[0].sum()
+        mean = counts @ values / total
+        squares = (counts * (values - mean[:, None]) ** 2).sum(axis=1)
+        return mean.tolist(), np.sqrt(squares / max(total - 1, 1)).tolist()
 
     def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> "ImageTensorDataset":
         """Copies the images at `indices`, in that order, into a new dataset with the same class names."""
@@ -271,15 +271,11 @@ def load_splits(
 ) -> DataSplits:
     """Loads an image-classification dataset and decodes, once, the images that are used.
 
-    A local folder of images is read by the rule of `image_folders`: folders of splits at the top, else one folder per
-    class; what is left out is counted and named in a warning. `decoding` says what becomes of an image.
-
-    Unless an argument names them, the roles of the splits are, by their usual names (train, training; validation,
-    valid, val, dev; test, testing, eval, evaluation; in any case):
+    `image_folders` has the rule for local folders of images, `decoding` says what becomes of an image. Unless an
+    argument names them, the roles of the splits are, by the usual names (`image_folders.SPLIT_NAMES`, in any case):
 
     1. train: the one of that name, or the only split.
-    2. test: the one of that name; in a dataset without it the validation split, because a lone extra split is the
-       **test** set.
+    2. test: the one of that name; else the validation split, because a lone extra split is the **test** set.
     3. validation: the validation split, if it is still free.
     4. What is missing is held out of train, stratified by class: first test, then validation. So model selection never
        sees the test set. `max_train_samples` applies afterwards and does not change what is held out.
@@ -291,8 +287,8 @@ def load_splits(
         image_column: default: the only `datasets.Image` column, else the only column with a usual name.
         label_column: `ClassLabel`, text or integers (classes: the sorted values in train). Default: the only
             `ClassLabel` column, else the only column with a usual name.
-        image_size: side in pixels; the shorter side is resized to it and the centre cropped, as a saved model's image
-            processor does. Default: no resizing; all images must be square and equally large.
+        image_size: side in pixels; the shorter side is resized to it and the centre cropped. Default: no resizing; all
+            images must be square and equally large.
         num_channels: 3 (RGB) or 1 (grey). Default: 3 if the first image has colour, else 1.
         train_split, validation_split, test_split: names of splits of the dataset.
         validation_fraction: share of train for each held-out set, in (0, 1).
