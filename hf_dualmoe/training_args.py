@@ -161,8 +161,8 @@ class RobustTrainingArguments(TrainingArguments):
     ema_decay: float = field(
         default=0.0,
         metadata={
-            "help": "Decay of the moving average of the weights, in [0, 1); 0 = none. It warms up: 1 - step^(-2/3). "
-            "Saved unless the trained weights are over 1 point better."
+            "help": "Decay of the moving average of the weights, in [0, 1); 0 = none. Warms up: 1 - step^(-2/3). "
+            "Saved unless the trained weights are better by a point."
         },
     )
 
