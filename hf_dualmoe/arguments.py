@@ -277,8 +277,7 @@ class RecipeParser(HfArgumentParser):
             nargs="?",
             const="only",
             choices=("only", "first"),
-            help="Measure a few steps and print how long the run will take, with and without the step graph; then "
-            "stop (only, or no value) or train (first).",
+            help="Measure how long the run will take and print it; then stop, or train (first).",
         )
         self.add_argument("--help_all", action="help", help="Show all arguments, those of transformers' Trainer too.")
 
