@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,65 +94,6 @@ def check_outputs(model: nn.Module, dataset: ImageTensorDataset, batch_size: int
         raise ValueError(f"model returned logits that are NaN or infinite for {bad} of {len(logits)} clean images.")
 
 
-# --- precision -------------------------------------------------------------------------------------------------------
-
-# The settings of each operation, which torch looks up in front of the general ones.
-FLOAT32_SETTINGS = (
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,
-    torch.backends.cudnn.rnn,
-    torch.backends.mkldnn.matmul,
-    torch.backends.mkldnn.conv,
-    torch.backends.mkldnn.rnn,
-)
-
-
-def check_no_autocast() -> None:
-    """Raise a ValueError where autocast would round float32 networks to half precision."""
-    for device in ("cpu", "cuda", "xpu", "mps"):
-        if torch.is_autocast_enabled(device):
-            raise ValueError(f"autocast is on for {device}; numbers are measured and proved in float32. Leave it.")
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 as float32 in the block, not as TF32 or bfloat16; the settings come back on exit.
-
-    cuDNN's convolutions use TF32 unless they are told otherwise, with errors about a thousand times larger.
-
-    Raises:
-        ValueError: Autocast is on.
-    """
-    check_no_autocast()
-    before = [setting.fp32_precision for setting in FLOAT32_SETTINGS]
-    older = read_older_settings()
-    try:
-        if older is not None:  # they must agree with the newer ones, or torch refuses to read them in the block
-            set_older_settings(False, "highest")
-        for setting in FLOAT32_SETTINGS:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        if older is not None:
-            set_older_settings(*older)
-        for setting, value in zip(FLOAT32_SETTINGS, before, strict=True):
-            setting.fp32_precision = value
-
-
-def read_older_settings() -> tuple[bool, str] | None:
-    """The two settings that torch had before `fp32_precision`; None where it finds them at odds with that."""
-    try:
-        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-
-def set_older_settings(allow_tf32: bool, matmul_precision: str) -> None:
-    """Set both; torch changes the newer settings with them."""
-    torch.backends.cudnn.allow_tf32 = allow_tf32
-    torch.set_float32_matmul_precision(matmul_precision)
-
-
 # --- files and digests -----------------------------------------------------------------------------------------------
 
 
@@ -230,4 +169,4 @@ def describe_environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     }
 
 
-__all__ = ["check_class_names", "check_outputs", "describe_environment", "describe_model", "full_precision"]
+__all__ = ["check_class_names", "check_outputs", "describe_environment", "describe_model"]
