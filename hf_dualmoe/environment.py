@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,60 @@ from .data import ImageTensorDataset, to_unit_range
 from .sanity_flags import digest, weights_digest
 
 PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface_hub", "hf_dualmoe")
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute in float32 what is in float32: no TF32 on GPUs, no bfloat16 in its place on CPUs, no autocast.
+
+    cuDNN's convolutions use TF32 unless told otherwise, with errors of 1e-3: too much for a certificate, and for a
+    number that another machine should find again. The caller's settings come back on exit, also after an exception.
+    """
+    parts = _float32_parts()
+    legacy = {name: value for name, (read, _) in _LEGACY.items() if (value := _readable(read)) is not None}
+    before = [part.fp32_precision for part in parts]
+    try:
+        with ExitStack() as off:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    off.enter_context(torch.autocast(device, enabled=False))
+            _set_precision(dict.fromkeys(_LEGACY, "highest"), parts, ["ieee"] * len(parts))
+            yield
+    finally:
+        _set_precision(legacy, parts, before)
+
+
+# torch has an old and a new interface, and raises where one is read that does not agree with the other
+_LEGACY: dict[str, tuple[Callable[[], str], Callable[[str], None]]] = {
+    "matmul": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "cudnn": (
+        lambda: "high" if torch.backends.cudnn.allow_tf32 else "highest",
+        lambda value: setattr(torch.backends.cudnn, "allow_tf32", value != "highest"),
+    ),
+}
+
+
+def _float32_parts() -> list[Any]:
+    """The parts of torch that may compute float32 in less."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+
+
+def _readable(read: Callable[[], str]) -> str | None:
+    try:
+        return read()
+    except RuntimeError:  # the caller has used the new interface
+        return None
+
+
+def _set_precision(legacy: dict[str, str], parts: list[Any], values: list[str]) -> None:
+    for name, value in legacy.items():
+        _LEGACY[name][1](value)
+    for part, value in zip(parts, values, strict=True):
+        part.fp32_precision = value
+
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
@@ -169,4 +225,4 @@ def describe_environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     }
 
 
-__all__ = ["check_class_names", "check_outputs", "describe_environment", "describe_model"]
+__all__ = ["check_class_names", "check_outputs", "describe_environment", "describe_model", "full_precision"]
