@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .attack_primitives import logits_of
 from .component_attacks import has_experts, is_dual
-from .environment import full_precision
+from .environment import check_no_autocast, full_precision
 from .lipschitz import (
     LipschitzBound,
     NotApplicableError,
@@ -295,6 +295,7 @@ class Certifier:
     def __init__(self, model: nn.Module, norm: str = "l2", shape: tuple[int, int, int] | None = None):
         check_norm(norm)
         check_eval_mode(model)
+        check_no_autocast()
         self.model, self.norm = model, norm
         self.dual, self.reason = is_dual(model), ""
         part = model.robust if self.dual else model
@@ -333,7 +334,6 @@ class Certifier:
         return None if set(logit_map) - {"scale"} else float(logit_map.get("scale", 1.0))
 
     @torch.no_grad()
-    @full_precision()
     def __call__(self, images: Tensor, alpha: float | None = None) -> Certificates:
         """Certify the model's own classes.
 
@@ -346,8 +346,13 @@ class Certifier:
                 without a dial.
         """
         check_eval_mode(self.model)
+        check_no_autocast()
         if alpha is not None and not self.dual:
             raise ValueError(f"alpha={alpha!r} was given, but the model has no dial.")
+        with full_precision():
+            return self._certify(images, alpha)
+
+    def _certify(self, images: Tensor, alpha: float | None) -> Certificates:
         if not self.dual:
             prediction = logits_of(self.model, images).argmax(dim=1)
             if self.reason:

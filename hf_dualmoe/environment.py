@@ -73,6 +73,13 @@ def _set_precision(legacy: dict[str, str], parts: list[Any], values: list[str]) 
         part.fp32_precision = value
 
 
+def check_no_autocast() -> None:
+    """Raise a ValueError where autocast rounds a float32 network to half precision: no certificate allows for that."""
+    for device in ("cpu", "cuda", "xpu", "mps"):
+        if torch.is_autocast_enabled(device):
+            raise ValueError(f"autocast is on for {device}; certificates are about float32. Call outside of it.")
+
+
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .attack_primitives import Classifier, logits_of
 from .certification import Certificates, check_alpha_certifies
 from .component_attacks import is_dual
-from .environment import full_precision
+from .environment import check_no_autocast, full_precision
 from .lipschitz import check_eval_mode
 
 OUTWARD = 1 + 1e-9
@@ -138,7 +138,6 @@ def count_votes(
     return votes.cpu()
 
 
-@full_precision()
 def sample_votes(
     classifier: Classifier,
     images: Tensor,
@@ -169,15 +168,17 @@ def sample_votes(
     for name, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    check_no_autocast()
     if isinstance(classifier, nn.Module):
         check_eval_mode(classifier)
     numbers = range(len(images)) if ids is None else ids.tolist()
     selected, counts = [], []
-    for image, number in zip(images, numbers, strict=True):
-        chosen = int(count_votes(classifier, image, n0, sigma, batch_size, (seed, number, SELECTION)).argmax())
-        votes = count_votes(classifier, image, n, sigma, batch_size, (seed, number, ESTIMATION))
-        selected.append(chosen)
-        counts.append(int(votes[chosen]))
+    with full_precision():
+        for image, number in zip(images, numbers, strict=True):
+            chosen = int(count_votes(classifier, image, n0, sigma, batch_size, (seed, number, SELECTION)).argmax())
+            votes = count_votes(classifier, image, n, sigma, batch_size, (seed, number, ESTIMATION))
+            selected.append(chosen)
+            counts.append(int(votes[chosen]))
     return Votes(torch.tensor(selected, dtype=torch.int64), torch.tensor(counts, dtype=torch.int64), n, sigma)
 
 

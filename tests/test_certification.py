@@ -34,7 +34,6 @@ from hf_dualmoe.certified_training import (
     route_margins,
 )
 from hf_dualmoe.data import ImageTensorDataset
-from hf_dualmoe.environment import FLOAT32_SETTINGS, full_precision
 from hf_dualmoe.margin_floors import FLOAT_ERROR, logit_margins
 from hf_dualmoe.operator_norms import NORMS, dual_norm
 from hf_dualmoe.route_radii import effective_router_weight
@@ -279,31 +278,8 @@ def as_dataset(images, labels):
 
 def precisions():
     """Which arithmetic torch may use for float32 on each device."""
-    return [setting.fp32_precision for setting in FLOAT32_SETTINGS]
-
-
-@pytest.mark.parametrize("older", [True, False])
-def test_float32_is_full_float32_within_and_what_it_was_afterwards(older):
-    before = precisions()
-    try:
-        if older:
-            torch.set_float32_matmul_precision("medium")
-        else:
-            torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = "tf32"
-        asked = precisions()
-        assert asked[0] == asked[1] == "tf32"
-        with pytest.raises(KeyError), full_precision():
-            assert precisions() == ["ieee"] * 6
-            if older:
-                assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
-            raise KeyError
-        assert precisions() == asked
-        if older:
-            assert torch.get_float32_matmul_precision() == "medium" and torch.backends.cudnn.allow_tf32
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        for setting, value in zip(FLOAT32_SETTINGS, before, strict=True):
-            setting.fp32_precision = value
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    return [part.fp32_precision for part in (cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)]
 
 
 def test_certificates_are_computed_in_full_float32(moe, digits):
@@ -311,7 +287,7 @@ def test_certificates_are_computed_in_full_float32(moe, digits):
     images, labels = digits[2][:9], digits[3][:9]
     seen = []
     moe.experts[0].register_forward_pre_hook(lambda *_: seen.append(precisions()))
-    assert precisions() != ["ieee"] * 6
+    assert precisions() != ["ieee"] * 4
     certifier = Certifier(moe)
     counts = [len(seen)]
     for run in (
@@ -322,7 +298,7 @@ def test_certificates_are_computed_in_full_float32(moe, digits):
         run()
         counts.append(len(seen))
     assert counts == sorted(set(counts)) and counts[0] > 0  # each has called it
-    assert all(precision == ["ieee"] * 6 for precision in seen)
+    assert all(precision == ["ieee"] * 4 for precision in seen)
 
 
 def test_autocast_is_refused(moe, dual, digits):
