@@ -15,6 +15,7 @@ from torch import nn
 
 from .attack_primitives import logits_of
 from .data import ImageTensorDataset, to_unit_range
+from .loading import NormalizedClassifier
 from .sanity_flags import digest, weights_digest
 
 PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface_hub", "hf_dualmoe")
@@ -195,7 +196,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     description = {
         "kind": {"dual_moe": "dual model", "robust_moe": "mixture of experts"}.get(
-            getattr(config, "model_type", None), type(model).__name__
+            getattr(config, "model_type", None), type(unwrapped(model)).__name__
         ),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
@@ -205,6 +206,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     fields = ("backbone", "backbone_kwargs", "stem", "width", "image_size", "num_channels", "num_experts")
     fields += ("router_top_k", "router", "shared_stages")
     return description | {name: getattr(robust, name) for name in fields if hasattr(robust, name)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without the normalisation that `load_classifier` puts in front."""
+    return model.network if isinstance(model, NormalizedClassifier) else model
 
 
 def _cpu_name() -> str:

@@ -32,6 +32,7 @@ from .card_text import (
     training_text,
 )
 from .environment import write_text
+from .loading import is_foreign
 from .report import RobustnessReport
 
 CARD_NAME, RESULTS_NAME, CONFIG_NAME = "README.md", "results.json", "config.json"
@@ -114,8 +115,13 @@ def refresh_model_card(
 
     Returns:
         The card, or None where it is in the hands of somebody; see `write_model_card`.
+
+    Raises:
+        ValueError: The folder holds a model that this project did not make; nothing is written there.
     """
     folder, output_dir = Path(model), Path(output_dir)
+    if is_foreign(folder):
+        raise ValueError(f"model={str(model)!r} was not made by hf_dualmoe; it gets no card.")
     if not (folder / CONFIG_NAME).is_file():
         return write_model_card(output_dir, report, repo_id=str(model), model_name=folder.name)
     if not supersedes(report, load_report(folder)):

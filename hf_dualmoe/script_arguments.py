@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .data import DataSplits, load_splits
+from .loading import check_results_folder, load_classifier
 
 LONGEST_NAME = 80  # characters of the model's name in that of a folder
 
@@ -22,9 +24,14 @@ def model_parser(description: str, splits: Sequence[str]) -> ArgumentParser:
     """
     parser = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="Saved folder or Hub id of an image classifier of [0, 1] images.")
+    add("--model", required=True, help="Saved folder or Hub id of an image classifier, of any kind.")
     add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
     add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
+    texts = {"mean": "Mean", "std": "Standard deviation"}
+    for name, text in texts.items():
+        help_text = f"{text} that the model's images are normalised by; default: as its image processor does."
+        add(f"--image_{name}", type=float, nargs="+", help=help_text)
+    add("--image_size", type=int, help="Size of the images, where neither config nor image processor says it.")
     add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
     for name in ("dataset_config_name", "image_column", "label_column", *splits):
         add(f"--{name}", help="As in training/run.py.")
@@ -71,6 +78,21 @@ def output_folder(work: str, model: str, revision: str = "main") -> Path:
     return Path("outputs", f"{work}-{'-'.join(parts[-2:])[-LONGEST_NAME:]}-{digest}")
 
 
+def load_model(args: Namespace, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+    """The model as a classifier of [0, 1] images.
+
+    Args:
+        args: What a `model_parser` read, and `output_dir`.
+        dtype: Of its weights.
+
+    Raises:
+        ValueError: As `load_classifier`, or results would be written into the folder of somebody else's model.
+    """
+    check_results_folder(args.output_dir)
+    names = ("image_mean", "image_std", "image_size", "revision", "trust_remote_code")
+    return load_classifier(args.model, **{name: getattr(args, name) for name in names}, dtype=dtype)
+
+
 def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits:
     """The images, at the size and with the channels that the model takes; of train none are needed.
 
@@ -86,4 +108,4 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
     return load_splits(args.dataset_name, config_name=args.dataset_config_name, max_train_samples=1, **options)
 
 
-__all__ = ["add_run_arguments", "load_images", "model_parser", "output_folder"]
+__all__ = ["add_run_arguments", "load_images", "load_model", "model_parser", "output_folder"]

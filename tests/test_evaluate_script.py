@@ -9,12 +9,21 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageClassification
+from PIL import Image
+from transformers import (
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.evaluation import RobustnessReport
+from hf_dualmoe.model_card import refresh_model_card
 
 TRAINING = Path(__file__).parents[1] / "training"
 DIGITS = {"num_labels": 10, "image_size": 8, "num_channels": 1, "num_experts": 2, "width": [8, 8, 8, 16]}
@@ -94,6 +103,53 @@ def test_single_mixture_with_other_parts(evaluate, saved, tmp_path, capsys):
     assert "holds measurements made with other settings" in capsys.readouterr().err
     assert evaluate(*command, "--steps", 3, "--fresh") == 0
     assert "ra_pgd3" in RobustnessReport.load(tmp_path / "results.json").metrics
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Folders of a ViT that expects normalised images, and of photos in class folders named by what pipeline says."""
+    torch.manual_seed(0)
+    names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes, **names)).eval()
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.9] * 3, image_std=[0.1] * 3)
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)) for i in range(24)]
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        logits = vit(**processor(pictures, return_tensors="pt")).logits
+        vit.classifier.bias[1] -= (logits[:, 1] - logits[:, 0]).median()
+    vit.save_pretrained(tmp_path / "vit")
+    processor.save_pretrained(tmp_path / "vit")
+    served = pipeline("image-classification", model=str(tmp_path / "vit"))
+    for i, picture in enumerate(pictures):
+        path = tmp_path / "photos" / ("train" if i < 2 else "test") / served(picture)[0]["label"] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    for name in "ab":  # whatever pipeline says of the first two
+        (tmp_path / "photos" / "train" / name).mkdir(exist_ok=True)
+        pictures[0].save(tmp_path / "photos" / "train" / name / "more.png")
+    return tmp_path / "vit", tmp_path / "photos"
+
+
+def test_foreign_model_is_measured_as_it_is_served_and_its_folder_left_alone(evaluate, foreign, tmp_path, capsys):
+    """Its normalisation was left out: pipeline 100 %, evaluate 50 %, and a card was put into its folder."""
+    folder, photos = foreign
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = [*QUICK[2:], "--model", folder, "--dataset_name", photos]
+    assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
+    report = RobustnessReport.load(tmp_path / "out" / "results.json")
+    assert report.metrics["sa"] == 100 and report.dataset["num_images"] == 22
+    assert report.model["kind"] == "ViTForImageClassification"
+    assert "No model card" in capsys.readouterr().out and not (tmp_path / "out" / "README.md").exists()
+    assert evaluate(*command, "--output_dir", folder) == 2
+    assert "holds a model that hf_dualmoe did not make" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="was not made by hf_dualmoe"):
+        refresh_model_card(report, tmp_path / "out", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    identity = ["--image_mean", 0, "--image_std", 1, "--output_dir", tmp_path / "other"]
+    assert evaluate(*command, *identity) == 0  # what was measured before
+    assert RobustnessReport.load(tmp_path / "other" / "results.json").metrics["sa"] < 90
 
 
 def test_controls_stand_on_the_card_if_they_were_measured_alike(evaluate, saved, tmp_path, capsys):

@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.certification_report import ALPHAS, CertificationReport, certify_dataset, plot_certificates
 from hf_dualmoe.data import DataSplits
 from hf_dualmoe.environment import pixel_radius
 from hf_dualmoe.operator_norms import NORMS
-from hf_dualmoe.script_arguments import add_run_arguments, load_images, model_parser, output_folder
+from hf_dualmoe.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
 
 RESULTS, PLOT = "certificates.json", "certified_accuracy.png"
 
@@ -58,8 +57,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     args.output_dir = Path(args.output_dir or output_folder("certify", args.model, args.revision))
     try:
-        options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-        model = AutoModelForImageClassification.from_pretrained(args.model, **options).to(accelerator.device)
+        model = load_model(args, dtype="auto").to(accelerator.device)  # what is certified is what was saved
         report = certify(args, model, load_images(args, model), accelerator)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)

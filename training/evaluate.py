@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.calibration import calibrate_robust_logits
 from hf_dualmoe.data import DataSplits
 from hf_dualmoe.environment import pixel_radius, write_text
 from hf_dualmoe.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
+from hf_dualmoe.loading import NormalizedClassifier
 from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import refresh_model_card
 from hf_dualmoe.plots import attack_examples, save_plots
-from hf_dualmoe.script_arguments import add_run_arguments, load_images, model_parser, output_folder
+from hf_dualmoe.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
 
 SPLITS = ("train_split", "validation_split", "test_split")
 
@@ -75,9 +75,8 @@ def main() -> None:
         args.calibrate |= args.write_calibration
         check_request(args)
         controls = read_controls(args)
-        options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-        options["dtype"] = torch.float32  # whatever it was saved in: half precision rounds small attack steps away
-        model = AutoModelForImageClassification.from_pretrained(args.model, **options).to(accelerator.device)
+        # whatever it was saved in: half precision rounds small attack steps away
+        model = load_model(args, dtype=torch.float32).to(accelerator.device)
         check_request(args, model)
         data = load_data(args, model)
         check_measurements(args, model, data)
@@ -101,7 +100,10 @@ def main() -> None:
             write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
         if args.write_calibration:
             write_config(args.model, {name: calibration[name] for name in ("robust_logit_map", "alpha")})
-        write_card(args, report)
+        if isinstance(model, NormalizedClassifier):
+            print("No model card: it would speak for a model that hf_dualmoe did not make.")
+        else:
+            write_card(args, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     sys.exit(1 if report.failures else 0)

@@ -5,6 +5,7 @@ Images are floats (1, C, H, W) in [0, 1]; the parts of a dual model are called "
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
 from ..attack_primitives import NORMS, check_eps
 from ..attacks import PGD
 from ..component_attacks import has_experts, is_dual
 from ..export import LogitsModel
-from ..modeling_dualmoe import Normalize, create_image_processor
+from ..loading import NormalizedClassifier, load_classifier
+from ..modeling_dualmoe import create_image_processor
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_EXAMPLES = 20
@@ -112,17 +114,6 @@ class Scene:
     settings: AttackSettings | None = None
 
 
-class NormalizedModel(nn.Module):
-    """A classifier that expects normalised images, as one of images in [0, 1]."""
-
-    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
-        super().__init__()
-        self.model, self.normalize, self.config = model, Normalize(mean, std), model.config
-
-    def forward(self, images: Tensor) -> Any:
-        return self.model(self.normalize(images).to(self.model.dtype))
-
-
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -140,21 +131,12 @@ def load_demo_model(
     Raises:
         ValueError: There is no such model, it is no image classifier, or the folder of examples has no image.
     """
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"model={name!r}: there is no such folder.")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        model = AutoModelForImageClassification.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model={name!r} is neither a saved image classifier nor the id of one on the Hub: {reason}"
-        ) from error
+    model = load_classifier(name, **options)
     config = model.config
     processor = load_processor(name, config, options)
-    if getattr(processor, "do_normalize", False):  # the attack counts in pixels: normalisation belongs behind it
-        model = NormalizedModel(model, processor.image_mean, processor.image_std)
-        processor.do_normalize = False
+    if isinstance(model, NormalizedClassifier):  # the attack counts in pixels: normalisation belongs behind it
+        processor = pixels_only(processor, model)
     labels = [str(config.id2label[i]) for i in range(config.num_labels)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threat = read_threat(Path(name, "results.json"))
@@ -178,6 +160,16 @@ def load_processor(name: str, config: Any, options: dict[str, Any]) -> Any:
         if not isinstance(getattr(config, "image_size", None), int):
             raise ValueError(f"model={name!r} has no image processor and no image_size: {error}") from error
         return create_image_processor(config.image_size)
+
+
+def pixels_only(processor: Any, model: NormalizedClassifier) -> Callable[..., dict[str, Tensor]]:
+    """An image processor whose normalisation, which the model has taken over, is undone."""
+
+    def process(picture: Image.Image, return_tensors: str) -> dict[str, Tensor]:
+        pixels = processor(picture, return_tensors=return_tensors)["pixel_values"]
+        return {"pixel_values": model.denormalize(pixels)}
+
+    return process
 
 
 def check_range(demo: DemoModel) -> None:
