@@ -1,7 +1,7 @@
 """The small parts that every attack is composed of: freezing, starting, stepping, projecting, objectives.
 
-Images are floats in [0, 1] and radii count in the same units. `model` is any callable from images to logits, or to a
-transformers output that carries `logits`.
+Images are floats in [0, 1] and radii count in the same units. `model` is any callable from images to logits, or to
+what `logits_of` finds them in: an output of transformers, a dictionary, a tuple.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,18 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batchnorm_folding import folded
+from .outputs import find_logits
 
 NORMS = ("linf", "l2")
 RANGE_TOLERANCE = 1e-5  # x * (1 / 255) rounds to just above 1
+NO_GRADIENT = (
+    "model gives no gradient of its logits with respect to the images: somewhere it leaves autograd (no_grad or "
+    "inference_mode, detach, integers, NumPy). This attack needs one; Square does not."
+)
 
 Classifier = Callable[[Tensor], object]
 Objective = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def logits_of(model: Classifier, images: Tensor) -> Tensor:
-    """Logits (B, C) in float32, whatever kind of classifier `model` is."""
-    output = model(images)
-    return (output if isinstance(output, Tensor) else output.logits).float()
+    """Logits (B, C) in float32, whatever kind of classifier `model` is.
+
+    Raises:
+        ValueError: It returns neither logits nor an output, a dictionary or a tuple that has them.
+    """
+    return find_logits(model(images)).float()
 
 
 def sharded_modules(model: Classifier) -> list[nn.Module]:
@@ -94,7 +102,7 @@ class Attack:
         """Attack images; the model comes back as it was.
 
         Args:
-            model: Callable from images to logits (B, C) or to an output with `logits`.
+            model: Callable from images to logits (B, C), or to what `logits_of` finds them in.
             images: (B, ...) floats in [0, 1].
             labels: (B,) int64, the right classes.
             ids: (B,) int64 numbers of the images in their dataset, which seed their random numbers; None = 0 .. B-1.
@@ -334,16 +342,24 @@ def value_and_gradient(
 
     Returns:
         Gradient (B, ...), logits (B, C) and objective (B,), all detached.
+
+    Raises:
+        ValueError: The model gives no gradient.
     """
     with torch.enable_grad():
         perturbed = perturbed.detach().requires_grad_(True)
         logits = logits_of(model, perturbed)
+        if not logits.requires_grad:
+            raise ValueError(NO_GRADIENT)
         leaf = logits.detach().requires_grad_(True)
         value = objective(leaf, labels, reference)
         slope = torch.autograd.grad(value.sum(), leaf)[0]
         size = slope.abs().view(len(slope), -1).amax(dim=1)  # logits may be (B,): some surrogates have one value
         usable = torch.isfinite(size) & (size > 0)
         exponent = torch.frexp(size.where(usable, torch.ones_like(size))).exponent.clamp(-100, 100)
-        gradient = torch.autograd.grad(logits, perturbed, torch.ldexp(slope, per_image(-exponent, slope)))[0]
+        scaled = torch.ldexp(slope, per_image(-exponent, slope))
+        gradient = torch.autograd.grad(logits, perturbed, scaled, allow_unused=True)[0]
+        if gradient is None:  # the logits depend on parameters that want gradients, and not on the images
+            raise ValueError(NO_GRADIENT)
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return torch.ldexp(gradient, per_image(exponent, gradient)), logits.detach(), value.detach()

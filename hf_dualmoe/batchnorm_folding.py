@@ -16,6 +16,8 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from .outputs import find_logits
+
 PROBE_IMAGES = 2
 TOLERANCE = 1e-3  # of the largest output; folding rounds at 1e-6
 
@@ -116,8 +118,7 @@ def _all_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
             handle.remove()
     if model in mixtures:
         inputs[model] = images
-    outputs = [output if isinstance(output, Tensor) else output.logits]
-    return outputs + [mixture.expert_logits(pixels)[0] for mixture, pixels in inputs.items()]
+    return [find_logits(output)] + [mixture.expert_logits(pixels)[0] for mixture, pixels in inputs.items()]
 
 
 def _has_no_hooks(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ PAGE = PACKAGE / "API.md"
 INNER = "Inner parts"
 LONGEST_VALUE = 100  # characters of a constant that are shown
 GROUPS = {  # what people do -> modules, in reading order; a module that is named nowhere is an inner part
-    "Models and the dial": "configuration_dualmoe modeling_dualmoe dial calibration",
+    "Models and the dial": "configuration_dualmoe modeling_dualmoe loading dial calibration",
     "Losses": "losses certified_training",
     "Attacks": "attacks worst_case autoattack component_attacks apgd fab square nfgsm",
     "Evaluation": "evaluation report sanity plots metrics",

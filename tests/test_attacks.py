@@ -5,9 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import kstest
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
-from hf_dualmoe.attack_primitives import OBJECTIVES, project, random_start, value_and_gradient
+from hf_dualmoe.apgd import APGD
+from hf_dualmoe.attack_primitives import OBJECTIVES, logits_of, project, random_start, value_and_gradient
 from hf_dualmoe.attacks import FGSM, PGD, frozen
+from hf_dualmoe.fab import FAB
+from hf_dualmoe.nfgsm import NFGSM
+from hf_dualmoe.square import Square
+from hf_dualmoe.worst_case import worst_case
 
 EPS = {"linf": 0.1, "l2": 1.2}
 GRID = [
@@ -599,3 +606,81 @@ def test_settings_cannot_change_after_the_checks():
     with pytest.raises(AttributeError):
         attack.eps = 8
     assert attack.eps == 8 / 255
+
+
+# --- models of other people ------------------------------------------------------------------------------------------
+
+EVERY = [
+    PGD(eps=0.05, steps=2),
+    FGSM(eps=0.05),
+    NFGSM(eps=0.05),
+    APGD(eps=0.05, steps=2),
+    FAB(eps=0.05, steps=2, target_classes=2),
+    lambda model, images, labels: worst_case(model, images, labels, eps=0.05, norm="linf", steps=2),
+]
+NAMES = ["PGD", "FGSM", "NFGSM", "APGD", "FAB", "worst_case"]
+RETURNS = {
+    "tuple": lambda logits: (logits, "hidden states"),
+    "list": lambda logits: [logits],
+    "dict": lambda logits: {"logits": logits, "loss": None},
+    "ModelOutput": lambda logits: ImageClassifierOutput(logits=logits),
+    "object": lambda logits: SimpleNamespace(logits=logits),
+}
+
+
+@pytest.mark.parametrize("kind", RETURNS)
+def test_logits_are_found_in_what_a_model_returns(kind, linear):
+    def model(images):
+        return RETURNS[kind](linear.model(images))
+
+    assert torch.equal(logits_of(model, linear.images), linear.model(linear.images))
+    attack = PGD(eps=0.05, steps=2, seed=0)
+    expected = attack(linear.model, linear.images, linear.labels)
+    assert torch.equal(attack(model, linear.images, linear.labels), expected)
+
+    class Returning(nn.Sequential):  # with a BatchNorm that can be folded away
+        def forward(self, images):
+            return RETURNS[kind](super().forward(images))
+
+    network = Returning(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 7)).eval()
+    plain = nn.Sequential(*network).eval()
+    found, wanted = (attack(m, linear.images, linear.labels) for m in (network, plain))
+    assert torch.allclose(found, wanted, atol=1e-6) and (found - linear.images).abs().max() > 0.04
+
+
+@pytest.mark.parametrize("output", [None, {}, (), {"scores": 1}, BaseModelOutput(last_hidden_state=torch.ones(2, 3))])
+def test_output_without_logits_is_named(output):
+    with pytest.raises(ValueError, match=f"model returned a {type(output).__name__}; expected logits"):
+        logits_of(lambda images: output, torch.rand(2, 3))
+
+
+class Trained(nn.Module):
+    """A network behind something that autograd cannot pass; its own weights have gradients."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before, self.last = before, nn.Linear(300, 7)
+
+    def forward(self, images):
+        return self.last(self.before(images).flatten(1))
+
+
+BLIND = {
+    "no_grad": lambda linear: torch.no_grad()(linear.model),
+    "inference_mode": lambda linear: torch.inference_mode()(linear.model),
+    "integers": lambda linear: lambda images: linear.model((255 * images).to(torch.uint8) / 255),
+    "numpy": lambda linear: lambda images: torch.from_numpy(linear.model(images.detach()).numpy()),
+    "detached": lambda linear: Trained(torch.detach),
+    "weights": lambda linear: Trained(torch.detach).__call__,  # a callable: its weights are not frozen
+}
+
+
+@pytest.mark.parametrize("blind", BLIND)
+@pytest.mark.parametrize("attack", EVERY, ids=NAMES)
+def test_model_without_gradients_is_refused_in_a_sentence(attack, blind, linear):
+    model = BLIND[blind](linear)
+    with torch.no_grad():
+        labels = model(linear.images).argmax(dim=1)
+    with pytest.raises(ValueError, match="model gives no gradient of its logits with respect to the images"):
+        attack(model, linear.images, labels)
+    assert Square(eps=0.05, queries=3)(model, linear.images, labels).shape == linear.images.shape

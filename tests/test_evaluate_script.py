@@ -136,7 +136,7 @@ def test_foreign_model_is_measured_as_it_is_served_and_its_folder_left_alone(eva
     """Its normalisation was left out: pipeline 100 %, evaluate 50 %, and a card was put into its folder."""
     folder, photos = foreign
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    command = [*QUICK[2:], "--model", folder, "--dataset_name", photos]
+    command = [*QUICK[2:], "--model", folder, "--dataset_name", photos, "--level", "components"]
     assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
     report = RobustnessReport.load(tmp_path / "out" / "results.json")
     assert report.metrics["sa"] == 100 and report.dataset["num_images"] == 22
