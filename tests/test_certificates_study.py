@@ -141,7 +141,13 @@ def test_study_trains_certifies_goes_on_and_renders(script, report, tmp_path, mo
     assert report.overview({"digits": kept}) in (tmp_path / "PAGE.md").read_text()
     assert (tmp_path / "results" / "certificates_digits.png").stat().st_size > 10_000
     assert str(tmp_path) not in json.dumps(kept)
+    (tmp_path / "README.md").write_text("\n".join(sys.modules["readme_tables"].marks("repeats_digits")))
+    assert script.main(["--compare", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "results" / "repeats_digits.json").read_text())
+    assert len(found) == 2 and found[0] == found[1] and {cell["arm"] for cell in found[0]["cells"]} == {*TINY["arms"]}
+    assert report.repeats_table(found) in (tmp_path / "README.md").read_text()
     assert script.main(["--render", "--output_dir", str(tmp_path / "nothing")]) == 2
+    assert script.main(["--compare", str(tmp_path / "nothing")]) == 2
     assert "error" in capsys.readouterr().err
 
 
@@ -228,6 +234,12 @@ def test_literature_states_sources_and_fits_together(report):
         assert values == sorted(values, reverse=True) and all(10 < value < 100 for value in values)
     table = report.literature_table()
     assert len(table.splitlines()) == len(rows) + 2 and all(row["source"] in table for row in rows)
+
+
+def test_readme_shows_the_repeats(report):
+    found = json.loads((BENCHMARKS / "results" / "repeats_digits.json").read_text())
+    assert report.repeats_table(found) in (BENCHMARKS / "README.md").read_text()
+    assert {repeat["environment"].get("threads") for repeat in found[1:]} == {1, 2}
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("certificates_*.json")), ids=lambda p: p.stem)

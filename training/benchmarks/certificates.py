@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from certificates_report import gains, plot, render, render_table, summarise
+from certificates_report import compare, gains, plot, render, render_table, summarise
 from transformers import set_seed
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
@@ -112,6 +112,8 @@ def create_parser() -> argparse.ArgumentParser:
     add("--train_only", action="store_true", help="Train and certify nothing (what --jobs starts).")
     add("--use_cpu", action="store_true", help="Train on the CPU even where there is a GPU.")
     add("--render", action="store_true", help="Run nothing: keep the results there are, and the table in the README.")
+    text = "Run nothing: keep what repeats of the kept trainings gave, from their output folders."
+    add("--compare", type=Path, nargs="+", metavar="FOLDER", help=text)
     return parser
 
 
@@ -123,8 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{option}={value} must be at least 1")
     name = args.preset or ("digits" if args.dataset_name == "digits" else "cifar10")
     args.output_dir = args.output_dir or Path("outputs") / f"certificates-{name}"
-    if args.render:
-        return render(name, args.output_dir)
+    if args.compare or args.render:
+        return compare(name, args.compare) if args.compare else render(name, args.output_dir)
     preset = settings_of(name, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     check_same_settings(args.output_dir / "settings.json", {"dataset_name": args.dataset_name, **preset})

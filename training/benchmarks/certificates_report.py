@@ -273,6 +273,44 @@ def render(name: str, folder: Path) -> int:
     return 0
 
 
+def compare(name: str, folders: list[Path]) -> int:
+    """Keep what the trainings of the kept results gave when they were repeated in other folders; the exit status."""
+    paths = [RESULTS / f"certificates_{name}.json", *(folder / "results.json" for folder in folders)]
+    try:
+        first, *repeats = [cells_of(json.loads(path.read_text())) for path in paths]
+        repeated = {(cell["arm"], cell["seed"]) for found in repeats for cell in found["cells"]}
+        first["cells"] = [cell for cell in first["cells"] if (cell["arm"], cell["seed"]) in repeated]
+        replace_section(f"repeats_{name}", repeats_table([first, *repeats]))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"certificates.py: error: {error}", file=sys.stderr)
+        return 2
+    write_text(RESULTS / f"repeats_{name}.json", json.dumps([first, *repeats], indent=1) + "\n")
+    return 0
+
+
+def cells_of(results: dict[str, Any]) -> dict[str, Any]:
+    """Where a study ran, its radii, and SA and certified accuracies of each arm and seed that is no dual model."""
+    runs = [run for run in results["runs"] if not run["arm"].startswith("dual_")]
+    cells = [
+        {"arm": r["arm"], "seed": r["seed"], **{k: r["entries"][0][k] for k in ("sa", "certified")}} for r in runs
+    ]
+    return {"environment": results["environment"], "radii": results["radii"], "cells": cells}
+
+
+def repeats_table(found: list[dict[str, Any]]) -> str:
+    """A row for each arm, seed and repeat, in Markdown: torch, processor, threads, SA and certified accuracies."""
+    rows = []
+    for repeat in found:
+        where = repeat["environment"]
+        machine = [where["packages"]["torch"], where["hardware"].split(",")[0], str(where.get("threads", "-"))]
+        for cell in repeat["cells"]:
+            values = [f"{value:.2f}" for value in (cell["sa"], *cell["certified"])]
+            rows.append([cell["arm"], str(cell["seed"]), *machine, *values])
+    rows.sort(key=lambda row: row[:2])
+    radii = [f"L2 {radius_name(radius)}" for radius in found[0]["radii"]]
+    return markdown_table(["arm", "seed", "torch", "processor", "threads", "SA %", *radii], rows)
+
+
 def kept_results() -> dict[str, dict[str, Any]]:
     """The results in the repository by the name of their dataset."""
     paths = {name: RESULTS / f"certificates_{name}.json" for name in KEPT_DATASETS}
