@@ -440,7 +440,8 @@ def input_gradient(
         logits = logits_of(model, perturbed)
         if not logits.requires_grad:
             raise ValueError(NO_GRADIENT)
-        gradient = torch.autograd.grad(objective(logits, labels, reference).sum(), perturbed, allow_unused=True)[0]
+        value = objective(logits, labels, reference)
+        gradient = torch.autograd.grad(value, perturbed, torch.ones_like(value), allow_unused=True)[0]
         if gradient is None:
             raise ValueError(NO_GRADIENT)
     return gradient

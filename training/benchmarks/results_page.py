@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from readme_tables import HERE, RESULTS, markdown_table, replace_section
 from study_findings import MEASURES, SUMMARY, differences, findings, in_short, in_words, targets, targets_of_curves
-from study_tables import mean_sweep, summarise
+from study_tables import EARLIER, EARLIER_NOTE, mean_sweep, notes, summarise
 
 README = HERE.parents[1] / "README.md"
 PICTURE = "dials.png"
@@ -46,7 +46,8 @@ def read(name: str) -> dict[str, Any]:
     path = RESULTS / f"study_{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the study {name!r}, then study.py --study {name} --render.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return {**results, "arms": summarise(results["runs"], results["study"])}
 
 
 # --- parts of the page -----------------------------------------------------------------------------------------------
@@ -65,10 +66,12 @@ def main_table(arms: Arms) -> str:
     for name, arm in arms.items():
         cost = [str(len(arm["seeds"])), f"{arm['parameters'] / 1e3:.0f}k", f"{arm['relative_flops']:.2f}x"]
         cost.append(f"{arm['passes']:.0f}")
-        rows.append([name, *cost, cell(arm["sa"]), cell(arm["ra"]), f"{arm['ra_pgd']['mean']:.1f}"])
+        mark = arm.get("mark", "")
+        rows.append([name, *cost, cell(arm["sa"]), cell(arm["ra"]) + mark, f"{arm['ra_pgd']['mean']:.1f}"])
         if "robust" in arm:
-            rows.append([f"F_R of {name}", "", "", "", "", cell(arm["robust"]["sa"]), cell(arm["robust"]["ra"]), ""])
-    return markdown_table(header, rows)
+            parts = [cell(arm["robust"]["sa"]), cell(arm["robust"]["ra"]) + mark]
+            rows.append([f"F_R of {name}", "", "", "", "", *parts, ""])
+    return "\n\n".join([markdown_table(header, rows), *notes(arms)[:1]])
 
 
 def confirmed(results: dict[str, Any]) -> dict[str, Any] | None:
@@ -86,8 +89,10 @@ def levers_table(results: dict[str, Any]) -> str:
         if name == reference:
             changes = [f"{arm[key]['mean']:.1f} %" for key in MEASURES]
         load = f"{arm['least_load']:.0f}" if "least_load" in arm else "-"
+        changes[-1] += arm.get("mark", "")
         rows.append([f"`{name}`: {arm['about']}", *changes, str(arm["steps"]), load])
-    return markdown_table(["lever", "SA, points", "RA (union), points", "steps", "least load %"], rows)
+    table = markdown_table(["lever", "SA, points", "RA (union), points", "steps", "least load %"], rows)
+    return "\n\n".join([table, *notes(results["arms"])[:1]])
 
 
 def public_table() -> str:
@@ -191,7 +196,8 @@ def summary() -> str:
     studies = {name: read(name) for name in TITLES}
     columns = [studies["cifar10"], confirmed(studies["cifar10"]) or {"runs": []}, studies["digits"]]
     rows = [[title, *(in_short(results, arm, other) for results in columns)] for title, arm, other in SUMMARY]
-    return markdown_table(["in points", "CIFAR-10", "CIFAR-10, fresh images", "digits"], rows)
+    table = markdown_table(["in points", "CIFAR-10", "CIFAR-10, fresh images", "digits"], rows)
+    return f"{table}\n\n{EARLIER_NOTE}" if EARLIER in table else table
 
 
 def page() -> str:

@@ -10,11 +10,11 @@ python training/benchmarks/study.py --study digits --render                 # ke
 A study is a YAML file: settings of `training/run.py` that all arms share, the arms with what they change, the seeds,
 and a budget. The budget counts forward+backward passes of one plain backbone per training image, those of the attack
 included; an arm whose steps need more arithmetic gets fewer of them. An arm may change `settings`, have a budget of
-its own (`passes`), a `lever` of levers.py, or start from the model of another arm (`init_from`), one network or a
-mixture of the same shape, whose passes then count as its own. An arm may join the trained models of two others
-(`standard` and `robust`): it mixes their probabilities, or `mixing: logits`, or `mixing: weights` into one network, or
-with `calibrate: true` probabilities behind a logit map of F_R that is chosen on held-out images (MixedNUTS). Arms
-marked `extra` run only where `--arms` names them.
+its own (`passes`), a `lever` of levers.py, an `evaluation` of its own (such as union_restarts), or start from the
+model of another arm (`init_from`), one network or a mixture of the same shape, whose passes then count as its own. An
+arm may join the trained models of two others (`standard` and `robust`): it mixes their probabilities, or `mixing:
+logits`, or `mixing: weights` into one network, or with `calibrate: true` probabilities behind a logit map of F_R that
+is chosen on held-out images (MixedNUTS). Arms marked `extra` run only where `--arms` names them.
 Each run is a process of its own with a log. A run whose run.json is there is not repeated, and one that was stopped
 goes on from its checkpoint. `results.json` has all runs and their mean and range per arm; it is written after each
 run.
@@ -51,7 +51,7 @@ PARTS = ("standard", "robust", "init_from")  # of an arm: other arms whose train
 REFERENCES = ("same_steps_as", "match_parameters", *PARTS)
 NOTES = {"about", "extra"}  # keys of an arm that its result does not depend on
 JOINING = {"standard", "robust", "mixing", "calibrate"}  # keys of an arm that joins two models
-ARM_KEYS = {*NOTES, *JOINING, "settings", "passes", "lever", "lever_args", *REFERENCES}
+ARM_KEYS = {*NOTES, *JOINING, "settings", "passes", "lever", "lever_args", "evaluation", *REFERENCES}
 SHAPE = ("backbone", "stem", "width", "num_experts", "shared_stages", "router")  # settings that weights depend on
 POLL = 0.5  # seconds between two looks at a running process
 
@@ -105,7 +105,7 @@ def check_arm(study: dict[str, Any], name: str) -> None:
             raise ValueError(f"{key}={arm[key]!r} is not an arm.")
     if ("standard" in arm) != ("robust" in arm):
         raise ValueError("standard and robust go together.")
-    if "standard" in arm and (wrong := sorted(set(arm) - NOTES - JOINING)):
+    if "standard" in arm and (wrong := sorted(set(arm) - NOTES - JOINING - {"evaluation"})):
         raise ValueError(f"it joins trained models, so that {', '.join(wrong)} have no meaning.")
     check_joining(study, arm)
     if not isinstance(arm.get("extra", False), bool):
@@ -331,7 +331,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="CPU threads per run; default: the cores shared out")
     parser.add_argument("--confirm", action="store_true", help="judge finished runs on test images not used so far")
-    parser.add_argument("--render", action="store_true", help="run nothing: keep the results there are")
+    parser.add_argument(
+        "--render", action="store_true", help="run nothing: keep the results there are, if any, and render"
+    )
     parser.add_argument("--output_dir", type=Path, help="default: outputs/study-<name>")
     args = parser.parse_args(arguments)
     for name in ("jobs", "scale"):
@@ -350,7 +352,9 @@ def main(arguments: list[str] | None = None) -> int:
         runs = plan(study, args.arms or usual_arms(study), args.seeds or study["seeds"])
         output_dir = args.output_dir or Path("outputs") / f"study-{path.stem}"
         if args.render:
-            keep(path.stem, json.loads((output_dir / "results.json").read_text(encoding="utf-8")))
+            made, kept = output_dir / "results.json", RESULTS / f"study_{path.stem}.json"
+            results = json.loads((made if made.is_file() else kept).read_text(encoding="utf-8"))
+            keep(path.stem, {**results, "arms": summarise(results["runs"], results["study"])})
             return 0
         threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
         work = Study(study, runs, output_dir, args.jobs, threads, confirm=args.confirm)

@@ -152,7 +152,12 @@ def in_short(results: dict[str, Any], arm: str, other: str | None) -> str:
         return NOT_MEASURED
     count = "1 seed" if len(values[0]) == 1 else f"{len(values[0])} seeds"
     changes = (f"{title} {mean(found):+.1f}" for title, found in zip(MEASURES.values(), values, strict=True))
-    return f"{', '.join(changes)} ({count})"
+    return f"{', '.join(changes)} ({count}){mark_of(results, arm, other)}"
+
+
+def mark_of(results: dict[str, Any], *arms: str | None) -> str:
+    """The mark of the first of these arms that has one, else ""."""
+    return next((results["arms"][arm]["mark"] for arm in arms if "mark" in results["arms"].get(arm, {})), "")
 
 
 def gains(results: dict[str, Any], arm: str) -> list[list[float]]:
@@ -218,5 +223,5 @@ def findings(results: dict[str, Any]) -> list[str]:
             passes = [arms[name]["passes"] for name in (arm, other)]
             unequal = max(passes) > 1.05 * min(passes)
             budget = f" ({passes[0]:.0f} against {passes[1]:.0f} passes)" if unequal else ""
-            lines.append(f"- {title}{budget}: {compared(results, arm, other)}.")
+            lines.append(f"- {title}{budget}: {compared(results, arm, other)}{mark_of(results, arm, other)}.")
     return lines

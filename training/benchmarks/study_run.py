@@ -33,7 +33,16 @@ from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
 from hf_dualmoe.trainer import RobustTrainer
 
 HERE = Path(__file__).parent
-NUMBERS = ("sa", "ra", "ra_pgd", "expert_load", "route_flip_rate", "num_images", "environment")  # see numbers()
+NUMBERS = (
+    "sa",
+    "ra",
+    "ra_pgd",
+    "expert_load",
+    "route_flip_rate",
+    "num_images",
+    "environment",
+    "union",
+)  # see numbers()
 UNION = ("worst_case",)  # beside SA and PGD of the whole model, which every evaluation measures
 
 
@@ -253,7 +262,7 @@ class StudyRun:
         if "robust" not in self.entry:
             return numbers(self.report(model, "robust", settings))
         trained = json.loads((self.model_of(self.entry["robust"]).parent / "run.json").read_text(encoding="utf-8"))
-        return {name: trained[name] for name in NUMBERS}
+        return {name: trained[name] for name in NUMBERS if name in trained}
 
     def trained_model(self) -> nn.Module:
         _, _, args, _ = self.parse(self.study["settings"])
@@ -263,7 +272,8 @@ class StudyRun:
     def attack_settings(self) -> dict[str, Any]:
         """What `evaluate_robustness` is to attack with."""
         _, _, args, _ = self.parse(self.study["settings"])
-        chosen = {name: value for name, value in self.study["evaluation"].items() if name != "alphas"}
+        asked = {**self.study["evaluation"], **self.entry.get("evaluation", {})}
+        chosen = {name: value for name, value in asked.items() if name != "alphas"}
         return {"eps": float(args.eps), "norm": args.norm, "seed": 0, **chosen}
 
     def confirm(self) -> dict[str, Any]:
@@ -329,6 +339,7 @@ def numbers(report: RobustnessReport) -> dict[str, Any]:
         "route_flip_rate": metrics.get("route_flip_rate"),
         "num_images": report.dataset["num_images"],
         "environment": report.environment,
+        "union": report.threat["attacks"]["worst_case"],
     }
 
 
