@@ -218,11 +218,15 @@ class Evaluation(Measurer):
         many = "" if restarts == 1 else f" {restarts} restarts"
         title = f"worst case {steps} steps{many}{self.at}"
         names = member_names(self.model, len(self.dataset.class_names))
-        found = {
-            name: self.measure(f"{title} {name}", self.member(name, steps, restarts), self.counted) for name in names
-        }
-        self.add_cost(title, [f"{title} {name}" for name in names])
-        if all(found.values()):
+        found: dict[str, Found] = {}
+        for name in names:
+            part = self.measure(f"{title} {name}", self.member(name, steps, restarts), self.counted)
+            if part is None:  # without one of its members it is no union
+                self.failures[title] = self.failures.pop(f"{title} {name}")
+                break
+            found[name] = part
+        self.add_cost(title, [f"{title} {name}" for name in found])
+        if len(found) == len(names):
             right = {name: part.tensors["right"] for name, part in found.items()}
             self.add_whole("ra_adaptive_union", torch.stack([*right.values()]).all(dim=0))
             self.own |= {name: percent(mask & self.clean) for name, mask in right.items()}
@@ -247,7 +251,7 @@ class Evaluation(Measurer):
         """Report the cost of several measurements as that of one."""
         costs = [self.cost.pop(part) for part in parts if part in self.cost]
         if costs:
-            self.cost[title] = {kind: round(sum(cost[kind] for cost in costs), 3) for kind in costs[0]}
+            self.cost[title] = {kind: sum(cost[kind] for cost in costs) for kind in costs[0]}
 
     def autoattack(self, version: str | None) -> None:
         """The AutoAttack union, with its flags among the sanity checks."""
