@@ -34,6 +34,14 @@ def linear_moe(experts, router=None, **fields):
     return model.double().eval()
 
 
+def linear_dual(standard, robust, alpha=0.75):
+    """A dual model of affine mixtures, which `from_models` refuses: no config describes them."""
+    parts = [MoEForImageClassification(part.config).double().eval() for part in (standard, robust)]
+    dual = DualMoEForImageClassification.from_models(*parts, alpha=alpha)
+    dual.standard, dual.robust = standard, robust
+    return dual
+
+
 def affine(weight, bias):
     layer = nn.Linear(weight.shape[1], len(weight))
     layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
@@ -164,7 +172,7 @@ def test_nothing_that_the_union_leaves_falls_to_an_attack_written_without_it(dig
 def test_saturated_standard_model_is_found(shown):
     """alpha = 0.4: F_S decides, but its probabilities are flat in float32: gradients of the mixture do not see it."""
     standard = linear_moe([tuple(1e3 * part for part in readout(1, trick=2))])
-    dual = DualMoEForImageClassification.from_models(standard, linear_moe([readout(10, 2)]), alpha=0.4)
+    dual = linear_dual(standard, linear_moe([readout(10, 2)]), alpha=0.4)
     result = worst_case(dual, *shown, eps=EPS, steps=20, alphas=[0.0, 0.9])
     assert pgd_accuracy(dual, *shown) == 100
     assert [result.members[name] for name in ("whole ce", "whole dlr", "alpha=0.9", "robust")] == [100] * 4
@@ -177,7 +185,7 @@ def test_both_components_together_break_what_neither_breaks_alone(shown):
     weight, bias = readout(10, 2.0)
     weight[3, LEVER] = 1.0
     bias[3] -= 50
-    dual = DualMoEForImageClassification.from_models(standard, linear_moe([(weight, bias)]), alpha=0.75)
+    dual = linear_dual(standard, linear_moe([(weight, bias)]), alpha=0.75)
     result = worst_case(dual, *shown, eps=EPS, steps=20)
     assert pgd_accuracy(dual, *shown) == 100
     assert [result.members[name] for name in ("whole ce", "standard", "robust", "alpha=0.99")] == [100] * 4
@@ -186,7 +194,7 @@ def test_both_components_together_break_what_neither_breaks_alone(shown):
 
 def test_soft_routing_inside_the_robust_part_of_a_dual(shown):
     standard, robust = linear_moe([readout(10, 2)]), linear_moe([readout(10, 2), readout(0, 5)], lever())
-    dual = DualMoEForImageClassification.from_models(standard, robust, alpha=0.75)
+    dual = linear_dual(standard, robust, alpha=0.75)
     result = worst_case(dual, *shown, eps=EPS, steps=10)
     assert result.members["whole ce"] == result.members["robust"] == 100
     assert result.members["soft T=1"] == result.members["route to expert 1"] == result.members["route"] == 0
@@ -465,7 +473,7 @@ def test_expert_attack_takes_attacks_that_drop_images(random_linear, grey):
 
 def test_expert_attack_on_a_dual_fixes_both_routes(random_linear, grey):
     standard, robust = random_linear(3, 4, seed=5), random_linear(2, 4, seed=6)
-    dual = DualMoEForImageClassification.from_models(standard, robust, alpha=0.5)
+    dual = linear_dual(standard, robust, alpha=0.5)
     labels, attack = dual(grey).logits.argmax(1), PGD(eps=EPS, steps=6, seed=0)
     for alpha, alone in ((0.0, standard), (1.0, robust)):
         dual.set_alpha(alpha)
@@ -508,7 +516,7 @@ def test_router_attack_of_one_expert_has_no_route_to_change(random_linear, grey)
 
 def test_router_attack_on_a_dual_moves_the_robust_part(random_linear, grey):
     standard, robust = random_linear(3, 4, seed=5), random_linear(2, 4, seed=6)
-    dual = DualMoEForImageClassification.from_models(standard, robust)
+    dual = linear_dual(standard, robust)
     labels = torch.zeros(10, dtype=torch.int64)
     expected = attack_router(robust, grey, labels, eps=EPS)
     assert torch.equal(attack_router(dual, grey, labels, eps=EPS), expected) and not torch.equal(expected, grey)

@@ -371,7 +371,7 @@ def kept_weights(trainer: RobustTrainer) -> dict[str, Any]:
     found = {}
     if trainer.ema is not None:
         found["saved_weights"] = "moving average" if trainer.keeps_average else "trained (the average was worse)"
-    before = json.loads(Path(trainer.args.output_dir, "settings.json").read_text())["shorter_before"]
+    before = json.loads(Path(trainer.args.output_dir, "settings.json").read_text(encoding="utf-8"))["shorter_before"]
     return found | ({"lengthened_from": before} if before else {})
 
 

@@ -277,7 +277,7 @@ def compare(name: str, folders: list[Path]) -> int:
     """Keep what the trainings of the kept results gave when they were repeated in other folders; the exit status."""
     paths = [RESULTS / f"certificates_{name}.json", *(folder / "results.json" for folder in folders)]
     try:
-        first, *repeats = [cells_of(json.loads(path.read_text())) for path in paths]
+        first, *repeats = [cells_of(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
         repeated = {(cell["arm"], cell["seed"]) for found in repeats for cell in found["cells"]}
         first["cells"] = [cell for cell in first["cells"] if (cell["arm"], cell["seed"]) in repeated]
         replace_section(f"repeats_{name}", repeats_table([first, *repeats]))
