@@ -64,8 +64,8 @@ def test_a_rehearsal_of_everything(speed_gpu, tmp_path):
 
 
 def test_trainings_that_differ_are_told_apart(load):
-    cases = load("speed_gpu_cases")
-    one = cases.trained("at", "nfgsm", cases.REHEARSAL, graph=False, steps=2)
+    cases, sizes = load("speed_gpu_cases"), load("speed_gpu_sizes")
+    one = cases.trained("at", "nfgsm", sizes.REHEARSAL, graph=False, steps=2)
     assert one["loss"].shape == (2,) and one["gradient"].norm() > 0 and one["weights"].norm() > 0
     other = {**one, "gradient": 1.1 * one["gradient"]}
     assert cases.distances(one, other) == {"loss": 0, "gradient": pytest.approx(0.1), "weights": 0}
@@ -91,7 +91,7 @@ def test_eager_steps_are_never_taken_for_recorded_ones(load):
     with pytest.raises(RuntimeError, match="one by one, since recording failed"):
         cases.check_recorded(trainer, True, cases.Size("cuda"))
     cases.check_recorded(trainer, False, cases.Size("cuda"))
-    cases.check_recorded(trainer, True, cases.REHEARSAL)
+    cases.check_recorded(trainer, True, load("speed_gpu_sizes").REHEARSAL)
 
 
 def test_busy_time_counts_overlapping_work_once(load):

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import yaml
 from readme_tables import RESULTS, markdown_table, replace_section
-from speed_gpu_cases import CASES
+from speed_gpu_sizes import CASES
 from study_run import FlopCounter, count_parameters, forward_flops, training
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageClassification, set_seed

@@ -22,9 +22,6 @@ from typing import Any
 import torch
 from readme_tables import RESULTS, replace_section
 from speed_gpu_cases import (
-    CASES,
-    REHEARSAL,
-    Size,
     compare_steps,
     time_autoattack,
     time_bare_pass,
@@ -33,6 +30,7 @@ from speed_gpu_cases import (
     time_steps,
     time_worst_case,
 )
+from speed_gpu_sizes import CASES, REHEARSAL, Size
 from speed_gpu_table import render_text
 from time_guard import Clock, OutOfTime
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from readme_tables import markdown_table
-from speed_gpu_cases import CASES, TOLERANCE
+from speed_gpu_cases import TOLERANCE
+from speed_gpu_sizes import CASES
 
 MISSING = "not measured"
 IMAGES = 50_000  # of an epoch
