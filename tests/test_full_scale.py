@@ -119,7 +119,7 @@ def test_trainings_leave_time_for_the_evaluation(full_scale):
     assert sum(stage.share for stage in full_scale.STAGES.values()) <= 0.6
     names = list(full_scale.STAGES)
     assert all(stage.start is None or stage.start in names[:i] for i, stage in enumerate(full_scale.STAGES.values()))
-    assert {name for name, _ in full_scale.EVALUATIONS} == {"single", "pair", "rt_er", "jtdmoe"}
+    assert {name for name, _ in full_scale.EVALUATIONS} == {"single", "pair", "pair_weights", "rt_er", "jtdmoe"}
 
 
 def test_other_settings_do_not_go_on(full_scale, tmp_path):
@@ -198,12 +198,13 @@ def test_a_rehearsal_of_everything_with_shards_in_two_transfers(full_scale, half
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     images = results["stages"]["single"]["trained_on"]
     assert results["done"] and images[0] < 200 < images[1] == results["data"]["train"]
-    assert results["evaluations"].keys() == {"single", "pair", "rt_er", "jtdmoe"}
+    assert results["evaluations"].keys() == {"single", "pair", "pair_weights", "rt_er", "jtdmoe"}
     for told in results["evaluations"].values():
         assert told["metrics"].keys() >= {"sa", "ra_pgd20", "ra_adaptive_union", "ra_autoattack"}
         assert told["images"] == 10 and not told["failures"]
     assert {name: dial["alpha"] in (0.5, 1.0) for name, dial in results["dials"].items()} == {
         "pair": True,
+        "pair_weights": True,
         "jtdmoe": True,
     }
     assert results["evaluations"]["pair"]["metrics"]["components"].keys() == {"standard", "robust"}

@@ -120,7 +120,7 @@ def test_the_picture_shows_the_seeds_that_all_dials_have(results_page, tmp_path)
 
 
 def test_confirmed_numbers_take_the_place_of_the_first(results_page):
-    study = {"arms": {"single": {}, "rt_er": {}}}
+    study = {"settings": {"num_experts": 1}, "arms": {"single": {}, "rt_er": {}}}
     cost = {"parameters": 10, "flops": 5, "ra_pgd": 3, "training": {"steps": 2, "passes": 1}}
     runs = [{"arm": arm, "seed": 0, "sa": 50, "ra": 30, **cost} for arm in study["arms"]]
     assert results_page.confirmed({"study": study, "runs": runs}) is None

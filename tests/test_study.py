@@ -235,8 +235,14 @@ def test_only_finished_runs_are_confirmed_and_once(tiny, tmp_path, monkeypatch):
 
 def test_numbers_of_a_broken_measurement_are_refused():
     metrics = {"sa": 90.0, "ra_pgd10": 50.0, "ra_worst_case": 40.0}
-    report = SimpleNamespace(metrics=metrics, failures={}, dataset={"num_images": 9}, environment={})
-    assert study_run.numbers(report)["ra"] == 40.0
+    described = {
+        "metrics": metrics,
+        "dataset": {"num_images": 9},
+        "environment": {},
+        "threat": {"attacks": {"worst_case": "union"}},
+    }
+    report = SimpleNamespace(failures={}, **described)
+    assert (study_run.numbers(report)["ra"], study_run.numbers(report)["union"]) == (40.0, "union")
     report.failures["worst_case"] = "out of memory"
     with pytest.raises(RuntimeError, match="worst_case: out of memory"):
         study_run.numbers(report)

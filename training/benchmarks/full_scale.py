@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_scale_plan import COMMON, EPS, EVALUATIONS, REHEARSAL, STAGES, Scale, Stage, load_data, shards_there
+from full_scale_plan import COMMON, EPS, EVALUATIONS, PAIRS, REHEARSAL, STAGES, Scale, Stage, load_data, shards_there
 from time_guard import Clock, OutOfTime
 from torch import nn
 from transformers import AutoModelForImageClassification, PrinterCallback, TrainerCallback, set_seed
@@ -133,16 +133,12 @@ class Run:
         told = {"steps": steps, "epochs": epochs, "step_ms": 1e3 * step, "evaluation_s": evaluation}
         return {**told, "no_step_graph": no_graph}
 
-    def graph_argument(self) -> dict[str, str]:
-        """The argument for the step graph, in versions that have it."""
-        return {"step_graph": "auto"} if "step_graph" in names_of(RobustTrainingArguments) else {}
-
     def trainer(self, name: str, stage: Stage, steps: int) -> RobustTrainer:
         """The trainer of a stage with an untrained or warm model."""
         every, scale = max(1, math.ceil(steps / self.scale.reviews)), self.scale
         settings = {
             **COMMON,
-            **self.graph_argument(),
+            "step_graph": "auto",
             "training_attack": self.args.training_attack,
             "attack_steps": self.args.attack_steps,
             **stage.settings,
@@ -185,10 +181,10 @@ class Run:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def trained(self, name: str) -> nn.Module:
-        """A trained model, on the device and at its chosen position of the dial; "pair" joins F_S and the network."""
-        if name == "pair":
+        """A trained model, on the device and at its chosen position of the dial; pairs join F_S and the network."""
+        if name in PAIRS:
             parts = [self.trained(part) for part in ("standard", "single")]
-            model = DualMoEForImageClassification.from_models(*parts)
+            model = DualMoEForImageClassification.from_models(*parts, mixing=PAIRS[name])
         else:
             model = AutoModelForImageClassification.from_pretrained(self.args.work_dir / name / "model")
         model = model.to(self.device, memory_format=torch.channels_last).eval()

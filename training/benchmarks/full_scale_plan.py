@@ -72,12 +72,15 @@ COMMON = {  # one cycle: up over three tenths, then linearly to zero, after Wong
     "report_to": "none",
     "disable_tqdm": True,
 }
+PAIRS = {"pair": "probs", "pair_weights": "weights"}  # of F_S and single, from which it started: what their dial mixes
 EVALUATIONS = (  # model, what of it; in order of interest
     ("single", "autoattack"),
+    ("pair_weights", "worst_case"),
     ("pair", "worst_case"),
     ("jtdmoe", "worst_case"),
     ("rt_er", "worst_case"),
     ("single", "worst_case"),
+    ("pair_weights", "autoattack"),
     ("pair", "autoattack"),
     ("jtdmoe", "autoattack"),
     ("rt_er", "autoattack"),

@@ -4,7 +4,6 @@ Every function takes `Size`, so that a rehearsal on a CPU runs the same lines on
 """
 
 import contextlib
-import dataclasses
 import gc
 import tempfile
 import time
@@ -22,11 +21,12 @@ from speed_gpu_sizes import SINGLE, THIN, Case, Size
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from hf_dualmoe import MoEConfig, MoEForImageClassification, modeling_dualmoe
+from hf_dualmoe import MoEConfig, MoEForImageClassification
 from hf_dualmoe.attack_primitives import ce_objective, frozen, logits_of, value_and_gradient
 from hf_dualmoe.autoattack import autoattack
 from hf_dualmoe.batchnorm_folding import folded
 from hf_dualmoe.data import DataSplits, ImageTensorDataset
+from hf_dualmoe.modeling_dualmoe import trusted_values
 from hf_dualmoe.time_estimate import StepClock, synchronize, why_eager
 from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.training_args import RobustTrainingArguments
@@ -73,8 +73,7 @@ def create_trainer(
         **settings,
         **({} if size.width is None else {"width": size.width}),
     }
-    if "step_graph" in {f.name for f in dataclasses.fields(RobustTrainingArguments)}:
-        settings["step_graph"] = "auto" if graph else "off"
+    settings["step_graph"] = "auto" if graph else "off"
     parser = training.RecipeParser(training.RECIPES, description="")
     options = chain.from_iterable((f"--{name}", str(value)) for name, value in settings.items())
     _, model_args, args, _ = parser.parse(["--recipe", recipe, *options])
@@ -286,7 +285,7 @@ def time_bare_step(case: Case, size: Size) -> dict[str, float]:
         model, passes = trainer.model, attack_passes(trainer.args)
         batch = random_batch(size.batch(case.batch), size)
         robust, found = getattr(model, "robust", model), 0.0
-        with unchecked():
+        with trusted_values():
             if passes:
                 with frozen(model), folded(robust, batch[0]):
                     found += milliseconds(
@@ -312,11 +311,6 @@ def update_work(model: nn.Module, robust: nn.Module, images: Tensor, labels: Ten
         logits += [logits_of(model.standard, images)] if robust is not model else []
         loss = sum(F.cross_entropy(part.float(), labels) for part in logits)
     torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-
-
-def unchecked() -> contextlib.AbstractContextManager:
-    """Spares the models the look at their input that would wait for the device, in versions that can."""
-    return getattr(modeling_dualmoe, "trusted_values", contextlib.nullcontext)()
 
 
 def attack_passes(args: RobustTrainingArguments) -> int:
