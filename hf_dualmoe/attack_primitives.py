@@ -251,14 +251,19 @@ def image_noise(
             number draws for each image from a generator of its own, seeded by `seed` and its id, so that the noise
             depends on neither batch size, order, process nor device.
         ids: (B,) int64 numbers of the images in their dataset; None = 0 .. B-1.
-        shard: (rank, processes): without a seed, draw for the whole batch of all processes and take this one's part,
-            so that several processes with equal generators do together what one process does.
+        shard: (rank, processes): without a seed, draw the parts of all processes and keep this one's, so that several
+            processes with equal generators do together what one process does (on a CPU to the bit; normal noise where
+            a part has a multiple of 16 values). No more than two parts are in memory.
     """
     draw = torch.randn if normal else torch.rand
     if seed is None:
         rank, processes = shard
-        noise = draw((processes * len(images), *images.shape[1:]), device=images.device, dtype=images.dtype)
-        return noise[rank * len(images) : (rank + 1) * len(images)]
+        noise = images
+        for part in range(processes):  # a generator cannot skip: the parts of others are drawn and dropped
+            drawn = draw(images.shape, device=images.device, dtype=images.dtype)
+            if part == rank:
+                noise = drawn
+        return noise
     ids = range(len(images)) if ids is None else ids.tolist()
     noise = [
         draw(images.shape[1:], generator=torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)) for i in ids

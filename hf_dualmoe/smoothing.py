@@ -105,10 +105,16 @@ def smoothed_radius(probability: Tensor, sigma: float, alpha: float = 1.0) -> Te
 # --- votes -----------------------------------------------------------------------------------------------------------
 
 
-def noise_block(shape: Sequence[int], seed: int, image_id: int, stage: int, block: int) -> Tensor:
-    """Standard normal noise (DRAWS, *shape) of one image, from a generator of its own, on the CPU."""
+def noise_block(
+    shape: Sequence[int], seed: int, image_id: int, stage: int, block: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal noise (DRAWS, *shape) of one image, from a generator of its own, drawn on the device.
+
+    Each kind of device has a sequence of its own: votes repeat on the same kind, and are as good on another.
+    """
     key = (((seed * 1_000_003 + image_id) * 2 + stage) * 1_000_003 + block) % 2**63
-    return torch.randn((DRAWS, *shape), generator=torch.Generator().manual_seed(key))
+    generator = torch.Generator(device).manual_seed(key)
+    return torch.randn((DRAWS, *shape), generator=generator, device=device)
 
 
 @torch.no_grad()
@@ -125,7 +131,7 @@ def count_votes(
     per_batch = max(1, batch_size // DRAWS)
     for start in range(0, blocks, per_batch):
         numbers = range(start, min(start + per_batch, blocks))
-        noise = torch.cat([noise_block(image.shape, *key, block) for block in numbers])
+        noise = torch.cat([noise_block(image.shape, *key, block, image.device) for block in numbers])
         noise = noise[: num_samples - start * DRAWS].to(image)
         predictions = []
         for part in noise.split(batch_size):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_dualmoe.apgd import APGD, Ascent, PassCounter, checkpoints, dlr_objective, targeted_dlr_objective
-from hf_dualmoe.attack_primitives import steepest
+from hf_dualmoe.attack_primitives import image_noise, steepest
 from hf_dualmoe.fab import box_projection
 from hf_dualmoe.square import eta, window, window_size
 
@@ -161,3 +161,19 @@ def test_the_steepest_step_has_unit_length_however_small_the_gradient(scale):
     direction = gradient[1:] / gradient[1:].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     assert (step[0] == 0).all()
     torch.testing.assert_close(step[1:], direction, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("normal", [False, True])
+def test_processes_draw_together_what_one_draws_and_hold_one_part(normal, monkeypatch):
+    images, kind, drawn = torch.zeros(15, 3, 8, 8), "randn" if normal else "rand", []
+    torch.manual_seed(0)
+    whole = image_noise(images, normal=normal)
+    draw = getattr(torch, kind)
+    monkeypatch.setattr(torch, kind, lambda shape, **kw: (drawn.append(shape[0]), draw(shape, **kw))[1])
+    parts, after = [], set()
+    for rank in range(3):
+        torch.manual_seed(0)
+        parts.append(image_noise(images[:5], normal=normal, shard=(rank, 3)))
+        after.add(torch.randperm(1000)[0].item())
+    assert torch.equal(torch.cat(parts), whole)
+    assert len(after) == 1 and set(drawn) == {5}  # generators stay equal; no draw is larger than a part

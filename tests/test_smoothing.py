@@ -133,6 +133,16 @@ def test_batches_are_as_large_as_asked_and_samples_as_many():
     assert noise_block((1, 2, 2), 0, 0, 0, 0).ne(noise_block((1, 2, 2), 0, 0, 1, 0)).all()  # selection is separate
 
 
+def test_noise_is_drawn_where_the_image_is(monkeypatch):
+    devices = []
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *args, **kw: (devices.append(kw.pop("device")), draw(*args, **kw))[1])
+    sample_votes(HalfSpace().eval(), points([0.02]), sigma=0.05, n0=10, n=10)
+    assert devices and all(torch.device(device) == torch.device("cpu") for device in devices)
+    with pytest.raises((RuntimeError, AssertionError)):  # a generator of that device, which this machine lacks
+        noise_block((1, 2, 2), 0, 0, 0, 0, device="xpu")
+
+
 def test_noisy_images_stay_in_range():
     seen = []
 
