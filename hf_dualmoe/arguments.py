@@ -196,7 +196,7 @@ OUTPUT = (
     "disable_tqdm push_to_hub hub_model_id"
 )
 REPORTS = ("none", "quick", "standard", "full")
-HARDWARE = "use_cpu bf16 channels_last step_graph torch_compile dataloader_num_workers ddp_find_unused_parameters"
+HARDWARE = "use_cpu bf16 channels_last torch_compile dataloader_num_workers ddp_find_unused_parameters"
 
 
 def same_share(value: Any, *, of: Any, at: str) -> Any:

@@ -147,9 +147,8 @@ class RobustTrainingArguments(TrainingArguments):
     step_graph: str = field(
         default="auto",
         metadata={
-            "help": "Record the whole training step as one CUDA graph and replay it, several times faster for small "
-            "networks: auto (on a CUDA GPU, where the step can be recorded; else one line of the log says why not) or "
-            "off.",
+            "help": "Record the training step as one CUDA graph and replay it: auto (where it can be; else one line "
+            "of the log says why not) or off.",
             "choices": STEP_GRAPHS,
         },
     )
