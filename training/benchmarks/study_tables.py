@@ -43,8 +43,8 @@ def summarise(results: list[dict[str, Any]], study: dict[str, Any]) -> dict[str,
 
 EARLIER = "†"  # behind numbers of hard-routed mixtures that an earlier adaptive union made
 EARLIER_NOTE = (
-    f"{EARLIER} Routes an image to one expert, and was measured with an earlier adaptive union, which is 2 to 3 "
-    "points too weak on such models: RA is that much too high."
+    f"{EARLIER} Routes an image to one expert, and was measured with an earlier adaptive union, which did not go "
+    "through every expert: RA may be too high."
 )
 
 
