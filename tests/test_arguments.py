@@ -76,10 +76,11 @@ def test_attacks_on_the_standard_model_keep_their_share_of_eps(parser, recipe, e
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (TRAINING / "recipes").glob("*.yaml")))
 def test_every_recipe_parses_and_builds_a_config(parser, recipe):
     _, model, training, _ = parser.parse(["--recipe", recipe])
-    is_certified = training.method == "certified"  # no attack to select by: its last weights are the result
-    assert training.load_best_model_at_end != is_certified and training.report_to in ([], ["none"], "none")
+    # without an attack to select by, or with a start that others go on from, the last weights are the result
+    keeps_last = training.method == "certified" or recipe.endswith("_narrow")
+    assert training.load_best_model_at_end != keeps_last and training.report_to in ([], ["none"], "none")
     config = model.moe_config(load_splits("digits"))
-    assert config.num_experts == (1 if recipe.endswith("_single") or is_certified else 4) and config.id2label[9] == "9"
+    assert config.num_experts == (1 if recipe.endswith("_single") or keeps_last else 4) and config.id2label[9] == "9"
     assert training.create_training_attack().eps == training.eps
 
 
@@ -95,7 +96,7 @@ def test_a_recipe_of_ones_own(parser, tmp_path):
     ("content", "message"),
     [
         ("methodd: at", "unknown settings methodd"),
-        (None, "neither a file nor one of cifar10_resnet18, cifar10_resnet18_single, cifar10_resnet18_warm, digits"),
+        (None, "neither a file nor one of cifar10_resnet18, cifar10_resnet18_narrow, cifar10_resnet18_single"),
     ],
 )
 def test_bad_recipes_are_named(parser, tmp_path, content, message):
