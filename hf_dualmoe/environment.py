@@ -34,7 +34,7 @@ def full_precision() -> Iterator[None]:
     """
     parts = _float32_parts()
     legacy = {name: value for name, (read, _) in _LEGACY.items() if (value := _readable(read)) is not None}
-    before = [part.fp32_precision for part in parts]
+    before = [_own_precision(part) for part in parts]
     try:
         with ExitStack() as off:
             for device in ("cpu", "cuda"):
@@ -60,6 +60,12 @@ def _float32_parts() -> list[Any]:
     """The parts of torch that may compute float32 in less."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+
+
+def _own_precision(part: Any) -> str:
+    """What a part was set to by itself; "none" where it goes by the setting of all, which may change later."""
+    value, part.fp32_precision = part.fp32_precision, "none"
+    return "none" if part.fp32_precision == value else value
 
 
 def _readable(read: Callable[[], str]) -> str | None:

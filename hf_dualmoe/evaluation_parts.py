@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from .attacks import PGD
@@ -261,16 +261,19 @@ class Evaluation(Measurer):
         state = None if self.store.folder is None else self.store.path(f"{name} {shard}")
 
         def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Any]:
-            settings = {**self.ball, "version": version, "seed": self.attack.seed, "batch_size": self.batch_size}
-            try:
-                result = autoattack(
-                    self.model, images, labels, ids=ids, state_file=state, progress=self.progress, **settings
-                )
-            except RuntimeError as error:
-                if self.batch_size == 1 or not should_reduce_batch_size(error):
-                    raise
-                self.use_smaller_batches(self.batch_size // 2)
-                return work(images, labels, ids)  # goes on from the state file
+            settings = {**self.ball, "version": version, "seed": self.attack.seed, "progress": self.progress}
+            result = None
+            while result is None:
+                try:
+                    result = autoattack(
+                        self.model, images, labels, ids=ids, state_file=state, batch_size=self.batch_size, **settings
+                    )
+                except RuntimeError as error:
+                    if self.batch_size == 1 or not should_reduce_batch_size(error):
+                        raise
+                    self.use_smaller_batches(self.batch_size // 2)
+                if result is None:  # goes on from the state file, once the failed attempt holds no memory
+                    clear_device_cache(garbage_collection=True)
             stages = {f"stage {stage}": round(share * len(ids)) for stage, share in result.accuracy.items()}
             passes = {kind: rows * len(ids) for kind, rows in result.passes.items()}
             flags = {flag: [found.raised, found.message] for flag, found in result.flags.items()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 
 from .attack_primitives import logits_of
-from .component_attacks import has_experts, is_dual
+from .component_attacks import has_dial, has_experts
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
 from .modeling_dualmoe import Normalize, create_image_processor
 
@@ -107,7 +107,7 @@ def load_classifier(
         raise ValueError(f"image_mean={image_mean!r} and image_std={image_std!r}: give both or none.")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     network = load_network(name, dtype, options)
-    if is_dual(network) or has_experts(network):
+    if has_dial(network) or has_experts(network):
         if given or image_size is not None:
             raise ValueError(
                 f"model={name!r} normalises by itself; image_mean, image_std and image_size are for other models."

@@ -268,15 +268,18 @@ def run_batches(
     with tqdm(total=len(rows), desc=description, unit="img", disable=description is None, leave=False) as bar:
         while len(rows):
             ids = rows[:batch_size]
+            part = None
             try:
-                parts.append(run_batch(work, dataset, ids, device, retry))
+                part = run_batch(work, dataset, ids, device, retry)
             except RuntimeError as error:
                 if len(ids) == 1 or not should_reduce_batch_size(error):
                     raise
+            if part is None:  # here, where the failed attempt holds no memory any more
                 batch_size = len(ids) // 2
                 smaller(batch_size)
-                clear_device_cache()
+                clear_device_cache(garbage_collection=True)
                 continue
+            parts.append(part)
             rows = rows[len(ids) :]
             right += int(parts[-1].tensors.get("right", torch.zeros(1)).sum())
             bar.update(len(ids))

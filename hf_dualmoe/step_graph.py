@@ -100,25 +100,27 @@ class CudaRecorder:
     def record(self, function: Callable[[], StepResult]) -> tuple[StepResult, Callable[[], None]]:
         """What the function returns, without a value yet, and the call that computes it."""
         graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        pool = torch.cuda.graph_pool_handle()  # named: a graph whose recording failed does not tell its own
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self.device)
         try:
             # thread_local: threads that load data may allocate pinned memory meanwhile
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                 result = function()
         except BaseException:
             torch.cuda.set_stream(outer)  # torch leaves its own where it cannot end the recording
-            self._recover(graph)
+            self._recover(pool)
             raise
         self.graph_bytes = torch.cuda.memory_reserved(self.device) - reserved
         return result, graph.replay
 
-    def _recover(self, graph: "torch.cuda.CUDAGraph") -> None:
+    def _recover(self, pool: tuple[int, int]) -> None:
         """Undo what torch leaves behind where it cannot end a recording: memory that nobody else may take, and a
         generator that believes to be recorded and refuses to draw."""
         torch.cuda.synchronize(self.device)
-        with suppress(RuntimeError):  # where the recording was ended
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, graph.pool())
+        for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):  # where the recording was ended
+                undo(self.device.index or 0, pool)
         generator = torch.cuda.default_generators[self.device.index or 0]
         generator.graphsafe_set_state(generator.clone_state())
 
@@ -197,7 +199,9 @@ class StepGraph:
         """Whether `training_step` makes the step on this batch; else the trainer does, as ever."""
         if not self._has_begun:
             self.begin()
-        if self.reason is not None or set(batch) != {"pixel_values", "labels"}:
+        if self.reason is None and set(batch) != {"pixel_values", "labels"}:
+            self._give_up(f"batches hold {', '.join(sorted(batch))}, not pixel_values and labels alone")
+        if self.reason is not None:
             return False
         shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         key = (shape, self._state_of_model())

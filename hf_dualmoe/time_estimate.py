@@ -24,6 +24,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .environment import describe_environment
+from .memory import free_memory
 from .trainer import RobustTrainer
 from .training_args import RobustTrainingArguments
 
@@ -115,7 +116,7 @@ def estimate_time(trainer: RobustTrainer) -> TimeEstimate:
     steps = count_steps(trainer)
     return TimeEstimate(
         steps=steps,
-        evaluations=count_evaluations(trainer.args, steps),
+        evaluations=count_evaluations(trainer.args, steps) + closing_evaluations(trainer),
         step_seconds=step_seconds,
         evaluation_seconds=first.evaluation,
         hardware=describe_environment(trainer.args.device)["hardware"],
@@ -151,17 +152,17 @@ def measure(trainer: RobustTrainer, effort: Effort, step_graph: str) -> Measured
             args,
             train_dataset=trainer.train_dataset,
             eval_dataset=trainer.eval_dataset,
-            data_collator=trainer.data_collator,
+            data_collator=trainer.data_collator.collator,  # it checks batches, as the twin's own will
             compute_metrics=trainer.compute_metrics,
             callbacks=[clock],
         )
+        twin._choose_weights = lambda: None  # whole evaluations at the end of a training: they are counted, not made
         for callback in (PrinterCallback, ProgressCallback):
             twin.remove_callback(callback)
         twin.train()
         measured = Measured(clock.seconds(), time_evaluation(twin), why_eager(twin))
-    del twin
-    if args.device.type == "cuda":
-        torch.cuda.empty_cache()
+    del twin, clock
+    free_memory()  # reference cycles hold the copy
     return measured
 
 
@@ -260,6 +261,11 @@ def count_steps(trainer: RobustTrainer) -> int:
     batches = len(trainer.train_dataset) / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def closing_evaluations(trainer: RobustTrainer) -> int:
+    """Evaluations that choose between the moving average and the trained weights at the end."""
+    return 2 if trainer.ema is not None and trainer.eval_dataset is not None else 0
 
 
 def count_evaluations(args: RobustTrainingArguments, steps: int) -> int:

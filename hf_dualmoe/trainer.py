@@ -342,9 +342,14 @@ class RobustTrainer(ResumableTrainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """The parent's, with the number of each image."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        return super().get_eval_dataloader(numbered(eval_dataset))
+        if not isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(numbered(self.eval_dataset if eval_dataset is None else eval_dataset))
+        given = self.eval_dataset  # the parent keeps loaders of persistent workers by this name
+        self.eval_dataset = {**given, eval_dataset: numbered(given[eval_dataset])}
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.eval_dataset = given
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """The parent's, with the number of each image."""

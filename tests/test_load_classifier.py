@@ -10,6 +10,7 @@ import transformers as hf
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.loading import NormalizedClassifier, check_results_folder, is_foreign, load_classifier
 
 SIZE, LABELS = 32, 5
@@ -81,14 +82,26 @@ def photos():
     return [picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for picture in pictures]
 
 
+def weight_dial(make_moe, make_dual):
+    parts = [make_moe("resnet", num_experts=1), make_moe("resnet", num_experts=1)]
+    return DualMoEForImageClassification.from_models(*parts, alpha=0.5, mixing="weights").eval()
+
+
+OURS = {
+    "moe": lambda make_moe, make_dual: make_moe(),
+    "dual": lambda make_moe, make_dual: make_dual(),
+    "dial in the weights": weight_dial,
+}
+
+
 @pytest.fixture(scope="module")
 def save(tmp_path_factory, make_moe, make_dual):
     """save(kind): the folder of a saved model."""
     folders = {}
 
     def build(kind):
-        if kind in ("moe", "dual"):
-            return (make_moe if kind == "moe" else make_dual)(), None
+        if kind in OURS:
+            return OURS[kind](make_moe, make_dual), None
         torch.manual_seed(0)
         make, processor = FOREIGN[kind]
         model = make().eval()
@@ -112,13 +125,13 @@ def unit(picture):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 
-@pytest.mark.parametrize("kind", [*FOREIGN, "moe", "dual"])
+@pytest.mark.parametrize("kind", [*FOREIGN, *OURS])
 def test_classes_and_probabilities_are_those_of_pipeline(kind, save, photos):
     folder = save(kind)
     model = load_classifier(folder)
     size, pictures = model.config.image_size, photos
-    assert size == (30 if kind in ("moe", "dual") else SIZE) and model.config.num_channels == 3
-    assert isinstance(model, NormalizedClassifier) == (kind not in ("moe", "dual"))
+    assert size == (30 if kind in OURS else SIZE) and model.config.num_channels == 3
+    assert isinstance(model, NormalizedClassifier) == (kind not in OURS)
     if size != SIZE:
         pictures = [picture.resize((size, size)) for picture in photos]
     served = hf.pipeline("image-classification", model=str(folder), top_k=9)

@@ -416,6 +416,15 @@ def test_a_model_that_waits_is_named(train):
     assert "_local_scalar_dense" in trainer.step_graph.reason
 
 
+def test_batches_with_more_than_images_and_labels_are_named(train):
+    trainer = train("at", graph=True)
+    graph = StepGraph(trainer, recorder=TapeRecorder(trainer))
+    graph.begin()
+    batch = {"pixel_values": torch.zeros(2, 1, 10, 10), "labels": torch.zeros(2, dtype=torch.int64)}
+    assert not graph.takes({**batch, "weights": torch.ones(2)})
+    assert "batches hold labels, pixel_values, weights" in graph.reason
+
+
 REASONS = {
     "on_nan_loss": {"on_nan_loss": "skip"},
     "checkpointing": {"gradient_checkpointing": True},

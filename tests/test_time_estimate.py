@@ -84,10 +84,11 @@ def test_training_after_an_estimate_is_the_same_to_the_bit(trainer):
     ]
     assert logs[0] == logs[1]
 
-    assert estimate.steps == 5 and estimate.evaluations == 0 and estimate.measured_steps == 2
+    assert estimate.steps == 5 and estimate.evaluations == 2 and estimate.measured_steps == 2  # two for the average
     assert list(estimate.step_seconds) == ["without the step graph"]  # on a CPU there is no other way
     seconds = estimate.step_seconds["without the step graph"]
-    assert 0 < seconds < 5 and estimate.total_seconds("without the step graph") == 5 * seconds
+    total = 5 * seconds + 2 * estimate.evaluation_seconds
+    assert 0 < seconds < 5 and estimate.total_seconds("without the step graph") == pytest.approx(total)
     assert estimate.evaluation_seconds > 0
 
 
@@ -107,6 +108,14 @@ def test_steps_and_evaluations_are_those_of_the_run(settings, steps, evaluations
     trainer.train()
     (counter,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Count))
     assert (trainer.state.global_step, counter.evaluations) == (steps, evaluations)
+
+
+def test_an_average_is_counted_at_the_end_and_not_chosen_while_time_is_measured(trainer, monkeypatch):
+    predicted = []
+    predict = RobustTrainer.predict
+    monkeypatch.setattr(RobustTrainer, "predict", lambda *args, **kw: (predicted.append(1), predict(*args, **kw))[1])
+    estimates = [estimate_time(trainer(max_steps=8, ema_decay=decay)) for decay in (0.0, 0.9)]
+    assert [estimate.evaluations for estimate in estimates] == [0, 2] and predicted == []
 
 
 def test_both_ways_are_measured_where_steps_can_be_recorded(trainer, monkeypatch):

@@ -131,6 +131,14 @@ def test_ra_does_not_depend_on_the_batch_size(as_list, stripes, arguments):
     assert clean[0] == pytest.approx(clean[1], abs=1e-5) and attacked[0] == pytest.approx(attacked[1], abs=1e-5)
 
 
+def test_several_evaluation_sets_keep_their_loaders_apart(stripes, arguments):
+    sets = {"few": stripes.take(9), "all": stripes}
+    args = arguments("at", dataloader_persistent_workers=True, dataloader_num_workers=1, metric_for_best_model=None)
+    trainer = RobustTrainer(build("at"), args, eval_dataset=sets)
+    sizes = [len(trainer.get_eval_dataloader(name).dataset) for name in ("few", "all", "few")]
+    assert sizes == [9, 60, 9] and trainer.eval_dataset is sets
+
+
 def test_metrics_count_an_image_as_robust_only_if_right_twice():
     clean = torch.tensor([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0], [1.0, 2.0]]).numpy()  # 0 1 0 1
     attacked = torch.tensor([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, 2.0]]).numpy()  # 0 0 1 1

@@ -22,7 +22,7 @@ from hf_dualmoe.calibration import calibrate_robust_logits
 from hf_dualmoe.data import DataSplits
 from hf_dualmoe.environment import pixel_radius, print_in_any_encoding, write_text
 from hf_dualmoe.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
-from hf_dualmoe.loading import NormalizedClassifier
+from hf_dualmoe.loading import NormalizedClassifier, is_foreign
 from hf_dualmoe.measuring import Processes
 from hf_dualmoe.model_card import refresh_model_card
 from hf_dualmoe.plots import attack_examples, save_plots
@@ -231,7 +231,7 @@ def read_earlier(path: Path) -> RobustnessReport | None:
 
     Read before the evaluation, which may write to the same place.
     """
-    return RobustnessReport.load(path) if path.is_file() else None
+    return RobustnessReport.load(path) if path.is_file() and not is_foreign(path.parent) else None
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ SETTINGS = {  # what each method uses
     "jtdmoe": (*ATTACK, "beta", "second_term", "second_attack", "train_alpha", "standard_eps"),
     "certified": ("certify_radius", "margin_weight", "route_weight", "gate_weight"),
 }
-FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter")  # may change when a run is gone on with
+# settings that may change when a run is gone on with
+FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter", "step_graph")
 
 
 def main() -> None:
@@ -228,7 +229,8 @@ def differing_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> di
     found = {}
     for group in ("data", "model", "training"):
         there, here = recorded.get(group, {}), settings[group]
-        found |= {n: (there.get(n), here.get(n)) for n in {**there, **here} if there.get(n) != here.get(n)}
+        names = [name for name in {**there, **here} if name not in FREE]
+        found |= {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
     return found
 
 
@@ -239,7 +241,7 @@ def is_longer(name: str, before: Any, now: Any) -> bool:
 
 def check_same_data(output_dir: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise a ValueError where the run that the folder holds saw other images, labels or class names."""
-    if recorded and recorded.get("data_digest") != settings["data_digest"]:
+    if recorded.get("data_digest", settings["data_digest"]) != settings["data_digest"]:  # older runs noted none
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds a run on other data: images, labels or names of classes have "
             f"changed since (digest {recorded.get('data_digest')} there, {settings['data_digest']} here); choose "

@@ -125,7 +125,7 @@ class Run:
         """How many steps fit into the stage's share of the minutes, by a measured step and evaluation."""
         effort = CPU_EFFORT if self.device == "cpu" else ACCELERATOR_EFFORT
         step, evaluation, no_graph = measure(self.trainer(name, stage, steps=1000), effort, "auto")
-        seconds = 60 * self.args.minutes * stage.share - START_UP - self.scale.reviews * evaluation
+        seconds = 60 * self.args.minutes * stage.share - START_UP - (self.scale.reviews + 2) * evaluation
         most = math.ceil(stage.max_epochs * self.whole / self.scale.batch)
         steps = min(most, int(seconds / step), self.scale.most_steps or most)
         steps = max(steps, self.scale.reviews)

@@ -258,7 +258,8 @@ def time_bare_pass(batch: int, size: Size) -> dict[str, float]:
         with autocast(size.device):
             return value_and_gradient(model, images, labels, ce_objective)
 
-    with cleaned(size.device), frozen(model), folded(model, images):
+    # under autocast, as in a training: the folded weights are cast once, not in each pass
+    with cleaned(size.device), autocast(size.device), frozen(model), folded(model, images):
         found = {"eager_ms": milliseconds(bare, size), "ours_ms": milliseconds(ours, size)}
         return found | {"graph_ms": milliseconds(graphed(bare, size.device), size)}
 
@@ -267,7 +268,7 @@ def time_compiled_pass(batch: int, size: Size) -> dict[str, float]:
     """The same pass of the compiled network as a CUDA graph, and the seconds that compiling took."""
     model, (images, labels) = plain_network(size), random_batch(size.batch(batch), size)
     backend = "inductor" if size.device == "cuda" else "eager"  # a rehearsal needs no C++ compiler
-    with cleaned(size.device), frozen(model), folded(model, images):
+    with cleaned(size.device), autocast(size.device), frozen(model), folded(model, images):
         network = torch.compile(model.experts[0], backend=backend)
         started = time.perf_counter()
         input_gradient(network, images, labels)
@@ -287,7 +288,7 @@ def time_bare_step(case: Case, size: Size) -> dict[str, float]:
         robust, found = getattr(model, "robust", model), 0.0
         with trusted_values():
             if passes:
-                with frozen(model), folded(robust, batch[0]):
+                with autocast(size.device), frozen(model), folded(robust, batch[0]):
                     found += milliseconds(
                         graphed(lambda: attack_work(model, robust, passes, *batch), size.device), size
                     )
