@@ -21,6 +21,7 @@ from .loading import NormalizedClassifier
 from .sanity_flags import digest, weights_digest
 
 PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface_hub", "hf_dualmoe")
+LOOK = 8  # images to try a model on
 
 # --- precision -------------------------------------------------------------------------------------------------------
 
@@ -150,12 +151,13 @@ def check_counts(counts: dict[str, int | None], num_available: int) -> None:
 
 @torch.no_grad()
 def check_outputs(model: nn.Module, dataset: ImageTensorDataset, batch_size: int, device: torch.device) -> None:
-    """Look at the logits of the first batch before hours are spent; `model` is in eval mode.
+    """Look at the logits of the first images before hours are spent; `model` is in eval mode.
 
     Raises:
         ValueError: Most of them are NaN or infinite, or they have another number of classes than the dataset.
     """
-    logits = logits_of(model, to_unit_range(dataset.images[:batch_size].to(device)))
+    few = min(batch_size, LOOK)  # a whole batch may not fit into memory, which the evaluation itself copes with
+    logits = logits_of(model, to_unit_range(dataset.images[:few].to(device)))
     if logits.ndim != 2 or logits.shape[1] != len(dataset.class_names):
         raise ValueError(
             f"model returned logits of shape {tuple(logits.shape)}; expected (images, {len(dataset.class_names)}), "

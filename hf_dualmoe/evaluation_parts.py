@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from .attacks import PGD
@@ -27,6 +26,7 @@ from .data import ImageTensorDataset
 from .dial import DialedModel, choose_alpha, dial_attack
 from .environment import data_digest
 from .measuring import Found, Measurer, classify, is_right, percent
+from .memory import free_memory, is_out_of_memory
 from .metrics import wilson_interval
 from .report import RobustnessReport
 from .sanity import Check, run_sanity_checks, suspicious, worst_case_check
@@ -269,11 +269,11 @@ class Evaluation(Measurer):
                         self.model, images, labels, ids=ids, state_file=state, batch_size=self.batch_size, **settings
                     )
                 except RuntimeError as error:
-                    if self.batch_size == 1 or not should_reduce_batch_size(error):
+                    if self.batch_size == 1 or not is_out_of_memory(error):
                         raise
                     self.use_smaller_batches(self.batch_size // 2)
                 if result is None:  # goes on from the state file, once the failed attempt holds no memory
-                    clear_device_cache(garbage_collection=True)
+                    free_memory()
             stages = {f"stage {stage}": round(share * len(ids)) for stage, share in result.accuracy.items()}
             passes = {kind: rows * len(ids) for kind, rows in result.passes.items()}
             flags = {flag: [found.raised, found.message] for flag, found in result.flags.items()}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .attack_primitives import frozen, gather_weights, kl_objective, logits_of, sharded_modules
 from .batchnorm_folding import folded
+from .outputs import find_logits
 
 SECOND_TERMS = ("kl", "ce")
 SECOND_ATTACKS = ("own", "shared")
@@ -113,7 +114,7 @@ def standard_loss(
         label_smoothing: In [0, 1).
     """
     output = (model if forward is None else forward)(images)
-    ce = cross_entropy(_logits(output), labels, label_smoothing)
+    ce = cross_entropy(find_logits(output), labels, label_smoothing)
     return _finish(model, output, ce, {"ce": ce})
 
 
@@ -135,7 +136,7 @@ def at_loss(
     """
     attacked = attack(model, images, labels)
     output = (model if forward is None else forward)(attacked)
-    logits = _logits(output)
+    logits = find_logits(output)
     ce = cross_entropy(logits, labels, label_smoothing)
     return _finish(model, output, ce, {"robust_ce": ce}, **_report(attacked, logits, output))
 
@@ -160,7 +161,7 @@ def trades_loss(
     """
     attacked = attack(model, images, labels)
     output = (model if forward is None else forward)(torch.cat([attacked, images]))
-    attacked_logits, clean_logits = _logits(output).chunk(2)
+    attacked_logits, clean_logits = find_logits(output).chunk(2)
     ce = cross_entropy(clean_logits, labels, label_smoothing)
     kl = kl_divergence(attacked_logits, clean_logits)
     terms = {"ce": ce, "kl": kl}
@@ -335,10 +336,6 @@ def jtdmoe_loss(
     upper = cross_entropy(mixed, labels, label_smoothing)
     terms["dual_ce"] = upper
     return _finish(model, output, lower + upper, terms, **_report(batch.attacked, attacked_logits, output))
-
-
-def _logits(output: object) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def _report(attacked: Tensor, logits: Tensor, output: object) -> dict[str, Tensor | None]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from .attacks import PGD
 from .component_attacks import answering, has_experts
 from .data import ImageTensorDataset, to_unit_range
 from .environment import check_outputs, data_digest, full_precision, model_digest, write_text
+from .memory import free_memory, is_out_of_memory
 from .modeling_dualmoe import gate_weights
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def run_batch(work: Work, dataset: ImageTensorDataset, ids: Tensor, device: torc
     try:
         result = work(images, labels, ids)
     except Exception as error:
-        if not retry or (len(ids) > 1 and should_reduce_batch_size(error)):
+        if not retry or (len(ids) > 1 and is_out_of_memory(error)):
             raise
         if len(ids) == 1:
             found.failed[:] = True
@@ -272,12 +272,12 @@ def run_batches(
             try:
                 part = run_batch(work, dataset, ids, device, retry)
             except RuntimeError as error:
-                if len(ids) == 1 or not should_reduce_batch_size(error):
+                if len(ids) == 1 or not is_out_of_memory(error):
                     raise
             if part is None:  # here, where the failed attempt holds no memory any more
                 batch_size = len(ids) // 2
                 smaller(batch_size)
-                clear_device_cache(garbage_collection=True)
+                free_memory()
                 continue
             parts.append(part)
             rows = rows[len(ids) :]

@@ -6,7 +6,15 @@ from contextlib import suppress
 
 import torch
 
+# what CUDA, cuDNN and cuBLAS say, and the allocator of the CPU
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 REFINEMENTS = 2  # bisections between the half that fits and the whole that does not
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in any of the words of torch and of the libraries below it."""
+    named = any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and named)
 
 
 def largest_that_fits(fits: Callable[[int], bool], size: int) -> int:
@@ -54,4 +62,4 @@ def too_large(size: int, largest: int | None, accumulation: int) -> str:
     return f"{words}{tried} Try --per_device_train_batch_size {smaller} --gradient_accumulation_steps {parts}."
 
 
-__all__ = ["free_memory", "largest_that_fits", "too_large", "try_step"]
+__all__ = ["free_memory", "is_out_of_memory", "largest_that_fits", "too_large", "try_step"]

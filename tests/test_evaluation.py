@@ -202,14 +202,14 @@ def test_a_failure_loses_no_other_measurement_and_a_restart_repeats_none(model, 
     expected = evaluate_robustness(model, dataset, **small)
 
     def break_down(*args, **kwargs):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("the disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr(parts, "worst_case", break_down)
         patch.setattr(parts, "attack_router", break_down)
         broken = evaluate_robustness(model, dataset, **options)
     assert set(broken.failures) == {"worst case 2 steps at alpha=0.6", "router attack PGD-2 at alpha=0.6"}
-    assert all(message == "RuntimeError: out of memory" for message in broken.failures.values())
+    assert all(message == "RuntimeError: the disk is full" for message in broken.failures.values())
     assert "ra_router_pgd2" not in broken.metrics and "ra_adaptive_union" not in broken.metrics
     assert broken.metrics["ra_expert_pgd2"] == expected.metrics["ra_expert_pgd2"]
     assert broken.sanity.keys() == expected.sanity.keys()
@@ -259,15 +259,15 @@ def test_finished_work_of_other_settings_is_refused(model, moe, dataset, tmp_pat
 class Narrow(nn.Module):
     """A classifier that runs out of memory with more than `most` images, and counts the images that it is shown."""
 
-    def __init__(self, most):
+    def __init__(self, most, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")):
         super().__init__()
         torch.manual_seed(3)
-        self.linear, self.most, self.sizes = nn.Linear(100, 4), most, []
+        self.linear, self.most, self.sizes, self.error = nn.Linear(100, 4), most, [], error
 
     def forward(self, images):
         self.sizes.append(len(images))
         if len(images) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            raise self.error
         return self.linear(images.flatten(1))
 
 
@@ -302,6 +302,21 @@ class Once(nn.Module):
             self.first = False
             return self.model.linear(images.flatten(1))
         return self.model(images)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    ],
+)
+def test_memory_runs_out_in_many_words(words, dataset):
+    narrow = Narrow(8, RuntimeError(words))
+    found = run_batches(parts.classify(narrow), dataset, torch.arange(23), batch_size=23, device=torch.device("cpu"))
+    assert narrow.sizes == [23, 11, 5, 5, 5, 5, 3] and not found.failed.any()
+    assert not evaluate_robustness(narrow, dataset, batch_size=23, check_names=False, level=[], **QUIET).failures
 
 
 def test_autoattack_goes_on_with_smaller_batches(dataset):
@@ -400,7 +415,7 @@ def test_bad_arguments_are_refused(model, dataset, arguments, message):
 def test_models_that_do_not_fit_are_refused(model, moe, dataset):
     with pytest.raises(ValueError, match="min_sa=50 chooses the dial of a dual model"):
         evaluate_robustness(moe, dataset, **QUIET, min_sa=50)
-    with pytest.raises(ValueError, match="logits that are NaN or infinite for 23 of 23 clean images"):
+    with pytest.raises(ValueError, match="logits that are NaN or infinite for 8 of 8 clean images"):
         evaluate_robustness(Constant(0.0, torch.nan, 1.0, 0.5).eval(), dataset, **QUIET)
     with pytest.raises(ValueError, match=r"logits of shape \(23, 2\); expected \(images, 4\)"):
         evaluate_robustness(Constant(0.0, 1.0).eval(), dataset, **QUIET)

@@ -108,6 +108,7 @@ def test_a_model_that_counts_its_calls_is_left_alone_in_the_end():
             return super().forward(images)
 
     model, images = Counting().eval(), torch.rand(3, 3, 8, 8)
+    model.attacked = model.clean  # a layer that no image reaches would keep all unfolded
     found = [len(foldable_pairs(model, images)) for _ in range(KEPT_TRIALS + 2) if model(images) is not None]
     assert found[0] == 1 and found[-1] == 0
 
@@ -120,3 +121,34 @@ def test_the_comparison_fires_no_hooks():
     assert seen == []
     model(images)
     assert seen == [1]
+
+
+class ByImage(nn.Module):
+    """Bright images take another BatchNorm, or another convolution, than dark ones."""
+
+    def __init__(self, switches):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(1, 4, 3) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.norms[1].running_var.fill_(1e-3)
+        self.head, self.switches = nn.LazyLinear(3), switches
+
+    def forward(self, images):
+        answers = []
+        for image in images:
+            bright = int(image.detach().mean() > 0.5)
+            conv = self.convs[bright if self.switches == "conv" else 0]
+            norm = self.norms[bright if self.switches == "norm" else 0]
+            answers.append(self.head(norm(conv(image[None])).flatten(1)))
+        return torch.cat(answers)
+
+
+@pytest.mark.parametrize("switches", ["conv", "norm"])
+def test_layers_that_the_first_images_do_not_reach_keep_all_unfolded(switches):
+    images = torch.cat([torch.rand(4, 1, 8, 8) * 0.4, 0.6 + torch.rand(4, 1, 8, 8) * 0.4])  # the first are dark
+    model = ByImage(switches).eval()
+    with torch.no_grad():
+        plain = model(images)
+        with folded(model, images[:3]):  # all dark: no comparison could tell
+            torch.testing.assert_close(model(images), plain, rtol=0, atol=0)

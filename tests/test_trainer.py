@@ -446,6 +446,18 @@ def test_a_plain_module_is_trained_and_evaluated(method, stripes, arguments):
     assert logged(trainer, "train_sa") and "eval_ra" in trainer.evaluate()
 
 
+@pytest.mark.parametrize("answer", [lambda logits: {"logits": logits}, lambda logits: (logits, None)])
+@pytest.mark.parametrize("method", ["standard", "at", "trades"])
+def test_a_module_may_return_a_dictionary_or_a_tuple(method, answer, stripes, arguments):
+    class Wrapped(torch.nn.Linear):
+        def forward(self, images):
+            return answer(super().forward(images.flatten(1)))
+
+    args = arguments(method, max_steps=1)
+    trainer = RobustTrainer(Wrapped(100, 3), args, train_dataset=stripes, eval_dataset=stripes)
+    assert trainer.train().global_step == 1 and "eval_ra" in trainer.evaluate()
+
+
 def test_plain_arguments_are_refused(stripes, tmp_path):
     with pytest.raises(TypeError, match="args must be RobustTrainingArguments, .* got TrainingArguments"):
         RobustTrainer(build("at"), TrainingArguments(output_dir=str(tmp_path)), train_dataset=stripes)
