@@ -195,6 +195,14 @@ OUTPUT = (
     "output_dir eval_strategy save_strategy save_total_limit logging_steps metric_for_best_model report_to "
     "disable_tqdm push_to_hub hub_model_id"
 )
+WITH_STAGES = (
+    "resnet",
+    "resnest",
+    "sknet",
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "deit",
+)  # timm's modules
 REPORTS = ("none", "quick", "standard", "full")
 HARDWARE = "use_cpu bf16 channels_last torch_compile dataloader_num_workers ddp_find_unused_parameters"
 
@@ -212,10 +220,12 @@ def fitting_shape(settings: dict[str, Any], backbone: str) -> dict[str, Any]:
     """A recipe's settings without those of its own backbone that another one does not take."""
     if settings.get("backbone") == backbone:
         return settings
-    unfit = (
-        ["backbone_kwargs"] if timm.models.is_model_in_modules(backbone, ["resnet"]) else ["backbone_kwargs", "width"]
-    )
-    dropped = [f"{name}={settings[name]!r}" for name in unfit if settings.get(name) is not None]
+    unfit = ["backbone_kwargs"]
+    if not timm.models.is_model_in_modules(backbone, ["resnet"]):
+        unfit.append("width")
+    if not timm.models.is_model_in_modules(backbone, WITH_STAGES):
+        unfit.append("shared_stages")
+    dropped = [f"{name}={settings[name]!r}" for name in unfit if settings.get(name)]
     if dropped:
         logger.warning(
             f"backbone={backbone!r}: {', '.join(dropped)} of the recipe, for another backbone, is left out."

@@ -6,6 +6,7 @@ test sets. Images stay uint8 until `to_unit_range` makes them float in [0, 1]; n
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .image_folders import text_of
 from .split_reading import assign_roles, choose_rows, decode_part, hold_out, load_source, read_labels, stratified
 
 __all__ = [
@@ -179,6 +181,7 @@ class DataSplits:
     """Train, validation and test sets with the same classes and image shape.
 
     Args:
+        train, validation: None where only a test set was asked for and the dataset has no more.
         name: what `load_splits` was asked for.
         skipped: train / validation / test -> row numbers in its source split of the undecodable images left out.
         missing_classes: train / validation / test -> names of the classes without an image there.
@@ -188,8 +191,8 @@ class DataSplits:
         ValueError: the sets differ in class names or image shape.
     """
 
-    train: ImageTensorDataset
-    validation: ImageTensorDataset
+    train: ImageTensorDataset | None
+    validation: ImageTensorDataset | None
     test: ImageTensorDataset
     name: str
     skipped: dict[str, list[int]] = field(default_factory=dict)
@@ -197,12 +200,19 @@ class DataSplits:
     duplicates: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
-        for role, other in (("validation", self.validation), ("test", self.test)):
-            if other.class_names != self.train.class_names:
-                raise ValueError(f"{role} has class names {other.class_names}, train has {self.train.class_names}")
-            shape, expected = tuple(other.images.shape[1:]), tuple(self.train.images.shape[1:])
-            if shape != expected:
-                raise ValueError(f"{role} images are {shape}, train {expected}; set image_size or num_channels")
+        first, *others = self.sets
+        names, expected = self.sets[first].class_names, tuple(self.sets[first].images.shape[1:])
+        for role in others:
+            data = self.sets[role]
+            if data.class_names != names:
+                raise ValueError(f"{role} has class names {data.class_names}, {first} has {names}")
+            if (shape := tuple(data.images.shape[1:])) != expected:
+                raise ValueError(f"{role} images are {shape}, {first} {expected}; set image_size or num_channels")
+
+    @property
+    def sets(self) -> dict[str, ImageTensorDataset]:
+        """The sets that are there, by role: train, validation, test."""
+        return {role: data for role in ROLES if (data := getattr(self, role)) is not None}
 
     def digest(self) -> str:
         """32 hexadecimal digits that stand for class names in their order, images and labels of all sets.
@@ -210,8 +220,7 @@ class DataSplits:
         Equal data give equal digits on every machine, wherever they lie. All pixels are read: 100 MB take about 0.2 s.
         """
         total = blake2b(json.dumps(self.class_names).encode(), digest_size=16)
-        for role in ROLES:
-            data = getattr(self, role)
+        for role, data in self.sets.items():
             total.update(json.dumps([role, list(data.images.shape)]).encode())
             for part in data.images.split(AT_ONCE):  # one by one: a subset may not be contiguous
                 total.update(part.contiguous().numpy())
@@ -220,7 +229,7 @@ class DataSplits:
 
     @property
     def class_names(self) -> list[str]:
-        return self.train.class_names
+        return self.test.class_names
 
     @property
     def num_labels(self) -> int:
@@ -228,12 +237,12 @@ class DataSplits:
 
     @property
     def num_channels(self) -> int:
-        return self.train.images.shape[1]
+        return self.test.images.shape[1]
 
     @property
     def image_size(self) -> int:
         """Side of the square images in pixels."""
-        return self.train.images.shape[-1]
+        return self.test.images.shape[-1]
 
 
 def load_digits_splits() -> DataSplits:
@@ -250,7 +259,7 @@ def load_digits_splits() -> DataSplits:
 
 
 def load_splits(
-    name: str = "digits",
+    name: str | os.PathLike = "digits",
     *,
     config_name: str | None = None,
     image_column: str | None = None,
@@ -266,6 +275,7 @@ def load_splits(
     max_test_samples: int | None = None,
     on_bad_image: Literal["raise", "skip"] = "raise",
     seed: int = 0,
+    needs_train: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> DataSplits:
@@ -274,7 +284,7 @@ def load_splits(
     `image_folders` has the rule for local folders of images, `decoding` says what becomes of an image. Unless an
     argument names them, the roles of the splits are, by the usual names (`image_folders.SPLIT_NAMES`, in any case):
 
-    1. train: the one of that name, or the only split.
+    1. train: the one of that name, or the only split, unless its name is usual for test or validation.
     2. test: the one of that name; else the validation split, because a lone extra split is the **test** set.
     3. validation: the validation split, if it is still free.
     4. What is missing is held out of train, stratified by class: first test, then validation. So model selection never
@@ -297,6 +307,8 @@ def load_splits(
         on_bad_image: after reading a whole split with undecodable images, "raise" an error, or "skip" them with a
             warning and list them in `DataSplits.skipped`.
         seed: seed of all random choices, in [0, 2**32).
+        needs_train: whether data without a split for train are refused. False: where there is one for test, that is
+            enough, also with one class. Without train, test says which classes there are and nothing is held out.
         revision, token: version and access token of a Hub dataset.
 
     Raises:
@@ -305,6 +317,7 @@ def load_splits(
     """
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"on_bad_image={on_bad_image!r}; allowed are 'raise' and 'skip'")
+    name = os.fspath(name)
     limits = {"train": max_train_samples, "validation": max_validation_samples, "test": max_test_samples}
     for role, limit in limits.items():
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
@@ -319,17 +332,18 @@ def load_splits(
         given |= {f"{role}_split": split for role, split in asked.items()}
         return _limited_digits(given | {"image_size": image_size, "num_channels": num_channels}, limits, seed)
     sources = load_source(name, config_name, revision, token)
-    parts, class_names = read_labels(sources, assign_roles(list(sources), asked), label_column)
+    roles = assign_roles(list(sources), asked, needs_train)
+    parts, class_names = read_labels(sources, roles, label_column, one_class=not needs_train)
     choose_rows(parts, validation_fraction, limits, seed)
-    sets, skipped = {}, {}
-    for role in limits:
+    sets, skipped = dict.fromkeys(ROLES), {}
+    for role in (role for role in ROLES if role in parts):
         images, labels, bad = decode_part(parts[role], image_column, image_size, num_channels, on_bad_image)
         sets[role] = ImageTensorDataset(images, labels, class_names)
         if bad:
             skipped[role] = bad
         if images.shape[1] == 3:
             num_channels = 3  # a later split may begin with a grey image
-    return _with_doubts(DataSplits(**sets, name=name, skipped=skipped), limits)
+    return _with_doubts(DataSplits(**sets, name=text_of(name), skipped=skipped), limits)
 
 
 def count_duplicates(train: Tensor, others: Tensor) -> int:
@@ -360,8 +374,7 @@ def _with_doubts(splits: DataSplits, limits: Mapping[str, int | None]) -> DataSp
 
     A set that the caller limited to fewer images than there are classes lacks some by that: no warning.
     """
-    for role in ROLES:
-        data = getattr(splits, role)
+    for role, data in splits.sets.items():
         counts = torch.bincount(data.labels, minlength=splits.num_labels).tolist()
         missing = [name for name, count in zip(splits.class_names, counts, strict=True) if count == 0]
         if missing and (limits[role] or splits.num_labels) >= splits.num_labels:
@@ -369,7 +382,7 @@ def _with_doubts(splits: DataSplits, limits: Mapping[str, int | None]) -> DataSp
             shown = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
             text = "%s has no image of %d of the %d classes: %s"
             logger.warning(text, role, len(missing), splits.num_labels, shown)
-        shared = 0 if role == "train" else count_duplicates(splits.train.images, data.images)
+        shared = 0 if splits.train in (None, data) else count_duplicates(splits.train.images, data.images)
         if shared:
             splits.duplicates[role] = shared
             text = "%d of the %d %s images are in train too, to the pixel: accuracy on them says nothing of new images"
@@ -382,7 +395,11 @@ def _limited_digits(given: Mapping[str, Any], limits: Mapping[str, int | None], 
     for argument, value in given.items():
         allowed = {"image_size": splits.image_size, "num_channels": splits.num_channels}.get(argument)
         if value not in (None, allowed):
-            raise ValueError(f"{argument}={value!r} does not fit the embedded digits; allowed is {allowed}")
+            shape = " x ".join(map(str, splits.test.images.shape[1:]))
+            raise ValueError(
+                f"{argument}={value!r} does not fit the embedded digits, which are {shape} (channels x height x "
+                f"width); allowed is {allowed}, or another dataset (dataset_name)"
+            )
     for role, limit in limits.items():
         if limit is not None:
             data = getattr(splits, role)

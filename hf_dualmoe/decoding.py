@@ -17,6 +17,7 @@ processor of `create_image_processor` makes of it, within rounding; what cannot 
 import io
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -152,12 +153,20 @@ def _decode_image(encoded: Mapping[str, Any] | None, image_size: int | None, num
     data, path = (encoded or {}).get("bytes"), (encoded or {}).get("path")
     if data is None and path is None:
         raise ValueError("the row holds no image")
-    image = open_upright(path if data is None else io.BytesIO(data))
+    image = open_upright(_as_system_names_it(path) if data is None else io.BytesIO(data))
     if image_size is not None:
         image = resize_and_crop(image, image_size)
     grey = num_channels == 1 or (num_channels is None and image.mode == "L")
     pixels = np.asarray(image.convert("L" if grey else "RGB"))  # after resizing, as in a model that gets RGB
     return pixels[None] if grey else pixels.transpose(2, 0, 1)
+
+
+def _as_system_names_it(path: str) -> str | bytes:
+    """A path for opening: in another locale than UTF-8, such as C, the bytes of a file whose name is UTF-8."""
+    if sys.getfilesystemencoding() == "utf-8":
+        return path
+    encoded = path.encode("utf-8", "surrogateescape")
+    return encoded if os.path.isfile(encoded) else path
 
 
 def _allocate(shape: tuple[int, ...]) -> np.ndarray:

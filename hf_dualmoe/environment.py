@@ -124,6 +124,28 @@ def check_class_names(model: nn.Module, class_names: list[str], names_too: bool 
     )
 
 
+def check_image_shape(model: nn.Module, images: torch.Tensor) -> None:
+    """Refuse images of another size or number of channels than the model's config names: a CNN would take them.
+
+    Args:
+        model: Model; where its config names no size, or no channels, these may be any.
+        images: Shape (N, C, H, W).
+
+    Raises:
+        ValueError: They differ; the message names both shapes.
+    """
+    config, found = getattr(model, "config", None), tuple(images.shape[1:])
+    size = getattr(config, "image_size", None)
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    wanted = (getattr(config, "num_channels", None), *size)
+    if any(side not in (None, given) for side, given in zip(wanted, found, strict=True)):
+        wanted = [given if side is None else side for side, given in zip(wanted, found, strict=True)]
+        raise ValueError(
+            f"dataset's images are {' x '.join(map(str, found))} (channels x height x width), but the model takes "
+            f"{' x '.join(map(str, wanted))}; load them with the model's image_size and num_channels."
+        )
+
+
 def _few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 

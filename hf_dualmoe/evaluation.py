@@ -17,7 +17,14 @@ from .autoattack import VERSIONS
 from .component_attacks import has_dial
 from .data import ImageTensorDataset
 from .dial import DialedModel
-from .environment import check_class_names, check_counts, describe_environment, describe_model, full_precision
+from .environment import (
+    check_class_names,
+    check_counts,
+    check_image_shape,
+    describe_environment,
+    describe_model,
+    full_precision,
+)
 from .evaluation_parts import Evaluation
 from .measuring import Processes, correct_mask, device_of, measurer_of, percent
 from .report import RobustnessReport
@@ -102,8 +109,8 @@ def evaluate_robustness(
         The report; `seeds["training"]`, `training` and `controls` are left to the caller.
 
     Raises:
-        ValueError: An argument is out of range, dataset and model differ in their classes, the logits are NaN, or
-            `resume_dir` belongs to another evaluation.
+        ValueError: An argument is out of range, dataset and model differ in classes or image shape, the logits are
+            NaN, or `resume_dir` belongs to another evaluation.
         RuntimeError: Not even the clean images can be classified.
     """
     floors = {"min_sa": min_sa, "min_ra": min_ra}
@@ -228,10 +235,11 @@ def sanity_effort(level: str | Sequence[str], num_images: int | None) -> dict[st
 
 
 def check_model(model: nn.Module, datasets: Sequence[ImageTensorDataset | None], check_names: bool) -> None:
-    """Raise a ValueError where the model's classes are not those of the datasets; warn where it is in train mode."""
+    """Raise a ValueError where the datasets' classes or shape are not the model's; warn where it is in train mode."""
     for images in datasets:
         if images is not None:
             check_class_names(model, images.class_names, check_names)
+            check_image_shape(model, images.images)
     if any(module.training for module in model.modules()):
         warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=4)
 

@@ -48,6 +48,11 @@ class Folder:
     folders: "list[Folder]" = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        """Its own name, the last part of the path, as text."""
+        return text_of(self.path.name)
+
+    @property
     def has_classes(self) -> bool:
         """Whether folders in it hold images."""
         return any(folder.images for folder in self.folders)
@@ -73,11 +78,22 @@ class Scan:
 
     def leave_out(self, reason: str, path: Path) -> None:
         """Note that this file or folder is not used."""
-        self.left_out[reason].append(str(path.relative_to(self.root.path)))
+        self.left_out[reason].append(text_of(str(path.relative_to(self.root.path))))
 
     def summary(self) -> str:
         """What is left out, such as "hidden: 2 (.DS_Store, cat/._1.png); .csv files: 1 (labels.csv)"; may be empty."""
         return "; ".join(f"{reason}: {len(paths)} ({shorten(paths)})" for reason, paths in self.left_out.items())
+
+
+def text_of(name: str) -> str:
+    """The text of a file name or path that the system gave: its bytes are UTF-8, also where the locale says otherwise.
+
+    Bytes that are no UTF-8 come as surrogates.
+    """
+    try:
+        return os.fsencode(name).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # not from the system: text already
+        return name
 
 
 def shorten(names: list[str]) -> str:
@@ -123,7 +139,8 @@ def _reason_to_leave_out(entry: os.DirEntry, endings: set[str]) -> str | None:
     name = entry.name
     if name.startswith(".") or name in HIDDEN:
         return "hidden"
-    if name.encode("utf-8", "surrogateescape") != name.encode("utf-8", "replace"):
+    text = text_of(name)
+    if text.encode("utf-8", "surrogateescape") != text.encode("utf-8", "replace"):
         return "names that are no UTF-8"
     if entry.is_dir():
         return None
@@ -162,9 +179,9 @@ def read_image_folder(found: Scan) -> "dict[str, datasets.Dataset]":
 def _split_folders(found: Scan) -> dict[str, Folder]:
     """Name -> folder of the splits at the top; empty where the top has classes."""
     tops = [folder for folder in found.root.folders if any(folder.all_images())]
-    if not any(role_of(folder.path.name) and folder.has_classes for folder in tops):
+    if not any(role_of(folder.name) and folder.has_classes for folder in tops):
         return {}
-    names = [folder.path.name for folder in tops]
+    names = [folder.name for folder in tops]
     for folder in tops:
         if not folder.has_classes:
             raise _refusal(
@@ -172,13 +189,13 @@ def _split_folders(found: Scan) -> dict[str, Folder]:
                 f"split folders ({', '.join(names)}), but {_describe(folder)} without class folders has no labels; "
                 f"move it away, or give the path of one split",
             )
-        twins = [name for name in names if role_of(name) and role_of(name) == role_of(folder.path.name)]
+        twins = [name for name in names if role_of(name) and role_of(name) == role_of(folder.name)]
         if len(twins) > 1:
             raise _refusal(found, f"split folders, but {' and '.join(twins)} are both the {role_of(twins[0])} split")
     for folder in found.root.folders:
         if folder not in tops:
             found.leave_out("folders without an image", folder.path)
-    return {folder.path.name: folder for folder in tops}
+    return {folder.name: folder for folder in tops}
 
 
 def _class_folders(folder: Folder, found: Scan) -> list[Folder]:
@@ -187,7 +204,7 @@ def _class_folders(folder: Folder, found: Scan) -> list[Folder]:
     if below:
         place = below[0].path.relative_to(found.root.path)
         parent = below[0].path.parent
-        parent = parent.parent if role_of(parent.name) else parent
+        parent = parent.parent if role_of(text_of(parent.name)) else parent
         raise _refusal(
             found,
             f"one folder per class ({_describe_all(folder.folders)}), but {place}/ with {_count(below[0])} lies one "
@@ -203,7 +220,7 @@ def _class_folders(folder: Folder, found: Scan) -> list[Folder]:
 
 def _check_classes(classes: list[Folder], found: Scan) -> None:
     """Refuses one class, and split folders that hold images in place of classes."""
-    roles = {role for folder in classes if (role := role_of(folder.path.name))}
+    roles = {role for folder in classes if (role := role_of(folder.name))}
     if len(roles) > 1 or len(roles) == len(classes) > 0:
         raise _refusal(found, f"split folders ({_describe_all(classes)}), but there are no class folders in them")
     if len(classes) < 2:
@@ -222,7 +239,7 @@ def _count(folder: Folder) -> str:
 
 
 def _describe(folder: Folder) -> str:
-    return f"{folder.path.name}/ with {_count(folder)}"
+    return f"{folder.name}/ with {_count(folder)}"
 
 
 def _describe_all(folders: list[Folder]) -> str:
@@ -233,11 +250,21 @@ def _to_dataset(classes: list[Folder]) -> "datasets.Dataset":
     """Rows in the order of class and file name."""
     import datasets
 
-    rows = [(str(path), label) for label, folder in enumerate(classes) for path in folder.images]
-    label = datasets.ClassLabel(names=[folder.path.name for folder in classes])
+    rows = [(text_of(str(path)), label) for label, folder in enumerate(classes) for path in folder.images]
+    label = datasets.ClassLabel(names=[folder.name for folder in classes])
     features = datasets.Features({"image": datasets.Image(), "label": label})
     columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
     return datasets.Dataset.from_dict(columns, features)
 
 
-__all__ = ["SPLIT_NAMES", "Folder", "FolderError", "Scan", "read_image_folder", "role_of", "scan", "shorten"]
+__all__ = [
+    "SPLIT_NAMES",
+    "Folder",
+    "FolderError",
+    "Scan",
+    "read_image_folder",
+    "role_of",
+    "scan",
+    "shorten",
+    "text_of",
+]

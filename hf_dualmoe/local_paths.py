@@ -11,8 +11,12 @@ from .model_card import CONFIG_NAME, RESULTS_NAME, read_json
 
 PROCESSOR_NAME = "preprocessor_config.json"
 JSON_FILES = {CONFIG_NAME, PROCESSOR_NAME, RESULTS_NAME}
-# an absolute path with at least two parts; not the end of an address, a fraction or a tag
-LOCAL_PATH = re.compile(r"""(?<![\w.:/\\<~])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\"'<>|]+[/\\])+[^\s/\\"'<>|,;:()]*""")
+LABEL_NAMES = ("id2label", "label2id", "class_names")  # OpenImages has classes such as /m/07v9_z
+# An absolute path with at least two parts, also on a file server or behind file:; not the end of another address, a
+# fraction or a tag.
+LOCAL_PATH = re.compile(
+    r"""(?<![\w.:/\\<~])(?:[Ff][Ii][Ll][Ee]:[/\\]+|(?:~|[A-Za-z]:)?[/\\]|[/\\]{2})(?:[^\s/\\"'<>|]+[/\\])+[^\s/\\"'<>|,;:()]*"""
+)
 
 
 def shorten_paths(text: str) -> str:
@@ -23,7 +27,8 @@ def shorten_paths(text: str) -> str:
 def is_private(path: str, folder: Path) -> bool:
     """Whether an absolute path leads into the home folder, the current one, or where the published folder lies."""
     places = [str(place) for place in (Path.home(), Path.cwd(), folder.resolve().parent) if len(place.parts) > 2]
-    return path.startswith(("~", *places))
+    plain = re.sub(r"(?i)^file:(?://[^/]*)?", "", path)
+    return plain.startswith(("~", *places))
 
 
 def check_no_path(name: str, paths: Sequence[str]) -> None:
@@ -55,18 +60,21 @@ def cleaned_texts(files: dict[str, Path]) -> dict[str, str]:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Each text of a value read from JSON, without the keys."""
-    if isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
+    """Each text of a value read from JSON, without the keys and the names of classes."""
+    if isinstance(value, dict):
+        value = [item for key, item in value.items() if key not in LABEL_NAMES]
+    if isinstance(value, list):
+        for item in value:
             yield from texts_in(item)
     elif isinstance(value, str):
         yield value
 
 
 def with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A value read from JSON with each of its texts changed, keys among them."""
+    """A value read from JSON with each of its texts changed, keys among them, but for the names of classes."""
     if isinstance(value, dict):
-        return {change(key): with_texts(item, change) for key, item in value.items()}
+        kept = {key: item for key, item in value.items() if key in LABEL_NAMES}
+        return {change(key): kept.get(key) or with_texts(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [with_texts(item, change) for item in value]
     return change(value) if isinstance(value, str) else value

@@ -116,20 +116,27 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
         **options: Further arguments of `load_splits`.
 
     Raises:
-        ValueError: There are fewer test images than asked for, or what `load_splits` refuses.
+        ValueError: There are fewer test images than asked for, all have one label that the model does not know, or
+            what `load_splits` refuses.
     """
     names = ("image_column", "label_column", "test_split", "on_bad_image")
     options |= {name: getattr(args, name) for name in names}
-    if args.dataset_name != "digits":
-        options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
-    data = load_splits(args.dataset_name, config_name=args.dataset_config_name, max_train_samples=1, **options)
+    options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
+    options |= {"config_name": args.dataset_config_name, "needs_train": False}
+    data = load_splits(args.dataset_name, max_train_samples=1, **options)
     if (asked := args.max_test_samples) is not None and not 1 <= asked <= len(data.test):
         raise ValueError(
             f"max_test_samples={asked!r}, but the dataset has {len(data.test)} test images; allowed is 1 to "
             f"{len(data.test)}."
         )
     names = getattr(model.config, "id2label", None) or {}
-    return data if args.ignore_class_names else match_classes(data, [str(names[i]) for i in sorted(names)])
+    names = [str(names[i]) for i in sorted(names)]
+    if len(data.class_names) == 1 and (args.ignore_class_names or data.class_names[0] not in names):
+        raise ValueError(
+            f"all {len(data.test)} test images have one label, {data.class_names[0]!r}; that is enough only where the "
+            f"model has a class of that name and names are compared. It has {len(names)}: {', '.join(names[:10])}."
+        )
+    return data if args.ignore_class_names else match_classes(data, names)
 
 
 def match_classes(data: DataSplits, names: Sequence[str]) -> DataSplits:
@@ -142,8 +149,8 @@ def match_classes(data: DataSplits, names: Sequence[str]) -> DataSplits:
     if data.class_names == list(names) or not set(data.class_names) <= set(names) or len(set(names)) < len(names):
         return data
     label_of = torch.tensor([list(names).index(name) for name in data.class_names])
-    sets = {role: getattr(data, role) for role in ("train", "validation", "test")}
-    sets = {role: ImageTensorDataset(part.images, label_of[part.labels], names) for role, part in sets.items()}
+    sets = data.sets.items()
+    sets = {role: ImageTensorDataset(part.images, label_of[part.labels], names) for role, part in sets}
     count = f"{len(label_of)} of {len(names)} classes"
     logger.warning("%s has %s of the model, matched by name: %s", data.name, count, ", ".join(data.class_names[:10]))
     return replace(data, **sets, name=data.name if len(label_of) == len(names) else f"{data.name} ({count})")

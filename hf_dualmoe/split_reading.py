@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .decoding import decode_images
-from .image_folders import SPLIT_NAMES, FolderError, read_image_folder, scan, shorten
+from .image_folders import SPLIT_NAMES, FolderError, read_image_folder, role_of, scan, shorten
 
 if TYPE_CHECKING:
     import datasets
@@ -84,24 +84,34 @@ def _load_folder(path: Path, config_name: str | None) -> "Mapping[str, datasets.
     return datasets.load_dataset(whole, config_name)
 
 
-def assign_roles(splits: list[str], asked: Mapping[str, str | None]) -> dict[str, str]:
-    """Maps train, test, validation to splits by rules 1 to 3 of `load_splits`; roles to be held out are absent."""
+def assign_roles(splits: list[str], asked: Mapping[str, str | None], needs_train: bool) -> dict[str, str]:
+    """Maps train, test, validation to splits by rules 1 to 3 of `load_splits`; roles to be held out are absent.
+
+    Train, if it has a split, comes first. Without need of it, a dataset with a split for test needs none for train.
+    """
     for role, split in asked.items():
         if split is not None and split not in splits:
             raise ValueError(f"{role}_split={split!r} is not a split of the dataset; available: {splits}")
     roles = {role: split for role, split in asked.items() if split is not None}
     names = {role: _usual(splits, role) for role in SPLIT_NAMES}
-    usual = {"train": names["train"] if len(splits) > 1 else splits, "test": names["test"] + names["validation"]}
+    lone = splits if len(splits) == 1 and role_of(splits[0]) in (None, "train") else []
+    usual = {"train": lone or names["train"], "test": names["test"] + names["validation"]}
     for role, found in (usual | {"validation": names["validation"]}).items():
         free = [split for split in found if split not in roles.values()]
         if role not in roles and free:
             roles[role] = free[0]
-    if "train" not in roles or len(set(roles.values())) < len(roles):
+    enough = "train" in roles or (not needs_train and "test" in roles)
+    if not enough and len(splits) == 1 and not any(asked.values()):
+        raise ValueError(
+            f"the only split of the dataset is {splits[0]!r}, by its name no training data; train_split={splits[0]!r} "
+            f"(--train_split {splits[0]}) uses it all the same"
+        )
+    if not enough or len(set(roles.values())) < len(roles):
         raise ValueError(f"train_split, validation_split, test_split: need train and no split twice among {splits}")
     unused = [split for split in splits if split not in roles.values()]
     if unused and not any(asked.values()):
         logger.warning("splits that are not used: %s; train_split, validation_split, test_split name others", unused)
-    return {"train": roles.pop("train"), **roles}
+    return {role: roles[role] for role in ("train", "test", "validation") if role in roles}
 
 
 def _usual(splits: list[str], role: str) -> list[str]:
@@ -121,9 +131,12 @@ class Part:
 
 
 def read_labels(
-    sources: "Mapping[str, datasets.Dataset]", roles: Mapping[str, str], label_column: str | None
+    sources: "Mapping[str, datasets.Dataset]", roles: Mapping[str, str], label_column: str | None, one_class: bool
 ) -> tuple[dict[str, Part], list[str]]:
-    """Returns role -> part with all rows of its split, and the class names, which train (first in `roles`) defines."""
+    """Returns role -> part with all rows of its split, and the class names, which the first of `roles` defines.
+
+    A train split of one class is refused unless `one_class`.
+    """
     from datasets import ClassLabel
 
     parts, classes = {}, None
@@ -145,9 +158,9 @@ def read_labels(
             row = int(labels.argmin())
             raise ValueError(
                 f"column {column!r} of split {split!r} has the label {values[row]!r} in row {row}; allowed are the "
-                f"{len(classes)} classes of train (text, integers or a ClassLabel): {classes[:20]}"
+                f"{len(classes)} classes of {next(iter(roles))} (text, integers or a ClassLabel): {classes[:20]}"
             )
-        if role == "train" and labels.min() == labels.max():
+        if role == "train" and not one_class and labels.min() == labels.max():
             raise ValueError(
                 f"all {len(labels)} images of split {split!r}, from which classes are learned, have one label: "
                 f"{values[0]!r} (column {column!r}); at least 2 classes are needed. -1 often stands for hidden labels."
@@ -170,17 +183,20 @@ def _find_column(features: "datasets.Features", asked: str | None, kind: str, ki
 
 
 def choose_rows(parts: dict[str, Part], fraction: float, limits: Mapping[str, int | None], seed: int) -> None:
-    """Moves rows of train to the roles missing in `parts` (rule 4 of `load_splits`), then applies `limits`."""
+    """Moves rows of train to the roles missing in `parts` (rule 4 of `load_splits`), then applies `limits`.
+
+    Without train, missing roles stay missing.
+    """
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction={fraction}; allowed is 0 < validation_fraction < 1")
-    train = parts["train"]
-    n = max(1, round(fraction * len(train.rows)))
+    train = parts.get("train")
+    n = max(1, round(fraction * len(train.rows))) if train else 0
     for role in ("test", "validation"):
-        if role not in parts:
+        if role not in parts and train:
             train.rows, held = hold_out(train.rows, train.labels, n, seed)
             parts[role] = Part(train.source, train.split, train.labels, held)
     for role, limit in limits.items():
-        if limit is not None:
+        if limit is not None and role in parts:
             rows = parts[role].rows
             parts[role].rows = rows[stratified(parts[role].labels[rows], limit, seed, f"max_{role}_samples")]
 

@@ -63,6 +63,24 @@ def test_another_backbone_does_not_get_the_shape_of_the_recipes(recipe, backbone
     assert given.width == "0.5"  # for the model to judge
 
 
+@pytest.mark.parametrize(
+    ("backbone", "shared", "warned"),
+    [
+        ("mobilenetv3_small_050", 0, True),
+        ("mobilenetv3_small_050.lamb_in1k", 0, True),
+        ("lipschitz_mlp", 0, True),
+        ("resnet34", 2, False),
+        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 2, False),
+        ("deit_tiny_distilled_patch16_224", 2, False),
+    ],
+)
+def test_stages_are_shared_by_default_only_where_they_can_be(backbone, shared, warned, parser, caplog):
+    command = ["--recipe", "own_images", "--width", "none", "--backbone", backbone]
+    assert parser.parse(command)[1].shared_stages == shared
+    assert ("shared_stages=2" in caplog.text) is warned
+    assert parser.parse([*command, "--shared_stages", "1"])[1].shared_stages == 1  # for the model to judge
+
+
 @pytest.mark.parametrize("eps", ["0.03", "1/255", "0", "0.3"])
 @pytest.mark.parametrize("recipe", ["digits", "own_images"])
 def test_attacks_on_the_standard_model_keep_their_share_of_eps(parser, recipe, eps):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -464,7 +465,8 @@ def test_empty_folder(tmp_path):
         (("train", "validation", "test"), {"train_split": "validation"}, (18, 2, 10)),
         (("train", "extra", "test"), {}, (36, 4, 10)),
         (("train", "extra", "test"), {"validation_split": "extra"}, (40, 30, 10)),
-        (("test",), {}, (8, 1, 1)),
+        (("extra",), {}, (24, 3, 3)),
+        (("test",), {"train_split": "test"}, (8, 1, 1)),
     ],
 )
 def test_roles(tmp_path, splits, arguments, sizes):
@@ -472,6 +474,51 @@ def test_roles(tmp_path, splits, arguments, sizes):
     name = save(tmp_path, **{split: table(lengths[split]) for split in splits})
     loaded = load_splits(name, **arguments)
     assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == sizes
+
+
+@pytest.mark.parametrize("split", ["test", "validation", "Eval", "dev"])
+def test_a_lone_test_set_is_no_training_data(tmp_path, split):
+    """It was taken as train, and a tenth of it measured."""
+    name = save(tmp_path, **{split: table(20)})
+    for arguments in ({}, {"test_split": split}):
+        message = rf"(?s)the only split.*'{split}'.*--train_split {split}" if not arguments else "need train"
+        with pytest.raises(ValueError, match=message):
+            load_splits(name, **arguments)
+        loaded = load_splits(name, needs_train=False, max_train_samples=1, **arguments)
+        assert loaded.train is None and loaded.validation is None and numbers(loaded.test) == list(range(20))
+        assert loaded.class_names == ["class 0", "class 1"]
+        assert (loaded.num_labels, loaded.num_channels, loaded.image_size) == (2, 3, 6)
+        assert len(loaded.digest()) == 32
+
+
+@pytest.mark.parametrize(
+    ("splits", "arguments", "sizes"),
+    [
+        (("extra",), {}, (24, 3, 3)),
+        (("extra",), {"test_split": "extra"}, (0, 0, 30)),
+        (("validation", "test"), {}, (0, 20, 10)),
+        (("extra", "other"), {"test_split": "other"}, (0, 0, 10)),
+        (("train", "test"), {}, (36, 4, 10)),
+        (("test",), {"train_split": "test"}, (8, 1, 1)),
+    ],
+)
+def test_roles_without_need_of_train(tmp_path, splits, arguments, sizes):
+    lengths = {"train": 40, "validation": 20, "test": 10, "extra": 30, "other": 10}
+    name = save(tmp_path, **{split: table(lengths[split]) for split in splits})
+    loaded = load_splits(name, needs_train=False, **arguments)
+    assert tuple(len(part or ()) for part in (loaded.train, loaded.validation, loaded.test)) == sizes
+
+
+def test_one_class_is_enough_where_no_train_is_needed(tmp_path):
+    rows = relabelled(["cat"] * 10)
+    for splits in ({"test": rows}, {"train": rows, "test": rows}):
+        loaded = load_splits(save(tmp_path / str(len(splits)), **splits), needs_train=False)
+        assert loaded.class_names == ["cat"] and len(loaded.test) == 10
+
+
+def test_a_path_is_a_name(tmp_path):
+    name = save(tmp_path, train=table(20), test=table(10))
+    assert load_splits(Path(name)).digest() == load_splits(name).digest()
 
 
 def test_held_out_test_set_does_not_depend_on_validation(tmp_path):

@@ -271,6 +271,42 @@ def test_bad_input_is_refused_without_traceback(evaluate, saved, arguments, mess
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_digits_are_refused_for_a_model_of_other_images(evaluate, saved, tmp_path, capsys):
+    """A CNN for 3 x 32 x 32 was measured on 1 x 8 x 8: the default of --dataset_name."""
+    config = MoEConfig(**DIGITS | {"image_size": 16}, **NAMES)
+    MoEForImageClassification(config).save_pretrained(tmp_path / "m")
+    assert evaluate(*QUICK, "--model", tmp_path / "m", "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "image_size=16 does not fit the embedded digits, which are 1 x 8 x 8" in error and "dataset_name" in error
+
+
+def test_a_lone_test_set_is_measured_as_a_whole(evaluate, saved, named_digits, tmp_path, capsys):
+    folder = named_digits("7", "3")
+    for other in ("train", "val"):
+        shutil.rmtree(folder / other)
+    command = [*QUICK[2:], "--model", saved / "dual", "--dataset_name", folder]
+    assert evaluate(*command, "--level", "dial", "--output_dir", tmp_path / "out") == 0
+    report = RobustnessReport.load(tmp_path / "out" / "results.json")
+    assert report.dataset["num_images"] == 5 and len(report.alpha_sweep) == 3
+    capsys.readouterr()
+    assert evaluate(*command, "--calibrate", "--output_dir", tmp_path / "other") == 2
+    assert "calibrate needs held-out images" in capsys.readouterr().err
+
+
+def test_a_test_set_of_one_class_needs_its_name_in_the_model(evaluate, saved, named_digits, tmp_path, capsys):
+    folder = named_digits("7")
+    for other in ("train", "val"):
+        shutil.rmtree(folder / other)
+    command = [*QUICK[2:], "--model", saved / "moe", "--dataset_name", folder, "--level", "components"]
+    assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
+    assert RobustnessReport.load(tmp_path / "out" / "results.json").dataset["num_images"] == 2
+    (folder / "test" / "7").rename(folder / "test" / "seven")
+    capsys.readouterr()
+    assert evaluate(*command, "--output_dir", tmp_path / "other") == 2
+    error = capsys.readouterr().err
+    assert "2 test images" in error and "'seven'" in error and "train" not in error
+
+
 @pytest.fixture
 def named_digits(tmp_path):
     """A folder of test images of some digits, one folder per name; train has one image of each."""

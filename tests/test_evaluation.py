@@ -433,6 +433,19 @@ def test_models_that_do_not_fit_are_refused(model, moe, dataset):
         check_class_names(named, [*"abcde"], names_too=False)
 
 
+def test_images_of_another_shape_than_the_model_takes_are_refused(moe, dataset):
+    """A mixture of CNNs takes any size, and its accuracy on another is a wrong number."""
+    channels, size = dataset.images.shape[1], dataset.images.shape[-1]
+    larger = ImageTensorDataset(dataset.images.repeat(1, 1, 2, 2), dataset.labels, dataset.class_names)
+    shapes = f"images are {channels} x {2 * size} x {2 * size} .* model takes {channels} x {size} x {size}"
+    with pytest.raises(ValueError, match=shapes):
+        evaluate_robustness(moe, larger, **QUIET)
+    other = copy.deepcopy(moe)
+    other.config.num_channels = channels + 1
+    with pytest.raises(ValueError, match=f"images are {channels} x {size} .* takes {channels + 1} x {size} x {size}"):
+        evaluate_robustness(other, dataset, **QUIET)
+
+
 def test_num_images_takes_a_stratified_choice(moe, dataset):
     report = evaluate_robustness(moe, dataset, **QUIET, num_images=9, seed=4)
     assert report.dataset["num_images"] == 9

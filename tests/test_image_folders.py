@@ -1,6 +1,8 @@
 """Local folders of images: which file is of which split and class; what is left out and named; what is refused."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -166,6 +168,21 @@ def test_nothing_is_said_where_nothing_is_left_out(root, caplog):
     for label in "ab":
         write(root / label, 10)
     assert total(root) == 20 and caplog.text == ""
+
+
+@pytest.mark.slow  # an import in a process of its own
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_class_names_in_a_c_locale(root):
+    for label in ("Küken", "鸡"):
+        write(root / label, 10)
+    code = (
+        "import sys; from hf_dualmoe.data import load_splits; assert sys.getfilesystemencoding() != 'utf-8'; "
+        "s = load_splits(sys.argv[1]); print(ascii(s.class_names), len(s.train), len(s.validation), len(s.test))"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, str(root.rename(root.with_name("bïrds")))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == ascii(["Küken", "鸡"]) + " 16 2 2", done.stderr
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")

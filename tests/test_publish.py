@@ -219,6 +219,10 @@ def test_code_that_other_code_imports_is_sent(publish, folder):
         (r"C:\Users\me\photos", "photos"),
         ("~/work/photos", "photos"),
         ("file /data/x/a.png: broken, as /data/x/b.png", "file a.png: broken, as b.png"),
+        ("file:///home/me/photos, file:/home/me/photos", "photos, photos"),
+        ("file:///C:/Users/me/photos", "photos"),
+        (r"\\srv\me\photos and //srv/me/photos", "photos and photos"),
+        (r"\\srv\photos", "photos"),
         ("https://arxiv.org/abs/2502.06832 and user/name", "https://arxiv.org/abs/2502.06832 and user/name"),
         ("L∞ 8/255, path/to/this/folder, <b>/</b>, and/or", "L∞ 8/255, path/to/this/folder, <b>/</b>, and/or"),
     ],
@@ -245,12 +249,34 @@ def test_paths_in_results_and_configs_stay_at_home(folder):
         plan_upload(folder, "user/name")
 
 
+@pytest.mark.parametrize("path", ["file:///home/me/secret", r"\\srv\me\secret"])
+def test_addresses_of_files_in_configs_are_refused(folder, path):
+    change_config(folder, cache=path)
+    with pytest.raises(ValueError, match="config.json holds a path of somebody's machine, ") as error:
+        plan_upload(folder, "user/name")
+    assert repr(path) in str(error.value)
+
+
+def test_class_names_that_look_like_paths_are_published_as_they_are(folder):
+    """OpenImages names its classes /m/07v9_z."""
+    config = json.loads((folder / "config.json").read_text())
+    names = [f"/m/07v9_{i}" for i in range(len(config["id2label"]))]
+    labels = {"id2label": {str(i): name for i, name in enumerate(names)}, "class_names": names}
+    change_config(folder, **labels, label2id={name: i for i, name in enumerate(names)})
+    report = RobustnessReport.load(folder / "results.json")
+    report.dataset["class_names"] = names
+    report.save(folder / "results.json")
+    sent = {op.path_in_repo: op.path_or_fileobj for op in plan_upload(folder, "user/name").operations()}
+    assert Path(sent["config.json"]) == folder / "config.json"
+    assert Path(sent["results.json"]) == folder / "results.json"
+
+
 def test_path_in_an_edited_card_is_refused(folder, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
     edited = plan_upload(folder, "user/name").card.replace(MARKER, "") + "\n#!/usr/bin/env python\n"
     (folder / "README.md").write_text(edited)
     assert plan_upload(folder, "user/name").card == edited
-    for path in ("/home/me/photos/birds", folder.resolve() / "results.json"):
+    for path in ("/home/me/photos/birds", "file:///home/me/photos", folder.resolve() / "results.json"):
         (folder / "README.md").write_text(f"{edited}\nTrained on {path}.\n")
         with pytest.raises(ValueError, match=f"README.md holds a path of somebody's machine, '{path}"):
             plan_upload(folder, "user/name")

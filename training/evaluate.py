@@ -82,6 +82,8 @@ def main() -> None:
         check_request(args, model)
         data = load_data(args, model)
         check_measurements(args, model, data)
+        if args.calibrate and data.validation is None:
+            raise ValueError(f"calibrate needs held-out images; {data.name} has test images only.")
         check_controls(controls, data.name, args.max_test_samples or len(data.test))
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
         earlier = read_earlier(Path(args.model, "results.json"))
