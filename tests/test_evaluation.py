@@ -259,10 +259,11 @@ def test_finished_work_of_other_settings_is_refused(model, moe, dataset, tmp_pat
 class Narrow(nn.Module):
     """A classifier that runs out of memory with more than `most` images, and counts the images that it is shown."""
 
-    def __init__(self, most, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")):
+    def __init__(self, most, error=None):
         super().__init__()
         torch.manual_seed(3)
-        self.linear, self.most, self.sizes, self.error = nn.Linear(100, 4), most, [], error
+        self.linear, self.most, self.sizes = nn.Linear(100, 4), most, []
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     def forward(self, images):
         self.sizes.append(len(images))
