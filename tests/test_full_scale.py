@@ -110,7 +110,7 @@ def test_steps_are_what_the_measured_time_allows(full_scale, monkeypatch):
     monkeypatch.setattr(full_scale, "measure", lambda trainer, effort, graph: (step, 1.0, None))
     step = 0.1
     plan = run.plan("single", full_scale.STAGES["single"])
-    assert plan["steps"] == int((12 * 60 * 0.38 - 5 - 6 * 1.0) / 0.1) and plan["step_ms"] == 100
+    assert plan["steps"] == int((12 * 60 * 0.38 - 5 - 8 * 1.0) / 0.1) and plan["step_ms"] == 100
     step = 0.001  # then the epochs of the whole set are the limit
     assert run.plan("single", full_scale.STAGES["single"])["steps"] == -(-60 * 49_000 // 512)
 
