@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -343,7 +344,7 @@ def load_splits(
             skipped[role] = bad
         if images.shape[1] == 3:
             num_channels = 3  # a later split may begin with a grey image
-    return _with_doubts(DataSplits(**sets, name=text_of(name), skipped=skipped), limits)
+    return _with_doubts(DataSplits(**sets, name=shown_name(name), skipped=skipped), limits)
 
 
 def count_duplicates(train: Tensor, others: Tensor) -> int:
@@ -367,6 +368,12 @@ def count_duplicates(train: Tensor, others: Tensor) -> int:
         for rows, seen in zip((train_rows, other_rows), looks, strict=True)
     ]
     return sum(Counter(whole[1])[digest] for digest in set(whole[0]))
+
+
+def shown_name(name: str) -> str:
+    """What reports, plots and cards call a dataset: a folder or file here by its own name, not its place."""
+    path = Path(name).expanduser()
+    return text_of(path.resolve().name if path.exists() else name)
 
 
 def _with_doubts(splits: DataSplits, limits: Mapping[str, int | None]) -> DataSplits:

@@ -518,7 +518,9 @@ def test_one_class_is_enough_where_no_train_is_needed(tmp_path):
 
 def test_a_path_is_a_name(tmp_path):
     name = save(tmp_path, train=table(20), test=table(10))
-    assert load_splits(Path(name)).digest() == load_splits(name).digest()
+    loaded = load_splits(Path(name))
+    assert loaded.digest() == load_splits(name).digest()
+    assert loaded.name == load_splits(name).name == Path(name).name  # reports and plots travel: no place of this machine
 
 
 def test_held_out_test_set_does_not_depend_on_validation(tmp_path):
