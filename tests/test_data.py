@@ -520,7 +520,9 @@ def test_a_path_is_a_name(tmp_path):
     name = save(tmp_path, train=table(20), test=table(10))
     loaded = load_splits(Path(name))
     assert loaded.digest() == load_splits(name).digest()
-    assert loaded.name == load_splits(name).name == Path(name).name  # reports and plots travel: no place of this machine
+    assert (
+        loaded.name == load_splits(name).name == Path(name).name
+    )  # reports and plots travel: no place of this machine
 
 
 def test_held_out_test_set_does_not_depend_on_validation(tmp_path):

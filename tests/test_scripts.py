@@ -206,7 +206,7 @@ def test_run_leaves_the_dial_in_the_weights(run, tmp_path):
         (["--dataset_name", "broken.parquet"], "'broken.parquet'"),
         (["--output_dir", "broken.parquet"], "broken.parquet"),
         (["--metric_for_best_model", "accuracy"], "metric_for_best_model='accuracy' must be one of"),
-        (["--backbone", "convnext_atto"], "shared_stages=3 needs a timm ResNet or ViT"),
+        (["--backbone", "convnext_atto", "--shared_stages", "3"], "shared_stages=3 needs a timm ResNet or ViT"),
         (["--image_column", "picture"], "image_column"),
         (["--recipe", "nonsense"], "recipe='nonsense'"),
     ],
