@@ -33,6 +33,7 @@ from .checkpoints import (
     rotate,
 )
 from .nonfinite import NonFiniteWatch, restore_buffers
+from .step_parts import share_buffers
 from .training_args import RobustTrainingArguments
 
 EMA_WEIGHTS_NAME = "ema.safetensors"
@@ -149,6 +150,7 @@ class ResumableTrainer(Trainer):
         if self.is_in_train:
             self.watch.check(self.model)
         with self._averaged_weights():
+            share_buffers(self.model)  # each process has BatchNorm statistics of its own from its last step
             return super().evaluation_loop(*args, **kwargs)
 
     @contextmanager
