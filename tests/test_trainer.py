@@ -430,7 +430,8 @@ def test_options_that_would_fail_after_an_epoch_are_refused_before_training(sett
     "settings", [{"metric_for_best_model": "loss"}, {"metric_for_best_model": "eval_sa"}, {}], ids=str
 )
 def test_metrics_that_are_measured_are_accepted(settings, stripes, arguments):
-    RobustTrainer(build("at"), arguments("at", **settings), eval_dataset=stripes)
+    trainer = RobustTrainer(build("at"), arguments("at", **settings), eval_dataset=stripes)
+    assert f"eval_{(trainer.args.metric_for_best_model or 'loss').removeprefix('eval_')}" in trainer.evaluate()
     with_name = {name: f"mine_{value.removeprefix('eval_')}" for name, value in settings.items()}
     RobustTrainer(build("at"), arguments("at", **with_name), eval_dataset={"mine": stripes})
     own = {"metric_for_best_model": "accuracy"}
