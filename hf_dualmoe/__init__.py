@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from .configuration_dualmoe import DualMoEConfig, MoEConfig
-from .modeling_dualmoe import DualMoEForImageClassification, MoEForImageClassification, RobustPreTrainedModel
+from .models.configuration_dualmoe import DualMoEConfig, MoEConfig
+from .models.modeling_dualmoe import DualMoEForImageClassification, MoEForImageClassification, RobustPreTrainedModel
 
 for _config, _model in ((MoEConfig, MoEForImageClassification), (DualMoEConfig, DualMoEForImageClassification)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -16,7 +16,7 @@ for _config, _model in ((MoEConfig, MoEForImageClassification), (DualMoEConfig, 
 
 def _push_to_hub(self, repo_id: str, **kwargs):
     """Upload weights, config, code, image processor and card in one commit; see `hub.push_model`."""
-    from .hub import push_model  # not needed to load or run a model
+    from .hub.publish import push_model  # not needed to load or run a model
 
     return push_model(self, repo_id, **kwargs)
 

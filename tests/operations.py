@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_dualmoe.nonfinite import copy_buffers, restore_buffers
+from hf_dualmoe.trainer.nonfinite import copy_buffers, restore_buffers
 
 
 class Operations(TorchDispatchMode):

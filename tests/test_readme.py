@@ -26,11 +26,12 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
-from hf_dualmoe import DualMoEForImageClassification, cli
-from hf_dualmoe.arguments import RecipeParser
-from hf_dualmoe.data import load_digits_splits
-from hf_dualmoe.environment import pixel_radius
-from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
+from hf_dualmoe import DualMoEForImageClassification
+from hf_dualmoe.cli import main as cli
+from hf_dualmoe.cli.arguments import RecipeParser
+from hf_dualmoe.data.datasets import load_digits_splits
+from hf_dualmoe.evaluation.environment import pixel_radius
+from hf_dualmoe.evaluation.evaluation import RobustnessReport, evaluate_robustness
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

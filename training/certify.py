@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_dualmoe.certification_report import ALPHAS, CertificationReport, certify_dataset, plot_certificates
-from hf_dualmoe.data import DataSplits
-from hf_dualmoe.environment import pixel_radius, print_in_any_encoding
-from hf_dualmoe.operator_norms import NORMS
-from hf_dualmoe.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
+from hf_dualmoe.certification.operator_norms import NORMS
+from hf_dualmoe.certification.report import ALPHAS, CertificationReport, certify_dataset, plot_certificates
+from hf_dualmoe.cli.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
+from hf_dualmoe.data.datasets import DataSplits
+from hf_dualmoe.evaluation.environment import pixel_radius, print_in_any_encoding
 
 RESULTS, PLOT = "certificates.json", "certified_accuracy.png"
 

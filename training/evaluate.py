@@ -17,16 +17,23 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_dualmoe.attacks import PGD
-from hf_dualmoe.calibration import calibrate_robust_logits
-from hf_dualmoe.data import DataSplits
-from hf_dualmoe.environment import pixel_radius, print_in_any_encoding, write_text
-from hf_dualmoe.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
-from hf_dualmoe.loading import NormalizedClassifier, is_foreign
-from hf_dualmoe.measuring import Processes
-from hf_dualmoe.model_card import refresh_model_card
-from hf_dualmoe.plots import attack_examples, save_plots
-from hf_dualmoe.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
+from hf_dualmoe.attacks.pgd import PGD
+from hf_dualmoe.cli.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
+from hf_dualmoe.data.datasets import DataSplits
+from hf_dualmoe.evaluation.calibration import calibrate_robust_logits
+from hf_dualmoe.evaluation.environment import pixel_radius, print_in_any_encoding, write_text
+from hf_dualmoe.evaluation.evaluation import (
+    ALPHAS,
+    LEVELS,
+    PARTS,
+    RobustnessReport,
+    check_evaluation,
+    evaluate_robustness,
+)
+from hf_dualmoe.evaluation.plots import attack_examples, save_plots
+from hf_dualmoe.evaluation.processes import Processes
+from hf_dualmoe.hub.model_card import refresh_model_card
+from hf_dualmoe.models.loading import NormalizedClassifier, is_foreign
 
 SPLITS = ("train_split", "validation_split", "test_split")
 

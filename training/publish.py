@@ -7,8 +7,8 @@ python training/publish.py --model outputs/digits-jtdmoe/model --repo_id user/na
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from typing import NoReturn
 
-from hf_dualmoe.environment import print_in_any_encoding
-from hf_dualmoe.hub import Upload, hide_tokens, plan_upload, publish_folder
+from hf_dualmoe.evaluation.environment import print_in_any_encoding
+from hf_dualmoe.hub.publish import Upload, hide_tokens, plan_upload, publish_folder
 
 
 class Parser(ArgumentParser):

@@ -19,25 +19,25 @@ import timm
 from transformers import set_seed
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
-from hf_dualmoe.arguments import DataArguments, ModelArguments, RecipeParser
-from hf_dualmoe.checkpoints import (
+from hf_dualmoe.cli.arguments import DataArguments, ModelArguments, RecipeParser
+from hf_dualmoe.data.datasets import DataSplits, load_splits
+from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
+from hf_dualmoe.evaluation.environment import print_in_any_encoding, write_text
+from hf_dualmoe.evaluation.evaluation import RobustnessReport, check_evaluation, evaluate_robustness
+from hf_dualmoe.evaluation.plots import save_plots
+from hf_dualmoe.evaluation.processes import Processes
+from hf_dualmoe.hub.model_card import PLOTS, write_model_card
+from hf_dualmoe.hub.publish import hide_tokens, publish_folder
+from hf_dualmoe.trainer.arguments import RobustTrainingArguments
+from hf_dualmoe.trainer.checkpoints import (
     CheckpointError,
     explain_failed_write,
     last_good_checkpoint,
     list_checkpoints,
     remove_checkpoint,
 )
-from hf_dualmoe.data import DataSplits, load_splits
-from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
-from hf_dualmoe.environment import print_in_any_encoding, write_text
-from hf_dualmoe.evaluation import RobustnessReport, check_evaluation, evaluate_robustness
-from hf_dualmoe.hub import hide_tokens, publish_folder
-from hf_dualmoe.measuring import Processes
-from hf_dualmoe.model_card import PLOTS, write_model_card
-from hf_dualmoe.plots import save_plots
-from hf_dualmoe.time_estimate import estimate_time
-from hf_dualmoe.trainer import RobustTrainer
-from hf_dualmoe.training_args import RobustTrainingArguments
+from hf_dualmoe.trainer.time_estimate import estimate_time
+from hf_dualmoe.trainer.trainer import RobustTrainer
 
 RECIPES = Path(__file__).parent / "recipes"
 ATTACK = ("eps", "norm", "training_attack", "attack_steps")

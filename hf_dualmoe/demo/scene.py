@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from ..attack_primitives import NORMS, check_eps
-from ..attacks import PGD
-from ..component_attacks import has_dial, has_experts, mixes_weights
-from ..decoding import open_upright
-from ..export import LogitsModel
-from ..image_folders import scan
-from ..loading import NormalizedClassifier, load_classifier
-from ..modeling_dualmoe import create_image_processor, luminance
+from ..attacks.components import has_dial, has_experts, mixes_weights
+from ..attacks.pgd import PGD
+from ..attacks.steps import NORMS, check_eps
+from ..data.decoding import open_upright
+from ..data.image_folders import scan
+from ..hub.onnx import LogitsModel
+from ..models.loading import NormalizedClassifier, load_classifier
+from ..models.modeling_dualmoe import create_image_processor, luminance
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def digit_examples(demo: DemoModel) -> list[Example]:
     size = getattr(demo.model.config, "image_size", None)
     if demo.labels != [str(i) for i in range(10)] or size != 8:
         return []
-    from ..data import load_splits, to_unit_range  # imports datasets, which other models do not need
+    from ..data.datasets import load_splits, to_unit_range  # imports datasets, which other models do not need
 
     test = load_splits("digits").test
     rows = [int((test.labels == i).nonzero()[0]) for i in range(10)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from ..image_folders import scan
+from ..data.image_folders import scan
 from .scene import DemoModel
 
 PACKAGE = Path(__file__).parents[1]

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 import hf_dualmoe  # registers the model classes
-from hf_dualmoe.apgd import PassCounter
-from hf_dualmoe.attack_primitives import frozen
-from hf_dualmoe.autoattack import BACKENDS, VERSIONS, autoattack, make_attack
-from hf_dualmoe.data import DataSplits, ImageTensorDataset, load_splits, to_unit_range
-from hf_dualmoe.environment import pixel_radius
+from hf_dualmoe.attacks.apgd import PassCounter
+from hf_dualmoe.attacks.auto_attack import BACKENDS, VERSIONS, autoattack, make_attack
+from hf_dualmoe.attacks.steps import frozen
+from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset, load_splits, to_unit_range
+from hf_dualmoe.evaluation.environment import pixel_radius
 
 SEEDLESS = ("fab-t",)  # draws no random numbers, on either side
 TOLERANCE = 1.0  # points by which ours may leave more images standing than theirs

@@ -32,13 +32,13 @@ from certificates_report import compare, gains, plot, render, render_table, summ
 from transformers import set_seed
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
-from hf_dualmoe.arguments import ModelArguments
-from hf_dualmoe.certification_report import certify_dataset
-from hf_dualmoe.checkpoints import last_good_checkpoint, list_checkpoints, remove_checkpoint
-from hf_dualmoe.data import DataSplits, load_splits, to_unit_range
-from hf_dualmoe.environment import describe_environment, write_text
-from hf_dualmoe.trainer import RobustTrainer
-from hf_dualmoe.training_args import RobustTrainingArguments
+from hf_dualmoe.certification.report import certify_dataset
+from hf_dualmoe.cli.arguments import ModelArguments
+from hf_dualmoe.data.datasets import DataSplits, load_splits, to_unit_range
+from hf_dualmoe.evaluation.environment import describe_environment, write_text
+from hf_dualmoe.trainer.arguments import RobustTrainingArguments
+from hf_dualmoe.trainer.checkpoints import last_good_checkpoint, list_checkpoints, remove_checkpoint
+from hf_dualmoe.trainer.trainer import RobustTrainer
 
 ALPHAS = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 PRESETS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from readme_tables import HERE, RESULTS, markdown_table, replace_section
 
-from hf_dualmoe.environment import write_text
+from hf_dualmoe.evaluation.environment import write_text
 
 KEPT = 0.95  # of F_R's certified accuracy at the first radius: the goal
 PAGE = HERE.parents[1] / "README.md"  # has the overview; the README beside this file has all rows

@@ -35,14 +35,14 @@ from transformers.utils import logging
 from weight_parts import join_parts, save_whole, write_parts
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
-from hf_dualmoe.arguments import ModelArguments
-from hf_dualmoe.checkpoints import last_good_checkpoint
-from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
-from hf_dualmoe.environment import describe_environment, write_text
-from hf_dualmoe.evaluation import evaluate_robustness
-from hf_dualmoe.time_estimate import ACCELERATOR_EFFORT, CPU_EFFORT, measure
-from hf_dualmoe.trainer import RobustTrainer
-from hf_dualmoe.training_args import RobustTrainingArguments
+from hf_dualmoe.cli.arguments import ModelArguments
+from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
+from hf_dualmoe.evaluation.environment import describe_environment, write_text
+from hf_dualmoe.evaluation.evaluation import evaluate_robustness
+from hf_dualmoe.trainer.arguments import RobustTrainingArguments
+from hf_dualmoe.trainer.checkpoints import last_good_checkpoint
+from hf_dualmoe.trainer.time_estimate import ACCELERATOR_EFFORT, CPU_EFFORT, measure
+from hf_dualmoe.trainer.trainer import RobustTrainer
 
 START_UP = 5.0  # seconds of a stage that are no steps: measuring, capturing, saving
 LAST_CALL = 10.0  # seconds before the end of a session at which a training writes a checkpoint and stops

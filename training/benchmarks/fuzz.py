@@ -34,7 +34,7 @@ from fuzz_cases import TARGETS, Target
 from hypothesis import strategies as st
 from transformers.utils import logging
 
-from hf_dualmoe.environment import describe_environment
+from hf_dualmoe.evaluation.environment import describe_environment
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 DEADLINE = 120  # seconds per case

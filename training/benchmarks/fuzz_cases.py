@@ -16,15 +16,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
-from hf_dualmoe.apgd import APGD
-from hf_dualmoe.attacks import FGSM, PGD
-from hf_dualmoe.data import ImageTensorDataset, load_splits
-from hf_dualmoe.decoding import decode_images
-from hf_dualmoe.evaluation import evaluate_robustness
-from hf_dualmoe.fab import FAB
-from hf_dualmoe.nfgsm import NFGSM
-from hf_dualmoe.square import Square
-from hf_dualmoe.training_args import RobustTrainingArguments
+from hf_dualmoe.attacks.apgd import APGD
+from hf_dualmoe.attacks.fab import FAB
+from hf_dualmoe.attacks.nfgsm import NFGSM
+from hf_dualmoe.attacks.pgd import FGSM, PGD
+from hf_dualmoe.attacks.square import Square
+from hf_dualmoe.data.datasets import ImageTensorDataset, load_splits
+from hf_dualmoe.data.decoding import decode_images
+from hf_dualmoe.evaluation.evaluation import evaluate_robustness
+from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 
 CHANNELS, SIZE, LABELS = 1, 6, 3
 TINY = {

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification
-from hf_dualmoe.report import RobustnessReport
+from hf_dualmoe.evaluation.report import RobustnessReport
 
 SHARED = ("method", "training_attack", "lr_scheduler_type", "optim", "weight_decay", "per_device_train_batch_size")
 OWN = ("num_train_epochs", "learning_rate")

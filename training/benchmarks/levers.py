@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_dualmoe.certified_training import route_margin_penalty
-from hf_dualmoe.losses import Attack, LossOutput
-from hf_dualmoe.route_radii import effective_router_weight
-from hf_dualmoe.trainer import RobustTrainer
-from hf_dualmoe.training_args import RobustTrainingArguments
+from hf_dualmoe.certification.route_radii import effective_router_weight
+from hf_dualmoe.losses.adversarial import Attack, LossOutput
+from hf_dualmoe.losses.certified import route_margin_penalty
+from hf_dualmoe.trainer.arguments import RobustTrainingArguments
+from hf_dualmoe.trainer.trainer import RobustTrainer
 
 
 class Lever(RobustTrainer):

@@ -34,10 +34,10 @@ from study_run import FlopCounter, count_parameters, forward_flops, training
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageClassification, set_seed
 
-from hf_dualmoe.attacks import PGD
-from hf_dualmoe.data import DataSplits, to_unit_range
-from hf_dualmoe.environment import describe_environment, write_text
-from hf_dualmoe.trainer import RobustTrainer
+from hf_dualmoe.attacks.pgd import PGD
+from hf_dualmoe.data.datasets import DataSplits, to_unit_range
+from hf_dualmoe.evaluation.environment import describe_environment, write_text
+from hf_dualmoe.trainer.trainer import RobustTrainer
 
 RUN = Path(__file__).parents[1] / "run.py"
 RECIPES = Path(__file__).parents[1] / "recipes"

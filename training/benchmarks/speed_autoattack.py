@@ -13,8 +13,8 @@ from autoattack_parity import add_attacked, attacked_images
 from speed_timing import compare, create_parser, interleaved, run_script
 from transformers import AutoModelForImageClassification
 
-from hf_dualmoe.autoattack import VERSIONS, autoattack
-from hf_dualmoe.data import load_splits
+from hf_dualmoe.attacks.auto_attack import VERSIONS, autoattack
+from hf_dualmoe.data.datasets import load_splits
 
 
 def measure(args: argparse.Namespace) -> list[dict]:

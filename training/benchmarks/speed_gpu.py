@@ -34,7 +34,7 @@ from speed_gpu_sizes import CASES, REHEARSAL, Size
 from speed_gpu_table import render_text
 from time_guard import Clock, OutOfTime
 
-from hf_dualmoe.environment import describe_environment, write_text
+from hf_dualmoe.evaluation.environment import describe_environment, write_text
 
 BEFORE = RESULTS / "speed_gpu_before.json"
 METHODS = [("standard", "pgd")] + [(m, a) for m in ("at", "trades", "rt_er", "jtdmoe") for a in ("pgd", "nfgsm")]

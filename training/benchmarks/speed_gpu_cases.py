@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from hf_dualmoe import MoEConfig, MoEForImageClassification
-from hf_dualmoe.attack_primitives import ce_objective, frozen, logits_of, value_and_gradient
-from hf_dualmoe.autoattack import autoattack
-from hf_dualmoe.batchnorm_folding import folded
-from hf_dualmoe.data import DataSplits, ImageTensorDataset
-from hf_dualmoe.modeling_dualmoe import trusted_values
-from hf_dualmoe.time_estimate import StepClock, synchronize, why_eager
-from hf_dualmoe.trainer import RobustTrainer
-from hf_dualmoe.training_args import RobustTrainingArguments
-from hf_dualmoe.worst_case import worst_case
+from hf_dualmoe.attacks.adaptive_union import worst_case
+from hf_dualmoe.attacks.auto_attack import autoattack
+from hf_dualmoe.attacks.folding import folded
+from hf_dualmoe.attacks.steps import ce_objective, frozen, logits_of, value_and_gradient
+from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset
+from hf_dualmoe.models.modeling_dualmoe import trusted_values
+from hf_dualmoe.trainer.arguments import RobustTrainingArguments
+from hf_dualmoe.trainer.time_estimate import StepClock, synchronize, why_eager
+from hf_dualmoe.trainer.trainer import RobustTrainer
 
 training = load_script(Path(__file__).parents[1] / "run.py")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_dualmoe.time_estimate import Effort
+from hf_dualmoe.trainer.time_estimate import Effort
 
 PROFILED = 5  # steps under the profiler
 EAGER_EFFORT, GRAPH_EFFORT = Effort(warmup=4, block=3, blocks=2), Effort(warmup=12, block=10, blocks=3)

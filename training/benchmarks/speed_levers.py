@@ -20,13 +20,13 @@ from speed_timing import compare, create_moe, create_parser, interleaved, random
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from hf_dualmoe import batchnorm_folding
-from hf_dualmoe.attack_primitives import logits_of
-from hf_dualmoe.attacks import PGD
-from hf_dualmoe.data import load_splits
-from hf_dualmoe.environment import pixel_radius
-from hf_dualmoe.losses import rt_er_loss
-from hf_dualmoe.nfgsm import NFGSM
+from hf_dualmoe.attacks import folding as batchnorm_folding
+from hf_dualmoe.attacks.nfgsm import NFGSM
+from hf_dualmoe.attacks.pgd import PGD
+from hf_dualmoe.attacks.steps import logits_of
+from hf_dualmoe.data.datasets import load_splits
+from hf_dualmoe.evaluation.environment import pixel_radius
+from hf_dualmoe.losses.adversarial import rt_er_loss
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from readme_tables import RESULTS, markdown_table, replace_section
 from torch import Tensor
 
 from hf_dualmoe import MoEConfig, MoEForImageClassification
-from hf_dualmoe.environment import describe_environment
+from hf_dualmoe.evaluation.environment import describe_environment
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 HEADER = ["what", "ratio", "range", "wall ratio", "target", "holds"]

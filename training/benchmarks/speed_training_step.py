@@ -19,13 +19,13 @@ from speed_timing import compare, create_moe, create_parser, even_routes, interl
 from torch import Tensor, nn
 
 from hf_dualmoe import DualMoEForImageClassification
-from hf_dualmoe.attack_primitives import frozen
-from hf_dualmoe.attacks import PGD
-from hf_dualmoe.batchnorm_folding import folded
-from hf_dualmoe.data import ImageTensorDataset
-from hf_dualmoe.losses import jtdmoe_loss, rt_er_loss
-from hf_dualmoe.trainer import RobustTrainer
-from hf_dualmoe.training_args import RobustTrainingArguments
+from hf_dualmoe.attacks.folding import folded
+from hf_dualmoe.attacks.pgd import PGD
+from hf_dualmoe.attacks.steps import frozen
+from hf_dualmoe.data.datasets import ImageTensorDataset
+from hf_dualmoe.losses.adversarial import jtdmoe_loss, rt_er_loss
+from hf_dualmoe.trainer.arguments import RobustTrainingArguments
+from hf_dualmoe.trainer.trainer import RobustTrainer
 
 LOSSES = {"rt_er": rt_er_loss, "jtdmoe": partial(jtdmoe_loss, alpha=0.5)}
 

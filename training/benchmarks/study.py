@@ -40,8 +40,8 @@ from levers import lever_trainer
 from readme_tables import RESULTS, replace_section
 from study_tables import render_table, summarise, table
 
-from hf_dualmoe.configuration_dualmoe import MIXINGS
-from hf_dualmoe.environment import write_text
+from hf_dualmoe.evaluation.environment import write_text
+from hf_dualmoe.models.configuration_dualmoe import MIXINGS
 
 HERE = Path(__file__).parent
 KEYS = {"dataset_name", "passes", "seeds", "settings", "evaluation", "arms"}

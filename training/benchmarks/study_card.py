@@ -15,8 +15,8 @@ from typing import Any
 from transformers import AutoModelForImageClassification
 
 import hf_dualmoe  # noqa: F401 - registers the models
-from hf_dualmoe.model_card import write_model_card
-from hf_dualmoe.report import RobustnessReport
+from hf_dualmoe.evaluation.report import RobustnessReport
+from hf_dualmoe.hub.model_card import write_model_card
 
 OF_TRAINING = (
     "beta second_term second_attack train_alpha standard_eps eps training_attack crop_padding horizontal_flip "

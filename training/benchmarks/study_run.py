@@ -24,13 +24,13 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification
-from hf_dualmoe.attacks import PGD
-from hf_dualmoe.calibration import calibrate_robust_logits
-from hf_dualmoe.data import DataSplits, ImageTensorDataset, to_unit_range
-from hf_dualmoe.dial import choose_alpha, dial_attack, sweep_alpha
-from hf_dualmoe.environment import write_text
-from hf_dualmoe.evaluation import RobustnessReport, evaluate_robustness
-from hf_dualmoe.trainer import RobustTrainer
+from hf_dualmoe.attacks.pgd import PGD
+from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset, to_unit_range
+from hf_dualmoe.evaluation.calibration import calibrate_robust_logits
+from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
+from hf_dualmoe.evaluation.environment import write_text
+from hf_dualmoe.evaluation.evaluation import RobustnessReport, evaluate_robustness
+from hf_dualmoe.trainer.trainer import RobustTrainer
 
 HERE = Path(__file__).parent
 NUMBERS = (

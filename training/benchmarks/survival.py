@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file
 from script_loading import load_script
 
-from hf_dualmoe.checkpoints import UNFINISHED, last_good_checkpoint, list_checkpoints
-from hf_dualmoe.environment import describe_environment, write_text
+from hf_dualmoe.evaluation.environment import describe_environment, write_text
+from hf_dualmoe.trainer.checkpoints import UNFINISHED, last_good_checkpoint, list_checkpoints
 
 HERE = Path(__file__).parent
 EVERY = 4  # steps between checkpoints; an evaluation comes before each

@@ -1,0 +1,280 @@
+"""What surrounds an evaluation: checks of its input, digests, descriptions of model and hardware."""
+
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attacks.flags import digest, weights_digest
+from ..attacks.steps import logits_of
+from ..data.datasets import ImageTensorDataset, to_unit_range
+from ..models.loading import NormalizedClassifier
+
+PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface_hub", "hf_dualmoe")
+LOOK = 8  # images to try a model on
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute in float32 what is in float32: no TF32 on GPUs, no bfloat16 in its place on CPUs, no autocast.
+
+    cuDNN's convolutions use TF32 unless told otherwise, with errors of 1e-3: too much for a certificate, and for a
+    number that another machine should find again. The caller's settings come back on exit, also after an exception.
+    """
+    parts = _float32_parts()
+    legacy = {name: value for name, (read, _) in _LEGACY.items() if (value := _readable(read)) is not None}
+    before = [_own_precision(part) for part in parts]
+    try:
+        with ExitStack() as off:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    off.enter_context(torch.autocast(device, enabled=False))
+            _set_precision(dict.fromkeys(_LEGACY, "highest"), parts, ["ieee"] * len(parts))
+            yield
+    finally:
+        _set_precision(legacy, parts, before)
+
+
+# torch has an old and a new interface, and raises where one is read that does not agree with the other
+_LEGACY: dict[str, tuple[Callable[[], str], Callable[[str], None]]] = {
+    "matmul": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "cudnn": (
+        lambda: "high" if torch.backends.cudnn.allow_tf32 else "highest",
+        lambda value: setattr(torch.backends.cudnn, "allow_tf32", value != "highest"),
+    ),
+}
+
+
+def _float32_parts() -> list[Any]:
+    """The parts of torch that may compute float32 in less."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+
+
+def _own_precision(part: Any) -> str:
+    """What a part was set to by itself; "none" where it goes by the setting of all, which may change later."""
+    value, part.fp32_precision = part.fp32_precision, "none"
+    return "none" if part.fp32_precision == value else value
+
+
+def _readable(read: Callable[[], str]) -> str | None:
+    try:
+        return read()
+    except RuntimeError:  # the caller has used the new interface
+        return None
+
+
+def _set_precision(legacy: dict[str, str], parts: list[Any], values: list[str]) -> None:
+    for name, value in legacy.items():
+        _LEGACY[name][1](value)
+    for part, value in zip(parts, values, strict=True):
+        part.fp32_precision = value
+
+
+def check_no_autocast() -> None:
+    """Raise a ValueError where autocast rounds a float32 network to half precision: no certificate allows for that."""
+    for device in ("cpu", "cuda", "xpu", "mps"):
+        if torch.is_autocast_enabled(device):
+            raise ValueError(f"autocast is on for {device}; certificates are about float32. Call outside of it.")
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_class_names(model: nn.Module, class_names: list[str], names_too: bool = True) -> None:
+    """Refuse a dataset whose labels do not mean what the model's outputs mean.
+
+    Args:
+        model: Model; without a config nothing is known of its classes.
+        class_names: Name of each class of the dataset, in label order.
+        names_too: Whether to compare names besides their number; names like LABEL_0 say nothing and match any.
+
+    Raises:
+        ValueError: The numbers of classes, their names or their order differ.
+    """
+    id2label = getattr(getattr(model, "config", None), "id2label", None)
+    if not id2label:
+        return
+    names = [str(id2label[i]) for i in sorted(id2label)]
+    if len(names) != len(class_names):
+        raise ValueError(
+            f"dataset has {len(class_names)} classes ({_few(class_names)}) but the model has {len(names)} "
+            f"(id2label: {_few(names)}); they must be the same classes."
+        )
+    if not names_too or names == class_names or names == [f"LABEL_{i}" for i in range(len(names))]:
+        return
+    first = next(i for i, pair in enumerate(zip(names, class_names, strict=True)) if pair[0] != pair[1])
+    how = "in another order than" if sorted(names) == sorted(class_names) else "other than"
+    raise ValueError(
+        f"dataset has class names {how} the model's id2label: label {first} is {class_names[first]!r} in the dataset "
+        f"and {names[first]!r} in the model. Where both mean the same, pass check_names=False "
+        "(--ignore_class_names)."
+    )
+
+
+def check_image_shape(model: nn.Module, images: torch.Tensor) -> None:
+    """Refuse images of another size or number of channels than the model's config names: a CNN would take them.
+
+    Args:
+        model: Model; where its config names no size, or no channels, these may be any.
+        images: Shape (N, C, H, W).
+
+    Raises:
+        ValueError: They differ; the message names both shapes.
+    """
+    config, found = getattr(model, "config", None), tuple(images.shape[1:])
+    size = getattr(config, "image_size", None)
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    wanted = (getattr(config, "num_channels", None), *size)
+    if any(side not in (None, given) for side, given in zip(wanted, found, strict=True)):
+        wanted = [given if side is None else side for side, given in zip(wanted, found, strict=True)]
+        raise ValueError(
+            f"dataset's images are {' x '.join(map(str, found))} (channels x height x width), but the model takes "
+            f"{' x '.join(map(str, wanted))}; load them with the model's image_size and num_channels."
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def pixel_radius(text: str) -> float:
+    """A radius from a command line, such as 8/255 or 0.031; ValueError where it is neither."""
+    numerator, _, denominator = text.partition("/")
+    divisor = float(denominator or 1)
+    if divisor == 0:
+        raise ValueError(f"{text!r} divides by zero.")
+    return float(numerator) / divisor
+
+
+def check_counts(counts: dict[str, int | None], num_available: int) -> None:
+    """Raise a ValueError unless all are None or integers >= 1, and `num_images` no more than there are."""
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    if (counts["num_images"] or 1) > num_available:
+        raise ValueError(
+            f"num_images={counts['num_images']!r}, but the dataset has {num_available} images; allowed is 1 to "
+            f"{num_available}."
+        )
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, dataset: ImageTensorDataset, batch_size: int, device: torch.device) -> None:
+    """Look at the logits of the first images before hours are spent; `model` is in eval mode.
+
+    Raises:
+        ValueError: Most of them are NaN or infinite, or they have another number of classes than the dataset.
+    """
+    few = min(batch_size, LOOK)  # a whole batch may not fit into memory, which the evaluation itself copes with
+    logits = logits_of(model, to_unit_range(dataset.images[:few].to(device)))
+    if logits.ndim != 2 or logits.shape[1] != len(dataset.class_names):
+        raise ValueError(
+            f"model returned logits of shape {tuple(logits.shape)}; expected (images, {len(dataset.class_names)}), "
+            "the number of classes of dataset."
+        )
+    bad = int((~torch.isfinite(logits)).any(dim=1).sum())
+    if 2 * bad > len(logits):
+        raise ValueError(f"model returned logits that are NaN or infinite for {bad} of {len(logits)} clean images.")
+
+
+# --- files and digests -----------------------------------------------------------------------------------------------
+
+
+def print_in_any_encoding() -> None:
+    """Let a script print any text: where a terminal or pipe has no letter for it (C locale, Windows), as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: a reader or a crash never meets half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def model_digest(model: nn.Module) -> str:
+    """Digest of weights and configuration; of a dual model without `alpha`, which measurements carry in their name."""
+    unrelated = ("alpha", "auto_map", "transformers_version", "_name_or_path", "dtype", "architectures")
+
+    def related(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {str(name): related(inner) for name, inner in value.items() if name not in unrelated}
+
+    config = getattr(model, "config", None)
+    settings = related(config.to_dict()) if hasattr(config, "to_dict") else {}
+    text = json.dumps(settings, sort_keys=True, default=str) + weights_digest(model)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def data_digest(dataset: ImageTensorDataset) -> str:
+    """Digest of images and labels."""
+    return digest({"images": dataset.images, "labels": dataset.labels})[:16]
+
+
+# --- descriptions ----------------------------------------------------------------------------------------------------
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Kind, architecture, dial and number of parameters of a model, for a report."""
+    config = getattr(model, "config", None)
+    description = {
+        "kind": {"dual_moe": "dual model", "robust_moe": "mixture of experts"}.get(
+            getattr(config, "model_type", None), type(unwrapped(model)).__name__
+        ),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if hasattr(config, "alpha"):
+        description |= {"alpha": config.alpha, "mixing": config.mixing}
+    robust = getattr(config, "robust", config)
+    fields = ("backbone", "backbone_kwargs", "stem", "width", "image_size", "num_channels", "num_experts")
+    fields += ("router_top_k", "router", "shared_stages")
+    return description | {name: getattr(robust, name) for name in fields if hasattr(robust, name)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without the normalisation that `load_classifier` puts in front."""
+    return model.network if isinstance(model, NormalizedClassifier) else model
+
+
+def _cpu_name() -> str:
+    """Model name of the processor where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    return next((ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), platform.machine())
+
+
+def describe_environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Python and library versions, and the hardware that `device` is on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    device = torch.device(device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": device.type,
+        "hardware": f"{hardware}, {os.cpu_count()} CPU cores",
+    }
+
+
+__all__ = ["check_class_names", "check_outputs", "describe_environment", "describe_model", "full_precision"]

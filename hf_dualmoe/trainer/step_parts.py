@@ -1,0 +1,71 @@
+"""Small parts of a training step: what is checked on the host, shared between processes, and kept finite."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..attacks.steps import check_batch, check_label_range
+
+
+@dataclass
+class CheckedCollator:
+    """A collator whose batches are checked on the host: on the device, each look would make a training step wait.
+
+    Args:
+        collator: Makes {"pixel_values", "labels"} from items.
+        num_labels: Classes of the model; None = not known.
+    """
+
+    collator: Callable[[Any], dict[str, Any]]
+    num_labels: int | None
+
+    def __call__(self, items: Any) -> dict[str, Any]:
+        """The batch of the collator.
+
+        Raises:
+            ValueError: Float images that are not in [0, 1], or labels that are no classes of the model.
+        """
+        batch = self.collator(items)
+        images, labels = batch.get("pixel_values"), batch.get("labels")
+        if isinstance(images, Tensor) and isinstance(labels, Tensor) and images.device.type == "cpu":
+            if images.is_floating_point():  # uint8 is in range
+                check_batch(images, labels)
+            if self.num_labels is not None and labels.dtype == torch.int64 and labels.numel() > 0:
+                check_label_range(labels, self.num_labels)
+        return batch
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks rank 0's BatchNorm statistics: DDP does so only at its own forward, after the attack.
+
+    One broadcast for all buffers of a type.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for dtype in sorted({buffer.dtype for buffer in model.buffers()}, key=str):
+        buffers = [buffer for buffer in model.buffers() if buffer.dtype == dtype and buffer.numel() > 0]
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(flat, src=0)
+        shared = flat.split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(shared, buffers, strict=True)])
+
+
+def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The attack, with the clean pixel wherever its result is not finite.
+
+    A model whose gradients are not finite is judged by its loss (`on_nan_loss`), not refused for its images.
+    """
+
+    def finite_attack(model: nn.Module, images: Tensor, labels: Tensor, **kwargs) -> Tensor:
+        attacked = attack(model, images, labels, **kwargs)
+        return torch.where(attacked.isfinite(), attacked, images)
+
+    return finite_attack
+
+
+__all__ = ["CheckedCollator", "keep_finite", "share_buffers"]

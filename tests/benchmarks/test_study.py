@@ -1,0 +1,330 @@
+"""The study harness: plans, budgets, tables, and a whole tiny study in processes of its own."""
+
+import importlib.util
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageClassification
+
+from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset
+from hf_dualmoe.evaluation.report import RobustnessReport
+
+BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+sys.path.insert(0, str(BENCHMARKS))
+study_tables = load("study_tables")
+study, study_run, study_card = load("study"), load("study_run"), load("study_card")
+sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def tiny(tiny_study):
+    """tiny(**changes): path of the digits study, small and changed."""
+    return partial(tiny_study, "digits")
+
+
+@pytest.fixture
+def budget(tiny, tmp_path):
+    """Steps and passes that an arm with these settings gets."""
+
+    def make(**settings) -> tuple[int, float]:
+        content = yaml.safe_load(tiny().read_text())
+        content["passes"] = 30
+        content["arms"]["mine"] = {"settings": settings}
+        return study_run.StudyRun(content, "mine", 0, tmp_path / "mine").steps()
+
+    return make
+
+
+PAIR = {"standard": "a", "robust": "a"}
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_reads_and_plans(path):
+    content = study.read_study(path)
+    study.plan(content, study.usual_arms(content), content["seeds"])  # they need no extra arm
+    runs = study.plan(content, list(content["arms"]), content["seeds"])
+    assert len({run.name for run in runs}) == len(runs) == len(content["arms"]) * len(content["seeds"])
+    places = {run.name: i for i, run in enumerate(runs)}
+    assert all(places[part] < places[run.name] for run in runs for part in run.parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"budget": 3}, "budget"),
+        ({"arms": {"a": {"setings": {}}}}, "setings"),
+        ({"arms": {"a": {"same_steps_as": "b"}}}, "same_steps_as='b'"),
+        ({"arms": {"a": {"standard": "a"}}}, "standard and robust go together"),
+        ({"arms": {"a": {"extra": "yes"}}}, "extra='yes' must be true or false"),
+        ({"arms": {"a": {"mixing": "weights"}}}, "mixing given: only an arm that joins models"),
+        ({"arms": {"a": {}, "p": {**PAIR, "mixing": "sum"}}}, "mixing='sum' is not one of 'probs', 'logits', 'wei"),
+        ({"arms": {"a": {}, "p": {**PAIR, "calibrate": 1}}}, "calibrate=1 must be true or false"),
+        ({"arms": {"a": {}, "p": {**PAIR, "calibrate": True, "mixing": "weights"}}}, "calibrate goes with mixing='pr"),
+        (
+            {
+                "arms": {
+                    "a": {},
+                    "b": {"settings": {"num_experts": 3}},
+                    "p": {**PAIR, "robust": "b", "mixing": "weights"},
+                }
+            },
+            "two models of one shape; they differ in num_experts",
+        ),
+        ({"arms": {"a": {}, "p": {**PAIR, "settings": {}}}}, "it joins trained models, so that settings have no"),
+    ],
+)
+def test_a_wrong_study_is_refused_by_name(tiny, changes, named):
+    with pytest.raises(ValueError, match=named):
+        study.read_study(tiny(**changes))
+
+
+@pytest.mark.parametrize(
+    ("more", "mixing", "mapped"),
+    [({}, "probs", False), ({"mixing": "weights"}, "weights", False), ({"calibrate": True}, "probs", True)],
+    ids=["probs", "weights", "calibrated"],
+)
+def test_an_arm_joins_two_trained_models_as_it_says(tiny, tmp_path, monkeypatch, more, mixing, mapped):
+    content = study.read_study(
+        tiny(arms={"a": {"settings": {"num_experts": 1, "shared_stages": 0}}, "p": PAIR | more})
+    )
+    found = {"robust_logit_map": {"scale": 3.0}, "alpha": 0.9}
+    monkeypatch.setattr(study_run, "calibrate_robust_logits", lambda model, images, **options: found)
+    run = study_run.StudyRun(content, "p", 0, tmp_path / "p-seed0")
+    run.build(run.settings_of("a")).save_pretrained(run.model_of("a"))
+    (run.model_of("a").parent / "run.json").write_text(json.dumps({"training": {"passes": 2.0}}))
+    training = run.train()
+    model = AutoModelForImageClassification.from_pretrained(run.folder / "model")
+    assert training["mixing"] == model.config.mixing == mixing and training["passes"] == 2.0
+    assert model.config.robust_logit_map == ({"scale": 3.0} if mapped else None)
+    assert training.get("calibration") == (found if mapped else None)
+
+
+def test_plan_refuses_arms_that_cannot_be_run(tiny):
+    content = study.read_study(tiny())
+    with pytest.raises(ValueError, match="'nothing' is not one of"):
+        study.plan(content, ["nothing"], [0])
+    with pytest.raises(ValueError, match="rt_er: ask for them too"):
+        study.plan(content, ["standard", "separate_dual"], [0])
+
+
+def test_the_budget_is_spent_whatever_a_step_costs(budget):
+    """The stated passes per image, up to half a step, for cheap and dear methods; dearer ones take fewer steps."""
+    plain = {"num_experts": 1, "shared_stages": 0}
+    spent = {
+        "standard": budget(method="standard", **plain),
+        "nfgsm": budget(method="at", **plain),
+        "pgd": budget(method="at", training_attack="pgd", attack_steps=5, **plain),
+        "rt_er": budget(method="rt_er"),
+        "dense": budget(router_top_k=4),
+    }
+    for steps, passes in spent.values():
+        assert passes == pytest.approx(30, abs=0.6 * 30 / steps)
+    steps = {name: count for name, (count, _) in spent.items()}
+    assert steps["standard"] == 30  # one pass per image, one batch per epoch
+    # forward : input gradient : weight gradient = 1 : 1 : 1, so that an attack pass costs 2/3 of a training pass
+    assert steps["nfgsm"] == pytest.approx(30 / (1 + 2 / 3), rel=0.03)
+    assert steps["pgd"] == pytest.approx(30 / (1 + 5 * 2 / 3), rel=0.05)
+    assert steps["rt_er"] < steps["nfgsm"] and steps["dense"] < steps["nfgsm"]
+
+
+def test_a_wider_network_matches_the_parameters_of_the_mixture(tiny, tmp_path):
+    run = study_run.StudyRun(study.read_study(tiny()), "wide_single", 0, tmp_path / "wide")
+    wide, mixture, single = (
+        study_run.count_parameters(run.build(run.settings_of(arm))) for arm in ("wide_single", "moe_at", "single")
+    )
+    assert wide == pytest.approx(mixture, rel=0.15) and wide > 1.3 * single
+
+
+def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
+    def result(arm, seed, sa, ra, **more):
+        cost = {"parameters": 2000, "flops": 100 if arm == "single" else 250, "training": {"passes": 3.0, "steps": 9}}
+        return {"arm": arm, "seed": seed, "sa": sa, "ra": ra, "ra_pgd": ra + 1, **cost, **more}
+
+    def dual(seed, sa, ra):
+        sweep = [{"alpha": alpha, "sa": sa, "ra": ra} for alpha in ((0.5, 1) if seed else (0, 0.5))]
+        return result("jtdmoe", seed, sa, ra, robust={"sa": 40.0, "ra": 30.0}, alpha=0.5, sweep=sweep)
+
+    results = [result("single", 0, 50, 20), result("single", 1, 60, 30), dual(0, 44, 29), dual(1, 46, 28)]
+    summary = study_tables.summarise(results, study.read_study(tiny()))
+    assert summary["single"]["sa"] == {"mean": 55, "min": 50, "max": 60}
+    assert summary["jtdmoe"]["relative_flops"] == 2.5
+    assert summary["jtdmoe"]["gain_sa"] == {"mean": 5, "min": 4, "max": 6}
+    assert summary["jtdmoe"]["loss_ra"] == {"mean": 1.5, "min": 1, "max": 2}
+    assert summary["jtdmoe"]["sweep"] == [{"alpha": 0.5, "sa": 45, "ra": 28.5}]
+    assert "55.0 (50.0 to 60.0)" in study_tables.table(summary) and "F_R of jtdmoe" in study_tables.table(summary)
+
+
+def test_scale_keeps_to_the_images_that_there_are():
+    content = study.read_study(BENCHMARKS / "studies" / "cifar10.yaml")
+    limits = {scale: [study.scaled(content, scale)["settings"][name] for name in study.LIMITS] for scale in (2, 10)}
+    assert limits == {2: [10_000, 1_000, 2_000], 10: [45_000, 5_000, 10_000]}
+    assert content["settings"]["max_train_samples"] == 5_000
+
+
+def test_a_definition_is_all_that_a_result_depends_on(tiny):
+    content = study.read_study(tiny())
+    before = {arm: study.definition(content, arm) for arm in content["arms"]}
+
+    def changed(**more) -> set[str]:
+        return {arm for arm in content["arms"] if study.definition({**content, **more}, arm) != before[arm]}
+
+    arms = content["arms"]
+    told = {**arms["single"], "about": "other words", "extra": True}
+    assert changed(seeds=[7], arms={**arms, "new": {}, "single": told}) == set()
+    assert changed(passes=7) == set(arms)
+    other = {**arms, "rt_er": {"settings": {"method": "rt_er"}}}
+    assert {"rt_er", "standard", "separate_dual"} <= changed(arms=other) and "single" not in changed(arms=other)
+    assert study.definition(content, "nothing") is None
+
+
+def test_a_run_that_cannot_be_started_is_noted(tiny, tmp_path, monkeypatch):
+    """A full disk, for example; a run that needs its model then gives up, too, in place of waiting forever."""
+    content = study.read_study(tiny())
+    runs = study.plan(content, ["standard", "rt_er", "separate_clean"], [0])
+    work = study.Study(content, runs, tmp_path, jobs=2, threads=1)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(study.subprocess, "run", full)
+    work.work()
+    assert set(work.failed) == {run.name for run in runs}
+    assert work.failed["separate_clean-seed0"] == "a model that it needs is missing"
+
+
+def test_only_finished_runs_are_confirmed_and_once(tiny, tmp_path, monkeypatch):
+    content = study.read_study(tiny())
+    runs = study.plan(content, ["single", "rt_er", "moe_at"], [0])
+    work = study.Study(content, runs, tmp_path, jobs=1, threads=1, confirm=True)
+    numbers = {"sa": 50.0, "ra": 30.0, "ra_pgd": 31.0}
+    finished = {**numbers, "seed": 0, "parameters": 9, "flops": 9, "training": {"steps": 1, "passes": 1.0}}
+    for arm in ("single", "rt_er"):
+        work.folder(f"{arm}-seed0").mkdir(parents=True)
+        (work.folder(f"{arm}-seed0") / "run.json").write_text(json.dumps({"arm": arm, **finished}))
+    (work.folder("rt_er-seed0") / "confirmed.json").write_text(json.dumps({**numbers, "ra": 29.0}))
+    started = []
+
+    def run(command, **_):
+        started.append(command[3:])
+        (Path(command[-2]) / "confirmed.json").write_text(json.dumps(numbers))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    work.work()
+    assert started == [["single", "0", str(work.folder("single-seed0")), "confirm"]]
+    assert list(work.failed) == ["moe_at-seed0"] and "nothing to confirm" in work.failed["moe_at-seed0"]
+    kept = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert {entry["arm"]: entry["confirmed"]["ra"] for entry in kept} == {"single": 30.0, "rt_er": 29.0}
+
+
+def test_numbers_of_a_broken_measurement_are_refused():
+    metrics = {"sa": 90.0, "ra_pgd10": 50.0, "ra_worst_case": 40.0}
+    described = {
+        "metrics": metrics,
+        "dataset": {"num_images": 9},
+        "environment": {},
+        "threat": {"attacks": {"worst_case": "union"}},
+    }
+    report = SimpleNamespace(failures={}, **described)
+    assert (study_run.numbers(report)["ra"], study_run.numbers(report)["union"]) == (40.0, "union")
+    report.failures["worst_case"] = "out of memory"
+    with pytest.raises(RuntimeError, match="worst_case: out of memory"):
+        study_run.numbers(report)
+
+
+def test_images_to_confirm_with_were_drawn_by_no_seed(tiny, tmp_path, monkeypatch):
+    content = study.read_study(tiny())
+    content["seeds"] = [0, 1]
+    pixels = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
+    whole = ImageTensorDataset(pixels, torch.arange(60) % 2, ["even", "odd"])
+
+    def load_data(data_args, model_args, seed):
+        test = whole.take(data_args.max_test_samples, seed) if data_args.max_test_samples else whole
+        return DataSplits(whole, whole, test, name="numbers")
+
+    monkeypatch.setattr(study_run.training, "load_data", load_data)
+    content["settings"]["max_test_samples"] = 20
+    run = study_run.StudyRun(content, "single", 1, tmp_path)
+    drawn = {int(image) for seed in (0, 1) for image in whole.take(20, seed).images}
+    unseen = {int(image) for image in run.unseen_images().images}
+    assert len(unseen) == 20 and not unseen & drawn
+    content["settings"]["max_test_samples"] = 40
+    with pytest.raises(ValueError, match="40 are needed to confirm"):
+        study_run.StudyRun(content, "single", 1, tmp_path).unseen_images()
+
+
+def test_readme_shows_the_tables_of_the_results():
+    readme = (BENCHMARKS / "README.md").read_text()
+    for path in (BENCHMARKS / "results").glob("study_*.json"):
+        results = json.loads(path.read_text())
+        assert results["arms"] == study_tables.summarise(results["runs"], results["study"])
+        begin, end = f"<!-- {path.stem}: begin, made by --render -->", f"<!-- {path.stem}: end -->"
+        assert f"{begin}\n\n{study_tables.render_table(results)}\n\n{end}" in readme
+        assert not [text for text in ("/work", "/tmp", "/home") if text in path.read_text()]
+
+
+@pytest.mark.slow
+def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, capfd):
+    arms = yaml.safe_load(tiny().read_text())["arms"]
+    kept = {name: arms[name] for name in ("standard", "rt_er", "separate_clean", "jtdmoe")}
+    kept["warm"] = {"settings": arms["jtdmoe"]["settings"], "init_from": "rt_er", "passes": 3}
+    kept["broken"] = {"settings": {"backbone": "no_such_network"}}
+    path, folder = tiny(arms=kept), tmp_path / "out"
+    command = ["--study", str(path), "--seeds", "0", "--output_dir", str(folder), "--threads", "1", "--jobs", "2"]
+    assert study.main(command) == 1
+    assert "FAILED: broken-seed0" in capfd.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["arms"]) == set(kept) - {"broken"}
+    assert 0 < results["arms"]["rt_er"]["passes"] < results["arms"]["separate_clean"]["passes"]
+    run = next(run for run in results["runs"] if run["arm"] == "separate_clean")
+    assert run["alpha"] in (0, 0.6, 1) and run["ra"] <= run["ra_pgd"] and len(run["sweep"]) == 3
+    assert "F_R of separate_clean" in (folder / "table.txt").read_text()
+
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/run.json")}
+    assert study.main(command) == 1  # the broken one is tried again, the others are kept
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/run.json")} == stamps
+    runs = folder / "runs"
+
+    again = runs / "jtdmoe-seed0"  # judged anew, the dial is not swept anew
+    before, swept = json.loads((again / "run.json").read_text()), (again / "sweep.json").stat().st_mtime_ns
+    (again / "run.json").unlink()
+    assert study.main(command) == 1 and (again / "sweep.json").stat().st_mtime_ns == swept
+    after = json.loads((again / "run.json").read_text())
+    assert (after["sweep"], after["alpha"], after["ra"]) == (before["sweep"], before["alpha"], before["ra"])
+
+    tiny(arms=kept, passes=2)
+    assert study.main(command) == 2
+    assert (
+        "runs of broken, jtdmoe, rt_er, separate_clean, standard, warm with other settings" in capfd.readouterr().err
+    )
+
+    card = tmp_path / "card"
+    study_card.main([str(runs / "jtdmoe-seed0"), str(card), "--controls", "rt_er"])
+    model = AutoModelForImageClassification.from_pretrained(card)
+    run = next(run for run in results["runs"] if run["arm"] == "jtdmoe")
+    report = RobustnessReport.load(card / "results.json")
+    assert model.config.alpha == report.alpha_choice["alpha"] == run["alpha"]
+    assert report.metrics["sa"] == run["sa"] and report.controls["F_R alone"]["sa"] == run["robust"]["sa"]
+    assert report.training["steps"] == run["training"]["steps"] and "rt_er" in (card / "README.md").read_text()
+    study_card.main([str(runs / "warm-seed0"), str(tmp_path / "warm"), "--controls", "jtdmoe"])
+    warm = RobustnessReport.load(tmp_path / "warm" / "results.json").training
+    assert warm["init_from"] == "rt_er" and warm["passes"] > warm["passes_from"] == results["arms"]["rt_er"]["passes"]
+    with pytest.raises(SystemExit):
+        study_card.main([str(runs / "separate_clean-seed0"), str(card)])
+    assert "settings.json is missing" in capfd.readouterr().err

@@ -1,0 +1,380 @@
+"""`training/evaluate.py` end to end on tiny saved models: outputs, restart, the dial, refusals, two processes."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.data.datasets import load_splits
+from hf_dualmoe.evaluation.evaluation import RobustnessReport
+from hf_dualmoe.hub.model_card import refresh_model_card
+
+TRAINING = Path(__file__).parents[2] / "training"
+DIGITS = {"num_labels": 10, "image_size": 8, "num_channels": 1, "num_experts": 2, "width": [8, 8, 8, 16]}
+NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
+QUICK = "--max_test_samples 21 --eps 0.05 --steps 2 --disable_tqdm --level quick --alphas 0 0.5 1".split()
+ROUNDING = 1e-4  # in points: shares of 21 images are 4.8 points apart
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of a dual model and of a single mixture."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = DualMoEConfig(standard=MoEConfig(**DIGITS), robust=MoEConfig(**DIGITS), alpha=0.6, **NAMES)
+    DualMoEForImageClassification(config).save_pretrained(folder / "dual")
+    MoEForImageClassification(MoEConfig(**DIGITS, **NAMES)).save_pretrained(folder / "moe")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_script", TRAINING / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def evaluate(script, monkeypatch):
+    """Runs the script; its exit status."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        return stop.value.code
+
+    return call
+
+
+def test_dual_model_end_to_end_and_its_dial_is_written(evaluate, saved, tmp_path, capsys, caplog):
+    config = saved / "dual" / "config.json"
+    before = json.loads(config.read_text())
+    command = [*QUICK, "--model", saved / "dual", "--output_dir", tmp_path]
+    assert evaluate(*command) == 0
+    report = RobustnessReport.load(tmp_path / "results.json")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("results.json", "measurements", "tradeoff.png", "expert_load.png", "examples.png")
+    }
+    out = capsys.readouterr().out
+    assert report.table() in out and report.notes()[0] in out
+    assert report.threat["eps"] == 0.05 and report.dataset["name"] == "digits"
+    assert "has no image of" not in caplog.text  # of train, of which an evaluation reads one image
+    assert [point["alpha"] for point in report.alpha_sweep] == [0, 0.5, 1]
+    assert report.alpha_choice["chosen_on"] == "270 held-out images"  # not the test images
+    assert json.loads(config.read_text()) == before
+
+    choices = {point["alpha"]: point["sa"] for point in report.alpha_sweep}
+    assert len(set(choices.values())) > 1
+    assert evaluate(*command, "--write_alpha", "--min_sa", 0) == 0
+    chosen = RobustnessReport.load(tmp_path / "results.json").alpha_choice["alpha"]
+    after = json.loads(config.read_text())
+    assert chosen != 0.6 and after.pop("alpha") == chosen and before.pop("alpha") == 0.6
+    assert after == before
+    assert AutoModelForImageClassification.from_pretrained(saved / "dual").config.alpha == chosen
+    assert evaluate(*command) == 0  # the turned dial leaves the other measurements finished
+
+
+def test_single_mixture_with_other_parts(evaluate, saved, tmp_path, capsys):
+    command = [*QUICK, "--model", saved / "moe", "--output_dir", tmp_path, "--level", "component_attacks,eps_curve"]
+    assert evaluate(*command) == 0
+    report = RobustnessReport.load(tmp_path / "results.json")
+    assert "ra_router_pgd2" in report.metrics and report.alpha_sweep == []
+    assert {p.name for p in tmp_path.glob("*.png")} == {"eps_curve.png", "expert_load.png", "examples.png"}
+    capsys.readouterr()
+
+    assert evaluate(*command, "--steps", 3) == 2
+    assert "holds measurements made with other settings" in capsys.readouterr().err
+    assert evaluate(*command, "--steps", 3, "--fresh") == 0
+    assert "ra_pgd3" in RobustnessReport.load(tmp_path / "results.json").metrics
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Folders of a ViT that expects normalised images, and of photos in class folders named by what pipeline says."""
+    torch.manual_seed(0)
+    names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes, **names)).eval()
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.9] * 3, image_std=[0.1] * 3)
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)) for i in range(24)]
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        logits = vit(**processor(pictures, return_tensors="pt")).logits
+        vit.classifier.bias[1] -= (logits[:, 1] - logits[:, 0]).median()
+    vit.save_pretrained(tmp_path / "vit")
+    processor.save_pretrained(tmp_path / "vit")
+    served = pipeline("image-classification", model=str(tmp_path / "vit"))
+    for i, picture in enumerate(pictures):
+        path = tmp_path / "photos" / ("train" if i < 2 else "test") / served(picture)[0]["label"] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    for name in "ab":  # whatever pipeline says of the first two
+        (tmp_path / "photos" / "train" / name).mkdir(exist_ok=True)
+        pictures[0].save(tmp_path / "photos" / "train" / name / "more.png")
+    return tmp_path / "vit", tmp_path / "photos"
+
+
+def test_foreign_model_is_measured_as_it_is_served_and_its_folder_left_alone(evaluate, foreign, tmp_path, capsys):
+    """Its normalisation was left out: pipeline 100 %, evaluate 50 %, and a card was put into its folder."""
+    folder, photos = foreign
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = [*QUICK[2:], "--model", folder, "--dataset_name", photos, "--level", "components"]
+    assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
+    report = RobustnessReport.load(tmp_path / "out" / "results.json")
+    assert report.metrics["sa"] == 100 and report.dataset["num_images"] == 22
+    assert report.model["kind"] == "ViTForImageClassification"
+    assert "No model card" in capsys.readouterr().out and not (tmp_path / "out" / "README.md").exists()
+    assert evaluate(*command, "--output_dir", folder) == 2
+    assert "holds a model that hf_dualmoe did not make" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="was not made by hf_dualmoe"):
+        refresh_model_card(report, tmp_path / "out", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    identity = ["--image_mean", 0, "--image_std", 1, "--output_dir", tmp_path / "other"]
+    assert evaluate(*command, *identity) == 0  # what was measured before
+    assert RobustnessReport.load(tmp_path / "other" / "results.json").metrics["sa"] < 90
+
+
+def test_controls_stand_on_the_card_if_they_were_measured_alike(evaluate, saved, tmp_path, capsys):
+    other, folder = tmp_path / "other", tmp_path / "dual"
+    assert evaluate(*QUICK, "--model", saved / "moe", "--output_dir", other) == 0
+    command = [*QUICK, "--model", saved / "dual", "--output_dir", folder]
+    assert evaluate(*command, "--controls", f"one mixture={other}") == 0
+    report, control = RobustnessReport.load(folder / "results.json"), RobustnessReport.load(other / "results.json")
+    assert report.controls == {"one mixture": control.metrics}
+    card = next(path for path in (folder / "README.md", saved / "dual" / "README.md") if path.is_file())
+    assert f"| one mixture | {control.metrics['sa']:.2f} |" in card.read_text()
+    for changed, reason in (
+        (["--controls", str(other)], "must be NAME=FOLDER"),
+        (["--controls", f"nowhere={tmp_path / 'nowhere'}"], "must be NAME=FOLDER"),
+        (["--controls", f"other={other}", "--eps", "0.06"], "controls='other' was attacked with"),
+        (
+            ["--controls", f"other={other}", "--max_test_samples", "20"],
+            "controls='other' was measured on other images",
+        ),
+    ):
+        assert evaluate(*command, *changed) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_what_the_evaluation_refuses_is_refused_before_the_calibration(evaluate, script, saved, monkeypatch, capsys):
+    monkeypatch.setattr(script, "calibrate", lambda *_: pytest.fail("minutes of calibration would be lost"))
+    command = [*QUICK, "--model", saved / "dual"]
+    for wrong, reason in (
+        (["--calibrate", "--level", "ful"], "level has unknown parts 'ful'"),
+        (["--calibrate", "--alphas", "2"], "alphas="),
+        (["--calibrate", "--max_test_samples", "100000"], "max_test_samples=100000"),
+        (["--write_alpha", "--level", "worst_case"], "write_alpha needs the dial to be measured"),
+    ):
+        assert evaluate(*command, *wrong) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_models_are_evaluated_in_float32_whatever_they_were_saved_in(evaluate, saved, script, tmp_path, monkeypatch):
+    half = AutoModelForImageClassification.from_pretrained(saved / "moe").bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    seen = []
+    monkeypatch.setattr(script, "evaluate", lambda args, model, *_: seen.append(model.dtype) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(*QUICK, "--model", tmp_path / "half")
+    assert seen == [torch.float32]
+
+
+def test_two_models_called_model_are_reported_in_folders_of_their_own(evaluate, saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("moe", "dual"):
+        shutil.copytree(saved / name, tmp_path / name / "model")
+        assert evaluate(*QUICK, "--model", f"{name}/model", "--level", "components", "--max_test_samples", 7) == 0
+    found = {path.parent.name: RobustnessReport.load(path) for path in tmp_path.glob("outputs/*/results.json")}
+    kinds = {"moe": "mixture of experts", "dual": "dual model"}
+    assert {name.split("-")[1]: report.model["kind"] for name, report in found.items()} == kinds
+
+
+def test_calibration_is_measured_and_written(evaluate, script, saved, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(saved / "dual", tmp_path / "model")
+    before = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(script, "calibrate_robust_logits", partial(script.calibrate_robust_logits, ra_share=1e-6))
+    command = [*QUICK, "--model", folder, "--level", "dial", "--output_dir", tmp_path / "out"]
+    assert evaluate(*command, "--calibrate") == 0
+    assert json.loads((folder / "config.json").read_text()) == before
+    report = RobustnessReport.load(tmp_path / "out" / "results.json")
+    found = report.model["calibration"]
+    assert found["num_images"] == 270  # held out, not the test images
+    assert report.model["alpha"] == found["alpha"] != 0.6
+    assert f"alpha = {found['alpha']:g}, map {found['robust_logit_map']}" in capsys.readouterr().out
+
+    assert evaluate(*command, "--write_calibration") == 0
+    after = json.loads((folder / "config.json").read_text())
+    assert after == before | {name: found[name] for name in ("alpha", "robust_logit_map")}
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert (model.config.alpha, model.config.robust_logit_map) == (found["alpha"], found["robust_logit_map"])
+
+
+def test_measured_model_is_the_calibrated_one(evaluate, script, saved, tmp_path, monkeypatch):
+    """Numbers are those of a model saved with the map and alpha."""
+    found = {"robust_logit_map": {"scale": 3.0, "power": 2.0, "clamp": 0.0}, "alpha": 0.55, "accepted": True}
+    found |= {"gain_sa": 1.0, "gain_ra": -1.0, "num_images": 270}
+    monkeypatch.setattr(script, "calibrate_robust_logits", lambda *args, **kwargs: found)
+    command = [*QUICK, "--level", "components"]
+    assert evaluate(*command, "--calibrate", "--model", saved / "dual", "--output_dir", tmp_path / "one") == 0
+    model = AutoModelForImageClassification.from_pretrained(saved / "dual")
+    model.config.robust_logit_map = found["robust_logit_map"]
+    model.set_alpha(0.55)
+    model.save_pretrained(tmp_path / "model")
+    assert evaluate(*command, "--model", tmp_path / "model", "--output_dir", tmp_path / "two") == 0
+    one, two = (RobustnessReport.load(tmp_path / name / "results.json") for name in ("one", "two"))
+    assert one.model.pop("calibration") == found
+    assert one.model == two.model and one.metrics == two.metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eps", "8"], "did you mean 8/255"),
+        (["--eps", "8/0"], "invalid pixel_radius value: '8/0'"),
+        (["--max_test_samples", "9999"], "max_test_samples=9999, but the dataset has"),
+        (["--level", "thorough"], "level has unknown parts 'thorough'"),
+        (["--dataset_name", "./nowhere"], "nowhere"),
+        (["--model", "./no-model", "--write_alpha"], "write_alpha needs a local folder"),
+        (["--model", "./no-model"], "no-model"),
+        (["--min_sa", "50"], "min_sa=50.0 chooses the dial of a dual model"),
+        (["--write_alpha"], "write_alpha needs a dual model"),
+        (["--calibrate"], "calibrate needs a dual model"),
+        (["--model", "./no-model", "--write_calibration"], "write_calibration needs a local folder"),
+        (["--write_alpha", "--calibrate"], "write_alpha and calibrate both choose alpha"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_without_traceback(evaluate, saved, arguments, message, tmp_path, capsys):
+    assert evaluate(*QUICK, "--model", saved / "moe", "--output_dir", tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and "usage:" not in error
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_digits_are_refused_for_a_model_of_other_images(evaluate, saved, tmp_path, capsys):
+    """A CNN for 3 x 32 x 32 was measured on 1 x 8 x 8: the default of --dataset_name."""
+    config = MoEConfig(**DIGITS | {"image_size": 16}, **NAMES)
+    MoEForImageClassification(config).save_pretrained(tmp_path / "m")
+    assert evaluate(*QUICK, "--model", tmp_path / "m", "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "image_size=16 does not fit the embedded digits, which are 1 x 8 x 8" in error and "dataset_name" in error
+
+
+def test_a_lone_test_set_is_measured_as_a_whole(evaluate, saved, named_digits, tmp_path, capsys):
+    folder = named_digits("7", "3")
+    for other in ("train", "val"):
+        shutil.rmtree(folder / other)
+    command = [*QUICK[2:], "--model", saved / "dual", "--dataset_name", folder]
+    assert evaluate(*command, "--level", "dial", "--output_dir", tmp_path / "out") == 0
+    report = RobustnessReport.load(tmp_path / "out" / "results.json")
+    assert report.dataset["num_images"] == 5 and len(report.alpha_sweep) == 3
+    capsys.readouterr()
+    assert evaluate(*command, "--calibrate", "--output_dir", tmp_path / "other") == 2
+    assert "calibrate needs held-out images" in capsys.readouterr().err
+
+
+def test_a_test_set_of_one_class_needs_its_name_in_the_model(evaluate, saved, named_digits, tmp_path, capsys):
+    folder = named_digits("7")
+    for other in ("train", "val"):
+        shutil.rmtree(folder / other)
+    command = [*QUICK[2:], "--model", saved / "moe", "--dataset_name", folder, "--level", "components"]
+    assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
+    assert RobustnessReport.load(tmp_path / "out" / "results.json").dataset["num_images"] == 2
+    (folder / "test" / "7").rename(folder / "test" / "seven")
+    capsys.readouterr()
+    assert evaluate(*command, "--output_dir", tmp_path / "other") == 2
+    error = capsys.readouterr().err
+    assert "2 test images" in error and "'seven'" in error and "train" not in error
+
+
+@pytest.fixture
+def named_digits(tmp_path):
+    """A folder of test images of some digits, one folder per name; train has one image of each."""
+
+    def write(*names):
+        digits = load_splits("digits").test
+        for i, name in enumerate(names):
+            rows = (digits.labels == int(name)).nonzero().flatten()[: 3 + i].tolist()
+            for split, chosen in (("train", rows[:1]), ("val", rows[:1]), ("test", rows[1:])):
+                folder = tmp_path / "images" / split / name
+                folder.mkdir(parents=True)
+                for row in chosen:
+                    Image.fromarray(digits.images[row, 0].numpy()).save(folder / f"{row}.png")
+        return tmp_path / "images"
+
+    return write
+
+
+def test_some_of_the_classes_are_matched_by_name(evaluate, script, saved, named_digits, tmp_path, monkeypatch, caplog):
+    seen = []
+    monkeypatch.setattr(script, "evaluate", lambda args, model, data, _: seen.append(data) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate("--model", saved / "moe", "--eps", 0.05, "--dataset_name", named_digits("7", "3"))
+    (data,) = seen
+    assert sorted(data.test.labels.tolist()) == [3, 3, 7, 7, 7] or sorted(data.test.labels.tolist()) == [3, 3, 3, 7, 7]
+    assert data.class_names == [str(i) for i in range(10)] and data.name.endswith("images (2 of 10 classes)")
+    assert "has 2 of 10 classes of the model, matched by name: 3, 7" in caplog.text
+
+
+def test_classes_that_the_model_does_not_have_are_refused(evaluate, saved, named_digits, capsys, monkeypatch):
+    folder = named_digits("7", "3")
+    for split in folder.iterdir():
+        (split / "3").rename(split / "three")
+    assert evaluate("--model", saved / "moe", "--eps", 0.05, "--dataset_name", folder) == 2
+    assert "dataset has 2 classes (7, three) but the model has 10" in capsys.readouterr().err
+
+
+def test_two_processes_find_what_one_does(evaluate, saved, tmp_path):
+    """21 images: 11 and 10."""
+    level = "components,dial,component_attacks,eps_curve,worst_case,autoattack,sanity"
+    options = [*QUICK, "--model", saved / "dual", "--level", level, "--autoattack_version", "fast"]
+    options += ["--sanity_images", 4]
+    config = TRAINING / "accelerate_configs" / "two_cpu_processes.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, TRAINING / "evaluate.py"]
+    command = [str(part) for part in (*launcher, *options, "--output_dir", tmp_path / "two")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Saved to") == 1
+    assert evaluate(*options, "--output_dir", tmp_path / "one") == 0
+    one, two = (RobustnessReport.load(tmp_path / name / "results.json") for name in ("one", "two"))
+    assert (one.environment["processes"], two.environment["processes"]) == (1, 2)
+    assert flat(one.metrics).keys() >= {"ra_autoattack", "worst_case.members.route", "route_flip_rate"}
+    for name in ("metrics", "alpha_sweep", "alpha_choice", "threat", "dataset", "failures"):
+        assert flat(getattr(two, name)) == pytest.approx(flat(getattr(one, name)), abs=ROUNDING), name
+    assert {n: check["passed"] for n, check in two.sanity.items()} == {
+        n: check["passed"] for n, check in one.sanity.items()
+    }
+    same = [name for name in one.cost if not name.startswith(("AutoAttack", "total"))]  # its probes run on each
+    for name in same:
+        for kind in ("forward", "gradient"):
+            assert two.cost[name][kind] == pytest.approx(one.cost[name][kind]), name
+    assert one.cost.keys() == two.cost.keys()
+
+
+def flat(value, prefix=""):
+    """Nested dictionaries and lists as one dictionary: {"a": [1]} -> {"a.0": 1}."""
+    if not isinstance(value, (dict, list)):
+        return {prefix.rstrip("."): value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for name, inner in items for k, v in flat(inner, f"{prefix}{name}.").items()}

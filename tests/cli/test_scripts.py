@@ -1,0 +1,223 @@
+"""`training/run.py` end to end on a shrunken model: outputs, going on after an interruption, refusals."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from hf_dualmoe.evaluation.evaluation import RobustnessReport
+
+TRAINING = Path(__file__).parents[2] / "training"
+QUICK = (
+    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 20 --num_experts 2 --router_top_k 1 "
+    "--width 8,8,8,16 --training_attack pgd --eval_strategy epoch --save_strategy epoch --second_term ce "
+    "--attack_steps 1 --eval_attack_steps 1 --num_train_epochs 2 --per_device_train_batch_size 32 --disable_tqdm true"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run_module():
+    spec = importlib.util.spec_from_file_location("run_script", TRAINING / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(run_module, monkeypatch):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+        run_module.main()
+
+    return call
+
+
+def test_run_trains_reports_and_saves(run, tmp_path, capsys):
+    run(*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9)
+    folder = tmp_path / "model"
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {
+        *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "tradeoff.png"),
+        *("README.md", "expert_load.png"),
+        *("modeling_dualmoe.py", "merging_dualmoe.py", "configuration_dualmoe.py"),
+    }
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    report = RobustnessReport.load(folder / "results.json")
+    assert [point["alpha"] for point in report.alpha_sweep] == [0.0, 0.5, 0.75, 0.9, 1.0]
+    assert report.threat["eps"] == 0.15 and report.dataset == {
+        "name": "digits",
+        "num_images": 20,
+        "class_names": [str(i) for i in range(10)],
+    }
+    assert report.training["method"] == "jtdmoe" and report.training["num_images"] == 64
+    assert report.alpha_choice["chosen_on"] == "20 held-out images"
+    assert report.training["saved_weights"] in ("moving average", "trained (the average was worse)")
+    assert report.environment["packages"]["torch"]
+    assert report.table() in capsys.readouterr().out
+
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.alpha == 0.8 and not model.training
+    with torch.no_grad():
+        assert model(torch.rand(3, 1, 8, 8)).logits.shape == (3, 10)
+
+    # the same command again goes on from the last checkpoint: nothing is left to train, the model stays the same
+    run(*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9, "--step_graph", "off")  # how steps are launched is free
+    again = AutoModelForImageClassification.from_pretrained(folder)
+    assert all(torch.equal(v, again.state_dict()[name]) for name, v in model.state_dict().items())
+
+    again = RobustnessReport.load(folder / "results.json").training
+    assert again["train_runtime_s"] > 0.5 * report.training["train_runtime_s"]  # not that of the last start alone
+
+    for other in (["--beta", "2"], ["--warmup_steps", "3"], ["--max_grad_norm", "0.1"], ["--bf16", "true"]):
+        with pytest.raises(SystemExit):  # other settings must not continue it
+            run(*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9, *other)
+        assert f"holds a run with other settings ({other[0][2:]}: " in capsys.readouterr().err
+    run(*QUICK, "--output_dir", tmp_path, "--beta", "2", "--fresh")
+    assert RobustnessReport.load(folder / "results.json").training["beta"] == 2
+
+
+@pytest.mark.parametrize("method", ["standard", "at", "trades", "rt_er"])
+def test_every_other_method_by_flag(run, tmp_path, method):
+    run(*QUICK, "--output_dir", tmp_path, "--method", method, "--num_train_epochs", 1)
+    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    assert results["model"]["kind"] == "mixture of experts"
+    assert results["training"]["method"] == method
+    assert results["metrics"]["ra_pgd20"] <= results["metrics"]["sa"]
+
+
+SMALL = [*QUICK, "--method", "standard", "--num_experts", 1, "--num_train_epochs", 1, "--report", "none"]
+
+
+def test_a_finished_run_goes_on_for_more_epochs(run, tmp_path, capsys):
+    run(*SMALL, "--output_dir", tmp_path, "--logging_steps", 1)
+    assert "Going on" not in capsys.readouterr().out
+    longer = [*SMALL, "--num_train_epochs", 3, "--output_dir", tmp_path, "--logging_steps", 1]
+    run(*longer)
+    out = capsys.readouterr().out
+    assert (
+        "Going on for longer (num_train_epochs 1.0 -> 3.0) from" in out and "checkpoint-2. The schedule of the" in out
+    )
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
+    assert state["global_step"] == state["max_steps"] == 6
+    assert rates[3] == 0 and 0.006 < rates[4] < rates[2] == 0.01  # as the message says: of two steps, then of six
+    recorded = json.loads((tmp_path / "settings.json").read_text())
+    assert recorded["shorter_before"] == [{"num_train_epochs": 1.0}]
+    run(*longer)  # and a restart of the longer run is the same run
+    assert "Going on" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "settings.json").read_text()) == recorded
+
+
+def test_a_run_does_not_go_on_after_class_folders_were_renamed(run, tmp_path, capsys):
+    """Labels are swapped then: SA was 91.7 before and 0 after, without a word."""
+    for i, name in enumerate(("cat", "dog")):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for n in range(12):
+            Image.new("RGB", (8, 8), (100 * i + 5 * n, 40, 90)).save(folder / f"{n}.png")
+    own = ["--dataset_name", tmp_path / "images", "--image_size", 8, "--max_train_samples", 12]
+    own += ["--max_validation_samples", 2, "--max_test_samples", 2, "--output_dir", tmp_path / "out"]
+    run(*SMALL, *own)
+    (tmp_path / "images" / "cat").rename(tmp_path / "images" / "zebra")
+    with pytest.raises(SystemExit):
+        run(*SMALL, *own)
+    error = capsys.readouterr().err
+    assert "holds a run on other data: images, labels or names of classes have changed since" in error
+    run(*SMALL, *own, "--fresh")
+
+
+def test_run_upcycles_a_single_network(run, tmp_path):
+    run(*QUICK, "--output_dir", tmp_path / "one", "--method", "at", "--num_experts", 1, "--num_train_epochs", 1)
+    source = tmp_path / "one" / "model"
+    options = ["--init_experts_from", source, "--num_train_epochs", 1, "--learning_rate", 0, "--save_strategy", "no"]
+    run(
+        *QUICK, "--output_dir", tmp_path / "four", *options, "--eval_strategy", "no", "--load_best_model_at_end", False
+    )
+    one = AutoModelForImageClassification.from_pretrained(source)
+    dual = AutoModelForImageClassification.from_pretrained(tmp_path / "four" / "model")
+    for expert in (*dual.standard.experts, *dual.robust.experts):
+        assert torch.equal(expert.fc.weight, one.experts[0].fc.weight)
+
+
+def test_run_refuses_a_report_without_a_radius_before_training(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(*QUICK, "--output_dir", tmp_path / "out", "--method", "standard", "--eps", 0, "--report", "standard")
+    assert "eps=0 leaves nothing to check" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_refuses_weights_that_are_not_there(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        run(*QUICK, "--output_dir", tmp_path / "out", "--init_experts_from", "outputs/nowhere/model")
+    assert refused.value.code == 2
+    assert "init_experts_from='outputs/nowhere/model': expected a folder with a model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("floor", "chosen"), [([], True), (["--min_ra", "99.9"], False)], ids=["best", "unreachable"])
+def test_run_turns_the_dial_on_request(run, tmp_path, capsys, floor, chosen):
+    run(*QUICK, "--output_dir", tmp_path, "--num_train_epochs", 1, "--choose_alpha", *floor)
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    report = RobustnessReport.load(tmp_path / "model" / "results.json")
+    assert ("The dial stays at alpha = 0.8: min_ra=99.9 cannot be reached" in capsys.readouterr().out) == (not chosen)
+    assert report.model["alpha"] == saved["alpha"]
+    if chosen:
+        assert saved["alpha"] == report.alpha_choice["alpha"]
+        assert report.alpha_choice["chosen_on"] == "20 images held out of train"
+    else:
+        assert saved["alpha"] == 0.8
+
+
+@pytest.mark.slow
+def test_run_leaves_the_dial_in_the_weights(run, tmp_path):
+    short = [*QUICK, "--num_train_epochs", 1, "--report", "none"]
+    run(*short, "--method", "at", "--num_experts", 1, "--output_dir", tmp_path / "start")
+    weights = ["--mixing", "weights", "--init_experts_from", tmp_path / "start" / "model"]
+    run(*short, *weights, "--report", "quick", "--choose_alpha", "--output_dir", tmp_path / "dual")
+    folder = tmp_path / "dual" / "model"
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    report = RobustnessReport.load(folder / "results.json")
+    assert model.config.mixing == report.model["mixing"] == "weights"
+    assert model.config.alpha == report.model["alpha"] == report.alpha_choice["alpha"]
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(model(images).logits, model.merge()(images).logits)
+    assert "Any answer costs one network" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--choose_alpha", "--method", "at"], "choose_alpha needs the dual model"),
+        (["--min_sa", "80"], "give one floor, together with --choose_alpha"),
+        (["--choose_alpha", "--min_sa", "800"], "min_sa=800.0"),
+        (["--eps", "8"], "did you mean 8/255"),
+        (["--router_top_k", "9"], "router_top_k=9 must not exceed num_experts=4"),
+        (["--backbone", "resnet81"], "backbone='resnet81' is not a timm model"),
+        (["--alpha", "1.5"], "alpha=1.5"),
+        (["--mixing", "weights"], "mixing='weights' needs a trained network from which both parts start"),
+        (["--mixing", "weights", "--method", "at"], "mixing='weights' needs the dual model of method='jtdmoe'"),
+        (["--dataset_name", "./nowhere"], "dataset_name='./nowhere' cannot be loaded: "),
+        (["--dataset_name", "nobody/nothing"], "dataset_name='nobody/nothing' cannot be loaded: "),
+        (["--dataset_name", "broken.parquet"], "'broken.parquet'"),
+        (["--output_dir", "broken.parquet"], "broken.parquet"),
+        (["--metric_for_best_model", "accuracy"], "metric_for_best_model='accuracy' must be one of"),
+        (["--backbone", "convnext_atto", "--shared_stages", "3"], "shared_stages=3 needs a timm ResNet or ViT"),
+        (["--image_column", "picture"], "image_column"),
+        (["--recipe", "nonsense"], "recipe='nonsense'"),
+    ],
+    ids=str,
+)
+def test_run_refuses_bad_input_before_training(run, arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more of it")
+    with pytest.raises(SystemExit) as exit_info:
+        run("--output_dir", tmp_path / "out", *arguments)
+    assert exit_info.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert message in line
+    assert not (tmp_path / "out" / "model").exists()

@@ -1,0 +1,148 @@
+"""Plots: PNG files that change with every number they show, and refuse reports without those numbers."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_dualmoe.attacks.pgd import PGD
+from hf_dualmoe.data.datasets import ImageTensorDataset
+from hf_dualmoe.evaluation.evaluation import RobustnessReport
+from hf_dualmoe.evaluation.plots import (
+    attack_examples,
+    attack_text,
+    plot_eps_curve,
+    plot_examples,
+    plot_expert_load,
+    plot_tradeoff,
+    radius_text,
+    shorten,
+)
+
+
+def make_report() -> RobustnessReport:
+    sweep = [
+        {"alpha": alpha, "sa": sa, "ra_pgd20": ra}
+        for alpha, sa, ra in (
+            (0.0, 94.0, 3.0),
+            (0.5, 93.5, 11.0),
+            (0.75, 90.0, 44.0),
+            (0.9, 85.0, 50.0),
+            (1.0, 82.0, 51.0),
+        )
+    ]
+    return RobustnessReport(
+        model={"kind": "dual model", "alpha": 0.75, "parameters": 10},
+        dataset={"name": "toy", "num_images": 500, "class_names": [*"abcdefghij"]},
+        threat={"norm": "linf", "eps": 8 / 255, "attacks": {}},
+        metrics={
+            "sa": 90.0,
+            "ra_pgd20": 44.0,
+            "components": {"standard": {"sa": 94.0, "ra_pgd20": 3.0}, "robust": {"sa": 82.0, "ra_pgd20": 51.0}},
+            "eps_curve": [{"eps": e / 255, "ra_pgd20": ra} for e, ra in ((0, 90.0), (4, 66.0), (8, 44.0), (16, 12.0))],
+            "expert_load": {"clean": [40.0, 30.0, 20.0, 10.0], "attacked": [25.0, 5.0, 50.0, 20.0]},
+            "route_flip_rate": 37.0,
+        },
+        alpha_sweep=sweep,
+        alpha_choice={"alpha": 0.75, "sa": 90.0, "ra": 44.0, "rule": "r", "chosen_on": "c"},
+    )
+
+
+def change(report, *keys, value):
+    for key in keys[:-1]:
+        report = getattr(report, key) if isinstance(report, RobustnessReport) else report[key]
+    report[keys[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("plot", "changes"),
+    [
+        (
+            plot_tradeoff,
+            [
+                (("alpha_sweep", 2, "sa"), 97.0),
+                (("alpha_sweep", 2, "ra_pgd20"), 20.0),
+                (("metrics", "components", "robust", "sa"), 83.0),
+                (("metrics", "components", "standard", "ra_pgd20"), 5.0),
+                (("alpha_choice", "alpha"), 0.9),
+                (("threat", "eps"), 4 / 255),
+                (("dataset", "num_images"), 501),
+            ],
+        ),
+        (
+            plot_eps_curve,
+            [
+                (("metrics", "eps_curve", 1, "ra_pgd20"), 50.0),
+                (("threat", "eps"), 4 / 255),
+                (("threat", "norm"), "l2"),
+                (("dataset", "class_names"), ["a", "b"]),
+            ],
+        ),
+        (
+            plot_expert_load,
+            [
+                (("metrics", "expert_load", "clean"), [10.0, 30.0, 20.0, 40.0]),
+                (("metrics", "expert_load", "attacked"), [20.0, 10.0, 50.0, 20.0]),
+                (("metrics", "route_flip_rate"), 38.0),
+            ],
+        ),
+    ],
+    ids=["tradeoff", "eps_curve", "expert_load"],
+)
+def test_plots_are_pngs_that_depend_on_every_number(plot, changes, tmp_path):
+    def draw(report):
+        plot(report, tmp_path / "plot.png")
+        content = (tmp_path / "plot.png").read_bytes()
+        assert content.startswith(b"\x89PNG")
+        return content
+
+    report = make_report()
+    original = draw(report)
+    assert draw(copy.deepcopy(report)) == original  # so that a difference below is one of the numbers
+    for keys, value in changes:
+        other = copy.deepcopy(report)
+        change(other, *keys, value=value)
+        assert draw(other) != original, keys
+
+
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        (plot_tradeoff, "alpha_sweep"),
+        (plot_eps_curve, "level='standard'"),
+        (plot_expert_load, "no mixture of experts"),
+    ],
+)
+def test_reports_without_the_numbers_are_refused(plot, message, tmp_path):
+    report = make_report()
+    report.alpha_sweep, report.metrics = [], {}
+    with pytest.raises(ValueError, match=message):
+        plot(report, tmp_path / "plot.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_examples_show_what_the_attack_did(trained_digits_moe, tmp_path):
+    model, images, labels = trained_digits_moe
+    dataset = ImageTensorDataset((images * 255).to(torch.uint8), labels, [str(i) for i in range(10)])
+    strips = {}
+    for eps in (0.0, 0.3):
+        examples = attack_examples(model, dataset, attack=PGD(eps=eps, steps=5, seed=0), count=5, seed=1)
+        assert examples.clean.shape == (5, 1, 8, 8)
+        assert (examples.attacked - examples.clean).abs().max() == pytest.approx(eps, abs=1e-6)
+        for points, predictions in (
+            (examples.clean, examples.clean_predictions),
+            (examples.attacked, examples.attacked_predictions),
+        ):
+            assert torch.equal(predictions, model(points).logits.argmax(dim=1))
+        plot_examples(examples, tmp_path / f"{eps}.png")
+        strips[eps] = (tmp_path / f"{eps}.png").read_bytes()
+        assert strips[eps].startswith(b"\x89PNG")
+    assert (examples.attacked_predictions != examples.labels).any()
+    assert strips[0.0] != strips[0.3]
+
+
+def test_texts():
+    assert radius_text(8 / 255, "linf") == "L∞ 8/255" and radius_text(0.5, "l2") == "L2 0.5"
+    assert radius_text(0.05, "linf") == "L∞ 0.05" and radius_text(0.0, "linf") == "L∞ 0"
+    assert attack_text("ra_pgd20") == "PGD-20"
+    assert shorten("short") == "short" and shorten("a very long class name") == "a very long c…"

@@ -1,0 +1,345 @@
+"""Interrupted runs: damaged checkpoints are found, the one before is used, a full disk loses nothing, logs go on."""
+
+import importlib.util
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_dualmoe import MoEConfig, MoEForImageClassification
+from hf_dualmoe.data.datasets import ImageTensorDataset
+from hf_dualmoe.trainer import checkpoints
+from hf_dualmoe.trainer.arguments import RobustTrainingArguments
+from hf_dualmoe.trainer.checkpoints import (
+    CheckpointError,
+    check_checkpoint,
+    last_good_checkpoint,
+    list_checkpoints,
+    rotate,
+)
+from hf_dualmoe.trainer.trainer import RobustTrainer
+
+TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1, "num_experts": 2}
+TOKEN = "hf_" + "x7Q" * 12
+FILES = (
+    "config.json model.safetensors training_args.bin optimizer.pt scheduler.pt rng_state.pth trainer_state.json "
+    "progress.json ema.safetensors"
+).split()
+BENCHMARK = Path(__file__).parents[2] / "training" / "benchmarks" / "survival.py"
+
+
+def create(output_dir, **changes):
+    settings = {
+        "method": "standard",
+        "max_steps": 6,
+        "per_device_train_batch_size": 10,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 4,  # no multiple of save_steps: checkpoints come in the middle of a log
+        "ema_decay": 0.5,
+        "eval_attack_steps": 0,
+        "crop_padding": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 255, (30, 1, 10, 10), generator=generator, dtype=torch.uint8)
+    data = ImageTensorDataset(images, torch.arange(30) % 3, ["a", "b", "c"])
+    args = RobustTrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
+    return RobustTrainer(MoEForImageClassification(MoEConfig(**TINY)), args, train_dataset=data, eval_dataset=data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with checkpoints 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("survival") / "run"
+    trainer = create(folder, hub_token=TOKEN, push_to_hub=False)
+    trainer.train()
+    assert trainer.args.hub_token == TOKEN  # still there for publishing
+    return folder
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_lists_all_that_resuming_reads(run_dir):
+    assert list(list_checkpoints(run_dir)) == [2, 4, 6]
+    for folder in list_checkpoints(run_dir).values():
+        check_checkpoint(folder)
+        assert set(FILES) <= set(json.loads((folder / "manifest.json").read_text())["files"])
+    assert last_good_checkpoint(run_dir).name == "checkpoint-6"
+    assert not (run_dir / "unfinished").exists() or not list((run_dir / "unfinished").iterdir())
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped bit", "missing"])
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(run_dir, name, damage, caplog):
+    damage(run_dir / "checkpoint-6" / name)
+    if (name, damage) == ("manifest.json", flip):  # one bit of a listing may leave it readable, but never right
+        damage = cut
+        damage(run_dir / "checkpoint-6" / name)
+    with pytest.raises(CheckpointError, match="checkpoint-6"):
+        check_checkpoint(run_dir / "checkpoint-6")
+    assert last_good_checkpoint(run_dir).name == "checkpoint-4"
+
+
+def test_where_all_are_damaged_the_run_does_not_start_over(run_dir):
+    for step in (2, 4, 6):
+        cut(run_dir / f"checkpoint-{step}" / "optimizer.pt")
+    with pytest.raises(
+        CheckpointError, match=r"No checkpoint in .* can be used: .*optimizer\.pt has \d+ bytes instead"
+    ):
+        last_good_checkpoint(run_dir)
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_not_used(run_dir):
+    state = run_dir / "checkpoint-6" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    content["best_model_checkpoint"] = "elsewhere/checkpoint-2"  # as if the folder had been moved
+    state.write_text(json.dumps(content))
+    manifest = run_dir / "checkpoint-6" / "manifest.json"
+    files = json.loads(manifest.read_text())
+    crc = checkpoints._crc32(state)
+    files["files"]["trainer_state.json"] = {"bytes": state.stat().st_size, "crc32": crc}
+    manifest.write_text(json.dumps(files))
+    assert last_good_checkpoint(run_dir).name == "checkpoint-6"
+    cut(run_dir / "checkpoint-2" / "ema.safetensors")
+    assert last_good_checkpoint(run_dir).name == "checkpoint-4"
+
+
+def test_trainer_refuses_a_damaged_checkpoint(run_dir, tmp_path):
+    flip(run_dir / "checkpoint-4" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        create(tmp_path / "other").train(resume_from_checkpoint=str(run_dir / "checkpoint-4"))
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def without_time(log):
+    timed = ("runtime", "per_second", "train_loss", "total_flos")
+    return [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in log]
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_logs_have_no_gap_where_a_checkpoint_lies_between_two(finished, tmp_path, step):
+    resumed = create(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(finished / f"checkpoint-{step}"))
+    for name in ("trainer_state.json", "progress.json"):
+        whole = json.loads((finished / "checkpoint-6" / name).read_text())
+        again = json.loads((tmp_path / "resumed" / "checkpoint-6" / name).read_text())
+        if name == "trainer_state.json":
+            assert [entry["step"] for entry in whole["log_history"] if "loss" in entry] == [4]
+            assert without_time(whole["log_history"]) == without_time(again["log_history"])
+        else:
+            assert whole["last_logged"] == 4 and whole["sums"]["loss_ce"][1] == 2
+            assert whole.pop("seconds") > 0 and again.pop("seconds") > 0
+            assert whole == again
+
+
+def test_training_time_is_that_of_all_starts(run_dir):
+    """A finished run that was started again told of 0.006 s."""
+    earlier = json.loads((run_dir / "checkpoint-6" / "progress.json").read_text())["seconds"]
+    again = create(run_dir)
+    again.train(resume_from_checkpoint=str(run_dir / "checkpoint-6"))
+    once = again.train_seconds
+    assert earlier < once == again.train_seconds < earlier + 60
+
+
+@pytest.mark.parametrize("max_steps", [5, 6], ids=["within an epoch", "at its end"])
+def test_a_finished_run_that_is_started_again_takes_no_step(tmp_path, max_steps):
+    first = create(tmp_path, max_steps=max_steps)
+    first.train()
+    again = create(tmp_path, max_steps=max_steps)
+    again.train(resume_from_checkpoint=str(last_good_checkpoint(tmp_path)))
+    assert again.state.global_step == max_steps
+    assert without_time(again.state.log_history[:-1]) == without_time(first.state.log_history[:-1])
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("moment", ["before the manifest", "before the name", "before the rotation"])
+def test_a_run_that_dies_while_it_saves_keeps_the_checkpoint_before(tmp_path, monkeypatch, moment):
+    """With save_total_limit=1 the one before must outlive the writing of the next."""
+
+    class Killed(BaseException):
+        pass
+
+    where = {
+        "before the manifest": (
+            "hf_dualmoe.trainer.checkpoints.write_text",
+            lambda path, text: "checkpoint-4" in str(path),
+        ),
+        "before the name": ("hf_dualmoe.trainer.checkpoints._flush", lambda path: path.name == "checkpoint-4"),
+        "before the rotation": ("hf_dualmoe.trainer.resumable.rotate", lambda run_dir, step, *rest: step == 4),
+    }
+    target, condition = where[moment]
+    module, name = target.rsplit(".", 1)
+    original = getattr(sys.modules[module], name)
+
+    def dies(*args):
+        if condition(*args):
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(target, dies)
+    with pytest.raises(Killed):
+        create(tmp_path / "run", save_total_limit=1).train()
+    monkeypatch.undo()
+    expected = "checkpoint-4" if moment == "before the rotation" else "checkpoint-2"
+    left = last_good_checkpoint(tmp_path / "run")
+    assert left.name == expected
+    create(tmp_path / "run", save_total_limit=1).train(resume_from_checkpoint=str(left))
+    assert list(list_checkpoints(tmp_path / "run")) == [6]
+    check_checkpoint(tmp_path / "run" / "checkpoint-6")
+    assert not list((tmp_path / "run" / "unfinished").iterdir())
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    def left(limit, best, step=50):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        for number in (10, 20, 30, 40, 50, 60):
+            (tmp_path / f"checkpoint-{number}").mkdir(parents=True)
+        rotate(tmp_path, step, limit, best and f"elsewhere/checkpoint-{best}")
+        return list(list_checkpoints(tmp_path))
+
+    assert left(None, 10) == left(0, None) == [10, 20, 30, 40, 50, 60]
+    assert left(2, None) == [40, 50, 60]  # 60 is of later steps than this run has reached: it will be replaced
+    assert left(1, 20) == [20, 50, 60]
+    assert left(3, 20) == [20, 40, 50, 60]
+    assert left(2, 50) == [40, 50, 60]
+
+
+def test_best_checkpoint_is_named_by_its_final_name(tmp_path):
+    selection = {"eval_strategy": "steps", "eval_steps": 2, "eval_attack_steps": 0, "metric_for_best_model": "sa"}
+    trainer = create(tmp_path / "run", load_best_model_at_end=True, save_total_limit=1, **selection)
+    trainer.train()
+    best = tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"
+    assert Path(trainer.state.best_model_checkpoint) == best and best.is_dir()
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]) == best
+
+
+# --- full disk, secrets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [200, 50_000])
+def test_full_disk_names_the_folder_and_leaves_the_last_checkpoint(tmp_path, room):
+    """A limit on the size of files stands for the disk: both end in an error of the write call."""
+    trainer = create(tmp_path / "run")
+    check_write = trainer._save_checkpoint
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(*args):
+        if trainer.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        check_write(*args)
+
+    trainer._save_checkpoint = save
+    try:
+        with pytest.raises(CheckpointError) as error:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"checkpoint-4 could not be written to {tmp_path / 'run'}" in str(error.value)
+    assert "the last checkpoint is" in str(error.value) and "checkpoint-2" in str(error.value)
+    left = last_good_checkpoint(tmp_path / "run")
+    assert left.name == "checkpoint-2" and not (tmp_path / "run" / "unfinished").exists()
+    create(tmp_path / "run").train(resume_from_checkpoint=str(left))
+    assert last_good_checkpoint(tmp_path / "run").name == "checkpoint-6"
+
+
+def test_no_file_of_a_run_holds_the_access_token(finished):
+    paths = [path for path in finished.rglob("*") if path.is_file()]
+    assert [path for path in paths if path.name == "training_args.bin"]
+    assert not [path for path in paths if TOKEN.encode() in path.read_bytes()]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = BENCHMARK.parents[1] / "run.py"
+    spec = importlib.util.spec_from_file_location("run_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_run_goes_on_from_the_last_whole_checkpoint(script, run_dir):
+    with pytest.raises(ValueError, match="holds checkpoints but no settings.json"):
+        script.find_checkpoint(run_dir, {})
+    recorded = {"data": {}, "model": {}, "training": {}}
+    assert script.find_checkpoint(run_dir, recorded) == str(run_dir / "checkpoint-6")
+    cut(run_dir / "checkpoint-6" / "scheduler.pt")
+    assert script.find_checkpoint(run_dir, recorded) == str(run_dir / "checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "refused"),
+    [
+        ({"num_train_epochs": 2, "max_steps": -1}, {"num_train_epochs": 3, "max_steps": -1}, None),
+        ({"num_train_epochs": 3, "max_steps": 4}, {"num_train_epochs": 3, "max_steps": 9}, None),
+        ({"num_train_epochs": 3}, {"num_train_epochs": 2}, "num_train_epochs: 3 there, 2 here"),
+        ({"max_steps": -1}, {"max_steps": 9}, "max_steps: -1 there, 9 here"),
+        ({"num_train_epochs": 2, "beta": 1.0}, {"num_train_epochs": 3, "beta": 2.0}, "beta: 1.0 there, 2.0 here"),
+        ({"num_train_epochs": 2}, {"num_train_epochs": 2, "beta": 2.0}, "beta: None there, 2.0 here"),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_the_same_settings_or_for_longer(script, tmp_path, there, here, refused):
+    there, here = ({"data": {}, "model": {}, "training": settings} for settings in (there, here))
+    (tmp_path / "settings.json").write_text(json.dumps(there))
+    if refused is None:
+        assert script.recorded_settings(tmp_path, here, fresh=False) == there
+    else:
+        with pytest.raises(ValueError, match=f"a run with other settings .*{refused}"):
+            script.recorded_settings(tmp_path, here, fresh=False)
+    assert script.recorded_settings(tmp_path, here, fresh=True) == {}
+
+
+def test_fresh_leaves_no_checkpoint_to_go_on_from(script, run_dir, monkeypatch):
+    """Or the next start would go on from one of the run before."""
+    options = (
+        "--method standard --max_train_samples 64 --max_validation_samples 20 --max_test_samples 20 --width 8,8,8,16"
+    )
+    options += " --num_experts 2 --router_top_k 2 --report none --max_steps 1 --eval_strategy no --save_strategy no"
+    options += " --load_best_model_at_end false --disable_tqdm true --fresh --output_dir"
+    monkeypatch.setattr(sys, "argv", ["run.py", *options.split(), str(run_dir)])
+    script.main()
+    assert not list_checkpoints(run_dir) and (run_dir / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_an_undisturbed_one(tmp_path):
+    """A few of the kills of the benchmark, with its own exit status and figures."""
+    options = ["--kills", "3", "--folder", str(tmp_path), "--output", str(tmp_path / "survival.json")]
+    result = subprocess.run([sys.executable, str(BENCHMARK), *options], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    figures = json.loads((tmp_path / "survival.json").read_text())
+    assert figures["kills"] == 3 and all(figures["equal_to_the_bit"].values())
+    if figures["disk_full"]["tried"]:
+        assert figures["disk_full"]["equal_to_the_bit"] and "DISK/run" in figures["disk_full"]["error"]
