@@ -1,9 +1,54 @@
-"""Image classifiers that stay accurate under attack: robust mixtures of experts, native to Hugging Face."""
+"""Image classifiers that stay accurate under attack: robust mixtures of experts, native to Hugging Face.
+
+`import hf_dualmoe` gives the models and registers them with the Auto classes of transformers. All other names of
+`__all__` are loaded when they are first used; the rooms (`hf_dualmoe.attacks`, ...) have more.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .models.configuration_dualmoe import DualMoEConfig, MoEConfig
 from .models.modeling_dualmoe import DualMoEForImageClassification, MoEForImageClassification, RobustPreTrainedModel
+
+if TYPE_CHECKING:
+    from .attacks import PGD, autoattack, worst_case
+    from .certification import certify
+    from .data import load_splits
+    from .evaluation import RobustnessReport, evaluate_robustness
+    from .models import load_classifier
+    from .trainer import RobustTrainer, RobustTrainingArguments
+
+__version__ = "0.1.0"
+__all__ = [
+    "PGD",
+    "DualMoEConfig",
+    "DualMoEForImageClassification",
+    "MoEConfig",
+    "MoEForImageClassification",
+    "RobustTrainer",
+    "RobustTrainingArguments",
+    "RobustnessReport",
+    "autoattack",
+    "certify",
+    "evaluate_robustness",
+    "load_classifier",
+    "load_splits",
+    "worst_case",
+]
+_ROOMS = {  # of the names that are loaded when they are first used
+    "PGD": "attacks",
+    "RobustTrainer": "trainer",
+    "RobustTrainingArguments": "trainer",
+    "RobustnessReport": "evaluation",
+    "autoattack": "attacks",
+    "certify": "certification",
+    "evaluate_robustness": "evaluation",
+    "load_classifier": "models",
+    "load_splits": "data",
+    "worst_case": "attacks",
+}
 
 for _config, _model in ((MoEConfig, MoEForImageClassification), (DualMoEConfig, DualMoEForImageClassification)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -14,13 +59,21 @@ for _config, _model in ((MoEConfig, MoEForImageClassification), (DualMoEConfig, 
     _model.register_for_auto_class("AutoModelForImageClassification")
 
 
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def _push_to_hub(self, repo_id: str, **kwargs):
     """Upload weights, config, code, image processor and card in one commit; see `hub.push_model`."""
-    from .hub.publish import push_model  # not needed to load or run a model
+    from .hub import push_model  # not needed to load or run a model
 
     return push_model(self, repo_id, **kwargs)
 
 
 RobustPreTrainedModel.push_to_hub = _push_to_hub  # here: the modeling file travels without the package
-
-__version__ = "0.1.0"

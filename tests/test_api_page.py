@@ -18,7 +18,7 @@ def test_public_functions_and_classes_have_docstrings():
 
 
 def test_grouped_modules_exist():
-    names = [name for group in api_page.GROUPS.values() for name in group.split()]
+    names = [name for group in api_page.GROUPS.values() for name in group]
     assert len(names) == len(set(names))
     assert not [name for name in names if importlib.util.find_spec(f"hf_dualmoe.{name}") is None]
 

@@ -18,26 +18,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..evaluation.environment import full_precision
+from ..models.outputs import logits_of
+from ..models.parts import answering, has_experts, is_dual, mixture_of
 from .apgd import APGD, APGD_OBJECTIVES, MIN_CLASSES, MOMENTUM, RUN_SEED, Ascent, PassCounter, checkpoints
-from .components import (
-    answering,
-    fixed_expert,
-    has_experts,
-    is_dual,
-    mixture_of,
-    soft_logits,
-    soft_margin,
-    unit_range,
-)
+from .components import fixed_expert, soft_logits, soft_margin, unit_range
 from .folding import PROBE_IMAGES, folded
+from .precision import full_precision
 from .steps import (
     Classifier,
     check_batch,
     check_eps,
     check_logits,
     frozen,
-    logits_of,
     margin_objective,
     per_image,
     project,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from ..models.outputs import logits_of
 from .steps import (
     Attack,
     Classifier,
@@ -19,7 +20,6 @@ from .steps import (
     check_logits,
     check_objective,
     check_seed,
-    logits_of,
     margin_objective,
     per_image,
     project,

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..evaluation.environment import full_precision
 from .apgd import PassCounter, check_classes
 from .backends import BACKENDS, backend_name, make_attack
 from .flags import Flag, digest, probe_model, rounding, square_flag, weights_digest
+from .precision import full_precision
 from .steps import (
     Classifier,
     check_batch,

@@ -1,15 +1,14 @@
-"""Attacks on one part of a mixture or dual model: its experts (RA-E), its router (RA-R); and the parts themselves."""
+"""Attacks on one part of a mixture or dual model: its experts (RA-E), its router (RA-R)."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..models.parts import answering, has_experts, is_dual, mixture_of
 from .pgd import PGD, Best
 from .steps import (
-    Classifier,
     check_batch,
     frozen,
     margin_objective,
@@ -17,49 +16,7 @@ from .steps import (
 
 SHARPNESS = 10  # of `soft_margin`: the scores' range in nats
 
-# --- parts of a model ------------------------------------------------------------------------------------------------
-
-
-def has_dial(model: Classifier) -> bool:
-    """Whether `model` joins F_S and F_R; by attributes, since remote code has a class of its own."""
-    return hasattr(model, "standard") and hasattr(model, "robust")
-
-
-def mixes_weights(model: Classifier) -> bool:
-    """Whether `model` has a dial in its weights, so that it answers as one network."""
-    return has_dial(model) and getattr(getattr(model, "config", None), "mixing", None) == "weights"
-
-
-def is_dual(model: Classifier) -> bool:
-    """Whether `model` mixes the outputs of F_S and F_R."""
-    return has_dial(model) and not mixes_weights(model)
-
-
-def answering(model: Classifier) -> Classifier:
-    """The network that answers: with a dial in the weights the merged one, else `model` itself."""
-    return model.merged_network() if mixes_weights(model) else model
-
-
-def at_alpha(model: nn.Module, alpha: float) -> nn.Module:
-    """The same dual model, weights shared, with its dial at `alpha`."""
-    twin = copy.copy(model)
-    twin.config = copy.copy(model.config)
-    twin.set_alpha(alpha)
-    return twin
-
-
-def has_experts(model: Classifier, minimum: int = 1) -> bool:
-    """Whether `model` is a mixture of at least `minimum` experts."""
-    return hasattr(model, "expert_logits") and model.config.num_experts >= minimum
-
-
-def mixture_of(model: Classifier) -> nn.Module:
-    """The mixture whose routes are attacked: `model`, or F_R of a dual model; ValueError where that has no experts."""
-    moe = model.robust if is_dual(model) else answering(model)
-    if not has_experts(moe):
-        part = "robust component is" if is_dual(model) else "model is"
-        raise ValueError(f"model={type(model).__name__} has no experts to attack: its {part} no mixture of experts.")
-    return moe
+# --- other routes ----------------------------------------------------------------------------------------------------
 
 
 def fixed_expert(model: nn.Module, images: Tensor, *, expert: int, standard_expert: int | None = None) -> Tensor:
@@ -187,16 +144,9 @@ def attack_router(
 
 
 __all__ = [
-    "answering",
-    "at_alpha",
     "attack_experts",
     "attack_router",
     "fixed_expert",
-    "has_dial",
-    "has_experts",
-    "is_dual",
-    "mixes_weights",
-    "mixture_of",
     "soft_logits",
     "soft_margin",
 ]

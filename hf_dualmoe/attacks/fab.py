@@ -12,18 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models.outputs import logits_of
 from .apgd import check_classes, wrong_classes
-from .steps import (
-    Attack,
-    Classifier,
-    check_effort,
-    check_eps,
-    check_logits,
-    logits_of,
-    per_image,
-    project,
-    value_and_gradient,
-)
+from .steps import Attack, Classifier, check_effort, check_eps, check_logits, per_image, project, value_and_gradient
 
 
 def target_gap(logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:

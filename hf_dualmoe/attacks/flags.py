@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..models.outputs import logits_of
 from .apgd import PassCounter
-from .steps import Classifier, ce_objective, check_logits, logits_of
+from .steps import Classifier, ce_objective, check_logits
 
 RANDOM_TOLERANCE = 1e-4  # in units of the range of the logits; above what hardware does to equal inputs
 ZERO_GRADIENT_SHARE = 0.1  # of the correctly classified probe images

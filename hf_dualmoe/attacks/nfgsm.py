@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..models.outputs import logits_of
 from .steps import (
     OBJECTIVES,
     Attack,
@@ -17,7 +18,6 @@ from .steps import (
     checked,
     image_noise,
     input_gradient,
-    logits_of,
     may_flush_gradients,
     round_inwards,
 )

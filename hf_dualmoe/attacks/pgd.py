@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models.outputs import logits_of
 from .steps import (
     OBJECTIVES,
     Attack,
@@ -26,7 +27,6 @@ from .steps import (
     checked,
     frozen,
     input_gradient,
-    logits_of,
     may_flush_gradients,
     per_image,
     project,

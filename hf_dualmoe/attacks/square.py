@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from ..models.outputs import logits_of
 from .steps import (
     Attack,
     Classifier,
@@ -22,7 +23,6 @@ from .steps import (
     check_logits,
     check_seed,
     l2_norm,
-    logits_of,
     margin_objective,
     per_image,
     project,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.modeling_dualmoe import values_are_trusted
-from ..models.outputs import find_logits
+from ..models.outputs import logits_of
 from .folding import folded
 
 NORMS = ("linf", "l2")
@@ -26,17 +26,6 @@ NO_GRADIENT = (
 
 Classifier = Callable[[Tensor], object]
 Objective = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-
-
-def logits_of(model: Classifier, images: Tensor) -> Tensor:
-    """Logits (B, C) in float32, whatever kind of classifier `model` is.
-
-    It gets a copy: some models normalise in place, and would change what an attack goes on from or returns.
-
-    Raises:
-        ValueError: It returns neither logits nor an output, a dictionary or a tuple that has them.
-    """
-    return find_logits(model(images.clone())).float()
 
 
 def sharded_modules(model: Classifier) -> list[nn.Module]:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attacks.components import at_alpha, has_experts, is_dual, mixes_weights
-from ..attacks.steps import logits_of
-from ..evaluation.environment import check_no_autocast, full_precision
+from ..attacks.precision import check_no_autocast, full_precision
+from ..models.outputs import logits_of
+from ..models.parts import at_alpha, has_experts, is_dual, mixes_weights
 from .lipschitz import (
     LipschitzBound,
     NotApplicableError,

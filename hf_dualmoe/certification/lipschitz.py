@@ -18,7 +18,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..evaluation.environment import check_no_autocast
+from ..attacks.precision import check_no_autocast
 from .operator_norms import (
     NORMS,
     OUTWARD,

@@ -12,20 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks.components import at_alpha, has_dial, is_dual, mixes_weights
+from ..attacks.precision import check_no_autocast, full_precision
 from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset
-from ..evaluation.environment import (
-    check_class_names,
-    check_counts,
-    check_no_autocast,
-    describe_environment,
-    describe_model,
-    full_precision,
-    write_text,
-)
+from ..evaluation.environment import check_class_names, check_counts, describe_environment, describe_model, write_text
 from ..evaluation.metrics import wilson_interval
 from ..evaluation.processes import Found, Measurer, Processes, device_of, measurer_of
+from ..models.parts import at_alpha, has_dial, is_dual, mixes_weights
 from .certifier import Certificates, Certifier
 from .lipschitz import check_eval_mode
 from .operator_norms import check_norm

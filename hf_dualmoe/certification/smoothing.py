@@ -16,9 +16,10 @@ import torch
 from scipy.stats import beta
 from torch import Tensor, nn
 
-from ..attacks.components import at_alpha, is_dual, mixes_weights
-from ..attacks.steps import Classifier, logits_of
-from ..evaluation.environment import check_no_autocast, full_precision
+from ..attacks.precision import check_no_autocast, full_precision
+from ..attacks.steps import Classifier
+from ..models.outputs import logits_of
+from ..models.parts import at_alpha, is_dual, mixes_weights
 from .certifier import Certificates, check_alpha_certifies
 from .lipschitz import check_eval_mode
 

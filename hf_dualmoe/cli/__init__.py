@@ -1,1 +1,6 @@
-"""Commands."""
+"""The command `hf-dualmoe`, and the command lines of the scripts in training/.
+
+In: words. Out: what a script does.
+
+Calls: data, losses, models, trainer.
+"""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .. import __version__
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 SCRIPT_FOLDERS = (PACKAGE / "training", PACKAGE.parent / "training")  # in a wheel; in a source checkout
 
 

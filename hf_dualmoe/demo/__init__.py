@@ -4,4 +4,6 @@ python -m hf_dualmoe.demo --model outputs/digits-jtdmoe/model
 python -m hf_dualmoe.demo --model user/model --export my_space    # the same page as a Space of the Hub
 
 `scene` computes, `words` and `pictures` describe, `page` shows it with Gradio, `space` exports.
+
+Calls: attacks, data, hub, models.
 """

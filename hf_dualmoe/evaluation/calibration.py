@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks.pgd import PGD
-from ..attacks.steps import frozen, logits_of
+from ..attacks.precision import full_precision
+from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
 from ..models.modeling_dualmoe import apply_logit_map, mix_logits
-from .environment import full_precision
+from ..models.outputs import logits_of
 from .processes import percent
 
 # F_R can only hold its own against any F_S where alpha > 1/2; confident maps need alphas close to that

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..attacks.adaptive_union import worst_case
 from ..attacks.apgd import MIN_CLASSES
-from ..attacks.components import mixes_weights
 from ..attacks.steps import Attack, check_eps
 from ..data.datasets import ImageTensorDataset
+from ..models.parts import mixes_weights
 from .calibration import ROUNDING, calibrate_robust_logits, check_alphas
 from .processes import correct_mask, percent
 

@@ -12,19 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..attacks.auto_attack import VERSIONS
-from ..attacks.components import has_dial
 from ..attacks.pgd import PGD
+from ..attacks.precision import full_precision
 from ..attacks.steps import check_eps, frozen
 from ..data.datasets import ImageTensorDataset
+from ..models.parts import has_dial
 from .dial import DialedModel
-from .environment import (
-    check_class_names,
-    check_counts,
-    check_image_shape,
-    describe_environment,
-    describe_model,
-    full_precision,
-)
+from .environment import check_class_names, check_counts, check_image_shape, describe_environment, describe_model
 from .measurements import Evaluation
 from .processes import Processes, correct_mask, device_of, measurer_of, percent
 from .report import RobustnessReport

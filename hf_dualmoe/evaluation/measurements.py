@@ -12,18 +12,11 @@ from torch import Tensor, nn
 
 from ..attacks.adaptive_union import UNION, member_names, worst_case
 from ..attacks.auto_attack import autoattack, remove_state
-from ..attacks.components import (
-    answering,
-    attack_experts,
-    attack_router,
-    has_dial,
-    has_experts,
-    is_dual,
-    mixture_of,
-)
+from ..attacks.components import attack_experts, attack_router
 from ..attacks.flags import square_flag
 from ..attacks.pgd import PGD
 from ..data.datasets import ImageTensorDataset
+from ..models.parts import answering, has_dial, has_experts, is_dual, mixture_of
 from .calibration import Component
 from .dial import DialedModel, choose_alpha, dial_attack
 from .environment import data_digest

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..attacks.pgd import PGD
-from ..attacks.steps import frozen, logits_of
+from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
+from ..models.outputs import logits_of
 from .report import RobustnessReport
 
 BLUE, RED, GREEN, ORANGE, GREY = "#3b6fb6", "#d1495b", "#2e8b57", "#e08e0b", "#555555"

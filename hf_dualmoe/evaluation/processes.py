@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..attacks.components import answering, has_experts
 from ..attacks.pgd import PGD
-from ..attacks.steps import Classifier, frozen, logits_of
+from ..attacks.precision import full_precision
+from ..attacks.steps import Classifier, frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
 from ..models.modeling_dualmoe import gate_weights
-from .environment import check_outputs, data_digest, full_precision, model_digest, write_text
+from ..models.outputs import logits_of
+from ..models.parts import answering, has_experts
+from .environment import check_outputs, data_digest, model_digest, write_text
 from .memory import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:

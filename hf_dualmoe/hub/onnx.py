@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..attacks.components import has_dial, has_experts, is_dual, mixes_weights
-from ..attacks.steps import frozen, logits_of
+from ..attacks.steps import frozen
+from ..models.outputs import logits_of
+from ..models.parts import has_dial, has_experts, is_dual, mixes_weights
 
 TOLERANCE = 1e-4  # largest difference of a logit between a model and its ONNX file
 ONE_FILE_BYTES = 1_900_000_000  # an ONNX file cannot exceed 2 GB; the weights of larger models lie beside it

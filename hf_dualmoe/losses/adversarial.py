@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks.folding import folded
-from ..attacks.steps import frozen, gather_weights, kl_objective, logits_of, sharded_modules
-from ..models.outputs import find_logits
+from ..attacks.steps import frozen, gather_weights, kl_objective, sharded_modules
+from ..models.outputs import find_logits, logits_of
 
 SECOND_TERMS = ("kl", "ce")
 SECOND_ATTACKS = ("own", "shared")

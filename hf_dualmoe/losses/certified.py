@@ -1,4 +1,4 @@
-"""Training for certificates: differentiable penalties on what the theorems of `certification.py` divide and compare.
+"""Training for certificates: differentiable penalties on what the theorems of `certifier.py` divide and compare.
 
     loss = certified_loss(model, images, labels, radius=0.5, margin_weight=1.0, route_weight=0.1).loss
 

@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 
-from ..attacks.components import has_dial, has_experts
-from ..attacks.steps import logits_of
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
 from .modeling_dualmoe import Normalize, create_image_processor
+from .outputs import logits_of
+from .parts import has_dial, has_experts
 
 BLACK, WHITE, OTHER = (0, 0, 0), (255, 255, 255), (200, 30, 90)
 SIZES = ((96, 64), (64, 96), (96, 64))  # of the pictures: what is made of them must not depend on it

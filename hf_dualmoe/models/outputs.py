@@ -1,6 +1,6 @@
 """What a classifier returns: logits, or something that has them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -26,4 +26,15 @@ def find_logits(output: object) -> Tensor:
     return logits
 
 
-__all__ = ["find_logits"]
+def logits_of(model: Callable, images: Tensor) -> Tensor:
+    """Logits (B, C) in float32, whatever kind of classifier `model` is.
+
+    It gets a copy: some models normalise in place, and would change what an attack goes on from or returns.
+
+    Raises:
+        ValueError: It returns neither logits nor an output, a dictionary or a tuple that has them.
+    """
+    return find_logits(model(images.clone())).float()
+
+
+__all__ = ["find_logits", "logits_of"]

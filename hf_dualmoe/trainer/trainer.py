@@ -8,27 +8,27 @@ any other Trainer.
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Sized
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
-from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import EvalPrediction, get_scheduler
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..attacks.components import has_experts
 from ..attacks.nfgsm import NFGSM
 from ..attacks.pgd import PGD
-from ..attacks.steps import frozen, logits_of
+from ..attacks.steps import frozen
 from ..data.datasets import augment, collate, to_unit_range
 from ..evaluation.memory import free_memory, largest_that_fits, too_large, try_step
+from ..hub.trainer_publishing import PublishingMixin
 from ..losses.adversarial import LossOutput, at_loss, jtdmoe_loss, rt_er_loss, standard_loss, trades_loss
 from ..losses.certified import certified_loss, check_certifiable
 from ..models.modeling_dualmoe import gate_weights, trusted_values
+from ..models.outputs import logits_of
+from ..models.parts import has_experts
 from .arguments import WITHOUT_ATTACK, RobustTrainingArguments
 from .compiling import compile_networks
 from .nonfinite import copy_buffers, restore_buffers
@@ -73,8 +73,8 @@ class NumberedDataset(Dataset):
         return [{**item, "ids": index} for item, index in zip(batch, indices, strict=True)]
 
 
-class RobustTrainer(ResumableTrainer):
-    """Train a classifier by one of the objectives of `losses.py`.
+class RobustTrainer(PublishingMixin, ResumableTrainer):
+    """Train a classifier by one of the objectives of `hf_dualmoe.losses`.
 
     Args:
         model: A `DualMoEForImageClassification` for method="jtdmoe", a `MoEForImageClassification` for "rt_er", one
@@ -121,7 +121,6 @@ class RobustTrainer(ResumableTrainer):
         )
         self.objective = self._create_objective()
         self.evaluation_attack = args.evaluation_attack()
-        self.card_metadata: dict[str, Any] = {}
         self.data_collator = CheckedCollator(
             self.data_collator, getattr(getattr(model, "config", None), "num_labels", None)
         )
@@ -386,82 +385,6 @@ class RobustTrainer(ResumableTrainer):
                 return loss, clean, labels
             attacked = logits_of(raw, self.evaluation_attack(raw, images, labels, ids=inputs.get("ids")))
         return loss, (clean, attacked), labels
-
-    # --- the Hub -----------------------------------------------------------------------------------------------------
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write our card into `output_dir`, from the results.json there if there is one.
-
-        Args:
-            language, license, tags, model_name: Metadata; tags are added to ours.
-            finetuned_from: Hub id of the model that this one started from.
-            tasks: Ignored: the task is image classification.
-            dataset_tags: Hub ids of the training data.
-            dataset, dataset_args: Ignored: the card names the data of the report.
-        """
-        from ..hub.model_card import write_model_card  # not needed to train
-
-        if self.is_world_process_zero():
-            metadata = {"language": language, "license": license, "tags": tags, "model_name": model_name}
-            self.card_metadata = {**metadata, "base_model": finetuned_from, "datasets": dataset_tags}
-            write_model_card(self.args.output_dir, **self.card_metadata)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ) -> "CommitInfo | Future[CommitInfo] | None":
-        """Save the model into `output_dir` and send it to the Hub in one commit, with its code, processor and card.
-
-        Checkpoints and pickles (the arguments with their token among them) are never sent.
-
-        Args:
-            commit_message: First line of the commit.
-            blocking: Whether to wait for the upload.
-            token, revision, private: As in `transformers.Trainer.push_to_hub`.
-            kwargs: As in `create_model_card`.
-
-        Returns:
-            The commit, or its future; None in all processes but the main one.
-
-        Raises:
-            ValueError: The card would not be valid, or there is no access token.
-        """
-        from ..hub.publish import publish_folder  # not needed to train
-
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = self.args.hub_token if token is None else token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)  # on all processes: sharded models are gathered
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
-        options = {"token": token, "revision": revision or self.args.hub_revision, "commit_message": commit_message}
-        options |= self.card_metadata
-
-        def publish() -> CommitInfo:
-            return publish_folder(self.args.output_dir, self.hub_model_id, refuse_pickles=False, **options).commit
-
-        return publish() if blocking else HfApi().run_as_future(publish)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Send nothing while training: checkpoints hold pickles."""
 
 
 def numbered(dataset: Dataset | None) -> Dataset | None:

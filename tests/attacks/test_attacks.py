@@ -14,7 +14,8 @@ from hf_dualmoe.attacks.fab import FAB
 from hf_dualmoe.attacks.nfgsm import NFGSM
 from hf_dualmoe.attacks.pgd import FGSM, PGD, frozen
 from hf_dualmoe.attacks.square import Square
-from hf_dualmoe.attacks.steps import OBJECTIVES, logits_of, project, random_start, value_and_gradient
+from hf_dualmoe.attacks.steps import OBJECTIVES, project, random_start, value_and_gradient
+from hf_dualmoe.models.outputs import logits_of
 
 EPS = {"linf": 0.1, "l2": 1.2}
 GRID = [

@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.auto_attack import autoattack
+from hf_dualmoe.attacks.precision import full_precision
 from hf_dualmoe.data.datasets import ImageTensorDataset
-from hf_dualmoe.evaluation.environment import full_precision
 from hf_dualmoe.evaluation.evaluation import evaluate_robustness
 from hf_dualmoe.evaluation.processes import correct_mask
 from hf_dualmoe.evaluation.sanity import run_sanity_checks
@@ -28,7 +28,7 @@ SET = {  # how a caller may have asked for speed
 LOOK = """
 import torch
 from test_full_precision import PARTS
-from hf_dualmoe.evaluation.environment import full_precision
+from hf_dualmoe.attacks.precision import full_precision
 
 def state():
     def old(read):

@@ -16,7 +16,8 @@ from hf_dualmoe.attacks.adaptive_union import route_members, worst_case
 from hf_dualmoe.attacks.apgd import APGD
 from hf_dualmoe.attacks.components import attack_experts, attack_router, fixed_expert, soft_logits
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen, logits_of
+from hf_dualmoe.attacks.steps import frozen
+from hf_dualmoe.models.outputs import logits_of
 
 EPS, SIDE, CLASSES = 0.05, 12, 4
 TRICK, LEVER = slice(3, 23), slice(44, 144)  # pixels; 0-2 show the class

@@ -12,7 +12,8 @@ from torch import nn
 
 from hf_dualmoe.attacks.apgd import PassCounter
 from hf_dualmoe.attacks.square import Square, _Streams, propose_l2, propose_linf, start_l2, start_linf, window_size
-from hf_dualmoe.attacks.steps import logits_of, margin_objective, per_image
+from hf_dualmoe.attacks.steps import margin_objective, per_image
+from hf_dualmoe.models.outputs import logits_of
 
 TRAINING = Path(__file__).parents[2] / "training"
 BENCHMARKS = TRAINING / "benchmarks"

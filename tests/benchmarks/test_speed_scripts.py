@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_dualmoe.attacks.apgd import APGD, PassCounter
 from hf_dualmoe.attacks.folding import foldable_pairs, folded
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import ce_objective, frozen, logits_of, value_and_gradient
+from hf_dualmoe.attacks.steps import ce_objective, frozen, value_and_gradient
+from hf_dualmoe.models.outputs import logits_of
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
 TINY = ["--device", "cpu", "--repeats", "1", "--width", "0.125", "--image_size", "8", "--batch_size", "6"]

@@ -1,4 +1,4 @@
-"""Offline tests of `hf_dualmoe.data.datasets` on images written by the tests; sizes differ so that swapped axes fail."""
+"""Datasets of images that the tests write, offline; sizes differ so that swapped axes fail."""
 
 import logging
 import os

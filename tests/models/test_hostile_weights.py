@@ -22,7 +22,7 @@ from transformers.models.auto import auto_factory
 import hf_dualmoe
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 
-PACKAGE = Path(hf_dualmoe.__file__).parent
+PACKAGE = Path(hf_dualmoe.__file__).parent / "models"
 CODE = [PACKAGE / f"{name}.py" for name in ("configuration_dualmoe", "merging_dualmoe", "modeling_dualmoe")]
 
 # --- the code that travels -------------------------------------------------------------------------------------------
@@ -471,7 +471,7 @@ def test_no_file_of_a_run_holds_a_token(tmp_path, monkeypatch, capfd):
     tokens = ["hf_" + letter * 34 for letter in "AB"]  # made up
     assert all(TOKEN.fullmatch(token) for token in tokens)
     monkeypatch.setenv("HF_TOKEN", tokens[0])
-    sys.path.insert(0, str(PACKAGE.parent / "training"))
+    sys.path.insert(0, str(PACKAGE.parents[1] / "training"))
     try:
         import run as run_script
     finally:

@@ -20,7 +20,7 @@ import hf_dualmoe
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.data.datasets import load_splits, to_unit_range
 
-PACKAGE = Path(hf_dualmoe.__file__).parent
+PACKAGE = Path(hf_dualmoe.__file__).parent / "models"
 AUTO_CLASSES = {"AutoModel": AutoModel, "AutoModelForImageClassification": AutoModelForImageClassification}
 SAVED_FILES = {
     *("config.json", "model.safetensors", "preprocessor_config.json"),

@@ -12,7 +12,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.attacks.adaptive_union import worst_case
-from hf_dualmoe.attacks.components import at_alpha, attack_experts, attack_router
+from hf_dualmoe.attacks.components import attack_experts, attack_router
 from hf_dualmoe.attacks.folding import foldable_pairs, folded
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.attacks.steps import frozen
@@ -31,6 +31,7 @@ from hf_dualmoe.hub.onnx import DenseModel, LogitsModel, export_onnx
 from hf_dualmoe.models import modeling_dualmoe
 from hf_dualmoe.models.merging_dualmoe import interpolate
 from hf_dualmoe.models.modeling_dualmoe import mix_logits
+from hf_dualmoe.models.parts import at_alpha
 from hf_dualmoe.trainer.trainer import check_model_fits_method
 
 SMALL = {"backbone": "resnet10t", "num_experts": 2}

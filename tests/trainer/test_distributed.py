@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from hf_dualmoe import MoEConfig, MoEForImageClassification
-from hf_dualmoe.attacks.steps import logits_of
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
 from hf_dualmoe.evaluation.processes import Processes
+from hf_dualmoe.models.outputs import logits_of
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.trainer import RobustTrainer
 

@@ -23,10 +23,10 @@ from transformers import AutoModelForImageClassification
 from hf_dualmoe.attacks import folding as batchnorm_folding
 from hf_dualmoe.attacks.nfgsm import NFGSM
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import logits_of
 from hf_dualmoe.data.datasets import load_splits
 from hf_dualmoe.evaluation.environment import pixel_radius
 from hf_dualmoe.losses.adversarial import rt_er_loss
+from hf_dualmoe.models.outputs import logits_of
 
 
 @contextmanager

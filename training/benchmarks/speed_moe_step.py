@@ -15,7 +15,8 @@ from speed_timing import compare, create_moe, create_parser, even_routes, interl
 from torch import Tensor
 
 from hf_dualmoe.attacks.folding import folded
-from hf_dualmoe.attacks.steps import ce_objective, frozen, logits_of, value_and_gradient
+from hf_dualmoe.attacks.steps import ce_objective, frozen, value_and_gradient
+from hf_dualmoe.models.outputs import logits_of
 
 
 def measure(args: argparse.Namespace) -> list[dict]:

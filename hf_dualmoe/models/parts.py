@@ -1,0 +1,54 @@
+"""The parts of a model: which networks answer, which is F_R, which has experts.
+
+By attributes, not by class: models that were loaded with remote code have classes of their own.
+"""
+
+import copy
+from collections.abc import Callable
+
+from torch import nn
+
+
+def has_dial(model: Callable) -> bool:
+    """Whether `model` joins F_S and F_R; by attributes, since remote code has a class of its own."""
+    return hasattr(model, "standard") and hasattr(model, "robust")
+
+
+def mixes_weights(model: Callable) -> bool:
+    """Whether `model` has a dial in its weights, so that it answers as one network."""
+    return has_dial(model) and getattr(getattr(model, "config", None), "mixing", None) == "weights"
+
+
+def is_dual(model: Callable) -> bool:
+    """Whether `model` mixes the outputs of F_S and F_R."""
+    return has_dial(model) and not mixes_weights(model)
+
+
+def answering(model: Callable) -> Callable:
+    """The network that answers: with a dial in the weights the merged one, else `model` itself."""
+    return model.merged_network() if mixes_weights(model) else model
+
+
+def at_alpha(model: nn.Module, alpha: float) -> nn.Module:
+    """The same dual model, weights shared, with its dial at `alpha`."""
+    twin = copy.copy(model)
+    twin.config = copy.copy(model.config)
+    twin.set_alpha(alpha)
+    return twin
+
+
+def has_experts(model: Callable, minimum: int = 1) -> bool:
+    """Whether `model` is a mixture of at least `minimum` experts."""
+    return hasattr(model, "expert_logits") and model.config.num_experts >= minimum
+
+
+def mixture_of(model: Callable) -> nn.Module:
+    """The mixture whose routes are attacked: `model`, or F_R of a dual model; ValueError where that has no experts."""
+    moe = model.robust if is_dual(model) else answering(model)
+    if not has_experts(moe):
+        part = "robust component is" if is_dual(model) else "model is"
+        raise ValueError(f"model={type(model).__name__} has no experts to attack: its {part} no mixture of experts.")
+    return moe
+
+
+__all__ = ["answering", "at_alpha", "has_dial", "has_experts", "is_dual", "mixes_weights", "mixture_of"]
