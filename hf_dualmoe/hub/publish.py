@@ -119,7 +119,7 @@ def plan_upload(folder: str | os.PathLike, repo_id: str, *, refuse_pickles: bool
     """
     folder = Path(folder)
     check_repo_id(repo_id)
-    config = check_saved_folder(folder)
+    check_saved_folder(folder)
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles and refuse_pickles:
@@ -127,12 +127,12 @@ def plan_upload(folder: str | os.PathLike, repo_id: str, *, refuse_pickles: bool
             f"{folder} holds {', '.join(pickles)}: pickles can run code where they are loaded and are not published. "
             "Move them away, or publish a folder that save_pretrained wrote."
         )
-    code = code_files(folder, config)
+    code = code_files(folder)
     wanted = [name for name in names if (folder / name).is_file() and any(fnmatch(name, o) for o in (*SENT, *code))]
     files = {name: folder / name for name in wanted if name != CARD_NAME}
     if missing := [name for name in code if name not in files]:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing)}, which config.json's auto_map or one of its code files names."
+            f"{folder} lacks {', '.join(missing)}, which the auto_map of a JSON file or one of its code files names."
         )
     check_weights(files)
     card = final_card(folder, repo_id, **metadata)
@@ -154,8 +154,8 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"repo_id={repo_id!r} is not valid; expected user/name.")
 
 
-def check_saved_folder(folder: Path) -> dict[str, Any]:
-    """The configuration of a saved model; ValueError where the folder holds none."""
+def check_saved_folder(folder: Path) -> None:
+    """Raise a ValueError unless the folder holds a saved model."""
     if not folder.is_dir():
         raise ValueError(f"model={str(folder)!r} is not a folder; expected one that save_pretrained wrote.")
     if not (folder / CONFIG_NAME).is_file():
@@ -163,19 +163,27 @@ def check_saved_folder(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG_NAME)
     if "model_type" not in config:
         raise ValueError(f"{folder / CONFIG_NAME} names no model_type; expected the config of a transformers model.")
-    return config
 
 
-def code_files(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Files of the code that `auto_map` calls, and of the code beside it that these import, whether there or not."""
+def code_files(folder: Path) -> list[str]:
+    """Files of the code of model and image processor, and of all code beside it that these import.
+
+    Whether they are there or not: `save_pretrained` writes them, but somebody may have moved a folder in part.
+    """
     found: list[str] = []
-    modules = [str(target).split("--")[-1].split(".")[0] for target in config.get("auto_map", {}).values()]
+    modules = [module for name in (CONFIG_NAME, PROCESSOR_NAME) for module in named_modules(folder / name)]
     while modules:
         name = f"{modules.pop()}.py"
         if name not in found:
             found.append(name)
             modules += get_relative_imports(folder / name) if (folder / name).is_file() else []
     return sorted(found)
+
+
+def named_modules(path: Path) -> list[str]:
+    """The modules that the `auto_map` of a JSON file names, as in {"AutoModel": "module.Class"}."""
+    auto_map = read_json(path).get("auto_map", {}) if path.is_file() else {}
+    return [str(target).split("--")[-1].split(".")[0] for target in auto_map.values()]
 
 
 def check_weights(files: dict[str, Path]) -> None:

@@ -201,11 +201,22 @@ def test_code_that_other_code_imports_is_sent(publish, folder):
     (folder / "first_helper.py").write_text("from .second_helper import two\nfrom .first_helper import one\n")
     (folder / "unrelated.py").write_text("secret = 1\n")
     code, text = publish("--dry_run")
-    assert code == 2 and "lacks second_helper.py, which config.json's auto_map or one of its code files names" in text
+    assert code == 2 and "lacks second_helper.py, which the auto_map of a JSON file or one" in text
     (folder / "second_helper.py").write_text("two = 2\n")
     upload = plan_upload(folder, "user/name")
     assert {"first_helper.py", "second_helper.py", "configuration_dualmoe.py"} <= set(upload.files)
     assert "unrelated.py" in upload.left_out
+
+
+def test_code_of_an_image_processor_is_sent(folder):
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    processor["auto_map"] = {"AutoImageProcessor": "image_processing_own.OwnProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(ValueError, match="lacks image_processing_own.py"):
+        plan_upload(folder, "user/name")
+    (folder / "image_processing_own.py").write_text("from .resizing_own import resize\n")
+    (folder / "resizing_own.py").write_text("resize = None\n")
+    assert {"image_processing_own.py", "resizing_own.py"} <= set(plan_upload(folder, "user/name").files)
 
 
 # --- paths of the publisher's machine --------------------------------------------------------------------------------
