@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.modeling_dualmoe import values_are_trusted
+from ..models.inputs_dualmoe import values_are_trusted
 from ..models.outputs import logits_of
 from .folding import folded
 

@@ -21,7 +21,7 @@ from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
 from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
-from ..models.modeling_dualmoe import apply_logit_map, mix_logits
+from ..models.mixing_dualmoe import apply_logit_map, mix_logits
 from ..models.outputs import logits_of
 from .processes import percent
 

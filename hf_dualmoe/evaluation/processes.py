@@ -25,9 +25,9 @@ from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
 from ..attacks.steps import Classifier, frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
-from ..models.modeling_dualmoe import gate_weights
 from ..models.outputs import logits_of
 from ..models.parts import answering, has_experts
+from ..models.routing_dualmoe import gate_weights
 from .environment import check_outputs, data_digest, model_digest, write_text
 from .memory import free_memory, is_out_of_memory
 

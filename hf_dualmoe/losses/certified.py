@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..certification.certifier import hard_gate_radius
 from ..certification.operator_norms import check_norm, dual_norm
 from ..certification.route_radii import effective_router_weight
-from ..models import modeling_dualmoe
+from ..models import lipschitz_dualmoe
 from .adversarial import LossOutput, cross_entropy
 
 LIPSCHITZ = "lipschitz_"  # how the names of 1-Lipschitz backbones begin
@@ -143,7 +143,7 @@ def check_certifiable(model: nn.Module, route_weight: float = 0.0, gate_weight: 
             "method='certified' needs backbone='lipschitz_mlp' or 'lipschitz_cnn', whose Lipschitz constant is known, "
             f"not backbone={config.backbone!r}."
         )
-    if modeling_dualmoe.bjorck_normalization is None:
+    if lipschitz_dualmoe.bjorck_normalization is None:
         raise ImportError("method='certified' needs deel-torchlip: pip install deel-torchlip.")
     if config.backbone_image_size not in (None, config.image_size):
         raise ValueError(

@@ -10,12 +10,8 @@ Calls: no other room.
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
 from .converting import from_official
 from .loading import NormalizedClassifier, load_classifier
-from .modeling_dualmoe import (
-    DualMoEForImageClassification,
-    DualMoEImageClassifierOutput,
-    MoEForImageClassification,
-    MoEImageClassifierOutput,
-)
+from .modeling_dualmoe import DualMoEForImageClassification, DualMoEImageClassifierOutput
+from .moe_dualmoe import MoEForImageClassification, MoEImageClassifierOutput
 from .outputs import find_logits, logits_of
 from .parts import at_alpha, has_dial, has_experts, is_dual, mixes_weights, mixture_of
 

@@ -26,9 +26,10 @@ from ..evaluation.memory import free_memory, largest_that_fits, too_large, try_s
 from ..hub.trainer_publishing import PublishingMixin
 from ..losses.adversarial import LossOutput, at_loss, jtdmoe_loss, rt_er_loss, standard_loss, trades_loss
 from ..losses.certified import certified_loss, check_certifiable
-from ..models.modeling_dualmoe import gate_weights, trusted_values
+from ..models.inputs_dualmoe import trusted_values
 from ..models.outputs import logits_of
 from ..models.parts import has_experts
+from ..models.routing_dualmoe import gate_weights
 from .arguments import WITHOUT_ATTACK, RobustTrainingArguments
 from .compiling import compile_networks
 from .nonfinite import copy_buffers, restore_buffers

@@ -18,7 +18,8 @@ from hf_dualmoe.attacks.steps import frozen
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.evaluation.memory import largest_that_fits
 from hf_dualmoe.losses.adversarial import at_loss
-from hf_dualmoe.models.modeling_dualmoe import static_shapes, trusted_values
+from hf_dualmoe.models.experts_dualmoe import static_shapes
+from hf_dualmoe.models.inputs_dualmoe import trusted_values
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.compiling import compile_networks
 from hf_dualmoe.trainer.resumable import ResumableTrainer
