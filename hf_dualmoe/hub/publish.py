@@ -121,8 +121,7 @@ def plan_upload(folder: str | os.PathLike, repo_id: str, *, refuse_pickles: bool
     check_repo_id(repo_id)
     check_saved_folder(folder)
     names = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles and refuse_pickles:
+    if refuse_pickles and (pickles := [name for name in names if name.endswith(PICKLES)]):
         raise ValueError(
             f"{folder} holds {', '.join(pickles)}: pickles can run code where they are loaded and are not published. "
             "Move them away, or publish a folder that save_pretrained wrote."
@@ -137,8 +136,9 @@ def plan_upload(folder: str | os.PathLike, repo_id: str, *, refuse_pickles: bool
     check_weights(files)
     card = final_card(folder, repo_id, **metadata)
     texts = cleaned_texts(files)
-    read = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in files.items() if is_text(name)}
-    check_no_token({**read, CARD_NAME: card})
+    read = {name: path for name, path in files.items() if path.suffix in (".json", ".py", ".svg")}
+    texts_read = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in read.items()}
+    check_no_token({**texts_read, CARD_NAME: card})
     left_out = [name for name in names if name not in files and name != CARD_NAME]
     return Upload(repo_id, files, texts, card, left_out, upload_warnings(folder, files))
 
@@ -147,10 +147,9 @@ def check_repo_id(repo_id: str) -> None:
     """Raise a ValueError unless `repo_id` has the form user/name."""
     try:
         validate_repo_id(repo_id)
-        valid = repo_id.count("/") == 1
     except ValueError as error:
         raise ValueError(f"repo_id={repo_id!r} is not valid: {error}") from error
-    if not valid:
+    if repo_id.count("/") != 1:
         raise ValueError(f"repo_id={repo_id!r} is not valid; expected user/name.")
 
 
@@ -230,11 +229,6 @@ def hide_tokens(text: str, given: str | None = None) -> str:
     for secret in {given, (given or "").strip(), get_token()} - {None, ""}:
         text = text.replace(secret, "***")
     return TOKEN.sub("***", text)
-
-
-def is_text(name: str) -> bool:
-    """Whether a file that is sent is read as text."""
-    return name.endswith((".json", ".py", ".svg"))
 
 
 def upload_warnings(folder: Path, files: Iterable[str]) -> list[str]:
@@ -373,7 +367,7 @@ def push_model(
             for path in (*origin.glob("*.png"), origin / RESULTS_NAME, origin / CARD_NAME):
                 if path.is_file():
                     shutil.copyfile(path, folder / path.name)
-        return publish_folder(folder, repo_id, **{"commit_message": "Upload model", **options}).commit
+        return publish_folder(folder, repo_id, **options).commit
 
 
 def origin_of(model: PreTrainedModel) -> Path | None:

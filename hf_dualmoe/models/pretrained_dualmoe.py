@@ -34,6 +34,12 @@ class RobustPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True  # timm's attention is that of PyTorch; an F_S or F_R of transformers answers for itself
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer scales it for gradient accumulation
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):  # of `fully_shard`; code is saved by module and name of the class
+            own = next(base for base in cls.__mro__[1:] if issubclass(base, RobustPreTrainedModel))
+            cls.__module__, cls.__name__ = own.__module__, own.__name__
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if hasattr(module, "init_non_persistent_buffers"):
