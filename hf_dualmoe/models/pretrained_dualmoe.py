@@ -82,21 +82,32 @@ class RobustPreTrainedModel(PreTrainedModel):
         return self.is_gradient_checkpointing
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        use_safetensors: bool = True,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Load a model; as `PreTrainedModel.from_pretrained`, but from safetensors only, complete and undamaged ones.
 
-        Takes the arguments of `PreTrainedModel.from_pretrained`.
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            model_args, kwargs: As in `PreTrainedModel.from_pretrained`.
+            use_safetensors: True.
+            output_loading_info: Whether to return what was loaded and how, too.
+            ignore_mismatched_sizes: Whether weights of another shape than the config's may start anew.
 
         Raises:
             ValueError: A field of the config is out of range, the model would be absurdly large, the weights are
                 damaged or do not fit the config, or there is an adapter_config.json.
             OSError: There are no weights in safetensors format.
         """
-        if not kwargs.pop("use_safetensors", True):
+        if not use_safetensors:
             raise ValueError("use_safetensors=False is not allowed: other weight files can run code.")
         refuse_adapter(pretrained_model_name_or_path, kwargs)
-        with_info = kwargs.pop("output_loading_info", False)
-        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs, **options)
@@ -105,7 +116,7 @@ class RobustPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"The weights are not a valid safetensors file: {error}") from error
             raise
         check_loaded_weights(model, info, ignore_mismatched_sizes)
-        return (model, info) if with_info else model
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, *args, **kwargs):
