@@ -2,9 +2,9 @@
 
 In: a configuration, or a saved folder or Hub id. Out: a model whose output has `logits`.
 The files named *_dualmoe.py travel to the Hub as the code of a model: they import torch, timm, transformers and each
-other, nothing else. From the top: `modeling` is the dual model, with `mixing` (dial in the outputs) and `merging` (dial
-in the weights); `moe` is the mixture of experts, with `routing`, `experts`, `backbones`, `lipschitz` and `batchnorm`;
-both stand on `pretrained` (saving and loading), `inputs`, `configuration` and `validation`.
+other, nothing else. From the top: `modeling` is the dual model, with `mixing` (the dial in the outputs) and `merging`
+(that in the weights); `moe` is the mixture of experts, with `routing`, `experts`, `backbones`, `lipschitz` and
+`batchnorm`; both stand on `pretrained` (saving and loading), `inputs`, `configuration` and `validation`.
 
 Calls: no other room.
 """
