@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..attacks.base import frozen
 from ..attacks.precision import check_no_autocast, full_precision
-from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset
 from ..evaluation.environment import check_class_names, check_counts, describe_environment, describe_model, write_text
 from ..evaluation.metrics import wilson_interval

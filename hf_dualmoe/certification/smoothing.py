@@ -16,8 +16,8 @@ import torch
 from scipy.stats import beta
 from torch import Tensor, nn
 
+from ..attacks.base import Classifier
 from ..attacks.precision import check_no_autocast, full_precision
-from ..attacks.steps import Classifier
 from ..models.outputs import logits_of
 from ..models.parts import at_alpha, is_dual, mixes_weights
 from .certifier import Certificates, check_alpha_certifies

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..attacks.base import frozen
 from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
-from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
 from ..models.modeling_dualmoe import apply_logit_map, mix_logits
 from ..models.outputs import logits_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attacks.adaptive_union import worst_case
 from ..attacks.apgd import MIN_CLASSES
-from ..attacks.steps import Attack, check_eps
+from ..attacks.base import Attack, check_eps
 from ..data.datasets import ImageTensorDataset
 from ..models.parts import mixes_weights
 from .calibration import ROUNDING, calibrate_robust_logits, check_alphas

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..attacks.auto_attack import VERSIONS
+from ..attacks.base import check_eps, frozen
 from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
-from ..attacks.steps import check_eps, frozen
 from ..data.datasets import ImageTensorDataset
 from ..models.parts import has_dial
 from .dial import DialedModel

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks.adaptive_union import UNION, member_names, worst_case
+from ..attacks.adaptive_union import UNION, worst_case
 from ..attacks.auto_attack import autoattack, remove_state
 from ..attacks.components import attack_experts, attack_router
 from ..attacks.flags import square_flag
+from ..attacks.members import member_names
 from ..attacks.pgd import PGD
 from ..data.datasets import ImageTensorDataset
 from ..models.parts import answering, has_dial, has_experts, is_dual, mixture_of

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..attacks.base import Classifier, frozen
 from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
-from ..attacks.steps import Classifier, frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
 from ..models.modeling_dualmoe import gate_weights
 from ..models.outputs import logits_of

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks.apgd import APGD, MIN_CLASSES, PassCounter
+from ..attacks.base import check_batch, check_eps, frozen
 from ..attacks.flags import Flag, NoGradientError, gradient_counts, probe_model, square_flag, weights_digest
 from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
 from ..attacks.square import Square
-from ..attacks.steps import check_batch, check_eps, frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
 from ..models.outputs import logits_of
 from .metrics import wilson_interval

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
-from hf_dualmoe.attacks.adaptive_union import member_names, worst_case
+from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.components import attack_experts, attack_router
+from hf_dualmoe.attacks.members import member_names
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.evaluation import evaluation
