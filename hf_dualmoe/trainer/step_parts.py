@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..attacks.steps import check_batch, check_label_range
+from ..attacks.base import check_batch, check_label_range
 
 
 @dataclass
