@@ -198,4 +198,4 @@ def autoattack(
         )
 
 
-__all__ = ["BACKENDS", "VERSIONS", "AutoAttackResult", "Flag", "autoattack", "make_attack", "remove_state"]
+__all__ = ["BACKENDS", "DTYPES", "VERSIONS", "AutoAttackResult", "Flag", "autoattack", "make_attack", "remove_state"]

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..certification.certifier import hard_gate_radius
 from ..certification.operator_norms import check_norm, dual_norm
 from ..certification.route_radii import effective_router_weight
+from ..certification.theorems import hard_gate_radius
 from ..models import modeling_dualmoe
 from .adversarial import LossOutput, cross_entropy
 
