@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attacks.base import frozen, gather_weights, sharded_modules
 from ..attacks.folding import folded
-from ..attacks.steps import frozen, gather_weights, kl_objective, sharded_modules
+from ..attacks.steps import kl_objective
 from ..models.outputs import find_logits, logits_of
 
 SECOND_TERMS = ("kl", "ce")

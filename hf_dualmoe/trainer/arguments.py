@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..attacks.base import check_eps
 from ..attacks.nfgsm import NFGSM
 from ..attacks.pgd import PGD
-from ..attacks.steps import check_eps
 from ..evaluation.environment import pixel_radius
 from .nonfinite import POLICIES
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..attacks.steps import check_batch, check_label_range
+from ..attacks.base import check_batch, check_label_range
 
 
 @dataclass

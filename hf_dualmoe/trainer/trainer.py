@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BaseImageProcessor, EvalPrediction, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..attacks.base import frozen
 from ..attacks.nfgsm import NFGSM
 from ..attacks.pgd import PGD
-from ..attacks.steps import frozen
 from ..data.datasets import augment, collate, to_unit_range
 from ..evaluation.memory import free_memory, largest_that_fits, too_large, try_step
 from ..hub.trainer_publishing import PublishingMixin

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.nfgsm import NFGSM
-from hf_dualmoe.attacks.pgd import PGD, frozen
+from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.losses.adversarial import (
     at_loss,
     jtdmoe_loss,

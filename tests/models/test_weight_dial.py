@@ -12,10 +12,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.attacks.adaptive_union import worst_case
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.components import attack_experts, attack_router
 from hf_dualmoe.attacks.folding import foldable_pairs, folded
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen
 from hf_dualmoe.certification.certifier import Certifier, certify
 from hf_dualmoe.certification.report import certify_dataset
 from hf_dualmoe.certification.smoothing import smoothed_certificates

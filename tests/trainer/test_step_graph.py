@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import foldable_pairs, folded
 from hf_dualmoe.attacks.nfgsm import NFGSM
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.evaluation.memory import largest_that_fits
 from hf_dualmoe.losses.adversarial import at_loss

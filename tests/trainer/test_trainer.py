@@ -8,7 +8,7 @@ import torch
 from transformers import EvalPrediction, TrainingArguments
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
-from hf_dualmoe.attacks.steps import frozen
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.trainer import resumable
 from hf_dualmoe.trainer.arguments import METHODS, WITHOUT_ATTACK, PixelValue, RobustTrainingArguments

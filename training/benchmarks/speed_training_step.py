@@ -19,9 +19,9 @@ from speed_timing import compare, create_moe, create_parser, even_routes, interl
 from torch import Tensor, nn
 
 from hf_dualmoe import DualMoEForImageClassification
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import folded
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.losses.adversarial import jtdmoe_loss, rt_er_loss
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
