@@ -99,6 +99,7 @@ def main() -> None:
         report.model |= {"calibration": calibration} if calibration else {}
         if earlier is not None:
             report.training, report.seeds = earlier.training, {**earlier.seeds, **report.seeds}
+            report.controls = {**comparable(earlier, report), **report.controls}
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
     if accelerator.is_main_process:
@@ -111,7 +112,7 @@ def main() -> None:
             write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
         if args.write_calibration:
             write_config(args.model, {name: calibration[name] for name in ("robust_logit_map", "alpha")})
-        if isinstance(model, NormalizedClassifier):
+        if isinstance(model, NormalizedClassifier) and (is_foreign(args.model) or not Path(args.model).is_dir()):
             print("No model card: it would speak for a model that hf_dualmoe did not make.")
         else:
             write_card(args, report)
@@ -176,6 +177,12 @@ def check_controls(controls: dict[str, RobustnessReport], dataset: str, num_imag
     for name, control in controls.items():
         if (control.dataset["name"], control.dataset["num_images"]) != (dataset, num_images):
             raise ValueError(f"controls={name!r} was measured on other images than {num_images} of {dataset}.")
+
+
+def comparable(earlier: RobustnessReport, report: RobustnessReport) -> dict[str, Any]:
+    """The controls of an earlier report, such as the model before hardening, where it was made as this one was."""
+    same = [(r.dataset["name"], r.dataset["num_images"], r.threat["norm"], r.threat["eps"]) for r in (earlier, report)]
+    return earlier.controls if same[0] == same[1] else {}
 
 
 def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> dict[str, Any]:

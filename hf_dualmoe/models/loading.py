@@ -9,6 +9,7 @@ whatever its settings are called and whatever its rescale factor is.
 """
 
 import copy
+import json
 import logging
 import math
 import os
@@ -81,7 +82,9 @@ class NormalizedClassifier(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Save the network as what it is, with its image processor: transformers alone loads and serves it again."""
         self.network.save_pretrained(folder)
-        if self.processor is not None:
+        if self.processor is None:
+            logger.warning("%s: no image processor is saved, since none is known; pipeline needs one.", folder)
+        else:
             self.processor.save_pretrained(folder)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
@@ -320,12 +323,18 @@ def first_line(error: Exception) -> str:
 
 
 def is_foreign(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a model that this project did not make: it is read, and nothing is written there."""
-    config = Path(folder, "config.json")
+    """Whether a folder holds a model that this project did not make: it is read, and nothing is written there.
+
+    Ours are of our two kinds, or of any other with a results.json that says how it was trained here.
+    """
+    config, results = Path(folder, "config.json"), Path(folder, "results.json")
     if not config.is_file():
         return False
     kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    return kind not in (MoEConfig.model_type, DualMoEConfig.model_type)
+    if kind in (MoEConfig.model_type, DualMoEConfig.model_type):
+        return False
+    report = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    return not (isinstance(report, dict) and "method" in report.get("training", {}))
 
 
 def check_results_folder(output_dir: str | os.PathLike) -> None:
