@@ -21,6 +21,7 @@ from transformers import set_seed
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.cli.arguments import DataArguments, ModelArguments, RecipeParser
+from hf_dualmoe.cli.eps_check import check_eps_is_in_pixels
 from hf_dualmoe.cli.hardening import (
     BEFORE,
     agree_on_classes,
@@ -75,6 +76,7 @@ def main() -> None:
         model, data, keeps_head = prepare(data_args, model_args, args)
         settings["data_digest"] = data.digest()
         check_same_data(output_dir, recorded, settings)
+        check_eps_is_in_pixels(model, data.test, args.eps, args.norm)
         if run.report != "none":
             datasets = (data.test, data.validation)
             check_evaluation(model.eval(), datasets, eps=args.eps, norm=args.norm, level=run.report)

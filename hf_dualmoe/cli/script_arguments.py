@@ -40,18 +40,28 @@ def model_parser(description: str, splits: Sequence[str]) -> ScriptParser:
     add("--model", required=True, help="Saved folder or Hub id of an image classifier, of any kind.")
     add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
     add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
-    texts = {"mean": "Mean", "std": "Standard deviation"}
-    for name, text in texts.items():
-        help_text = f"{text} that the model's images are normalised by; default: as its image processor does."
-        add(f"--image_{name}", type=float, nargs="+", help=help_text)
+    add_normalisation_arguments(parser)
     add("--image_size", type=int, help="Size of the images, where neither config nor image processor says it.")
+    add_data_arguments(parser, splits)
+    return parser
+
+
+def add_normalisation_arguments(parser: ArgumentParser, part: str = "") -> None:
+    """Add the normalisation of a model, or of one part, whose name goes before theirs: "standard_"."""
+    for name, text in {"mean": "Mean", "std": "Standard deviation"}.items():
+        help_text = f"{text} that the model's images are normalised by; default: as its image processor does."
+        parser.add_argument(f"--{part}image_{name}", type=float, nargs="+", help=help_text)
+
+
+def add_data_arguments(parser: ArgumentParser, splits: Sequence[str]) -> None:
+    """Add which images are looked at; `splits` as in `model_parser`."""
+    add = parser.add_argument
     add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
     for name in ("dataset_config_name", "image_column", "label_column", *splits):
         add(f"--{name}", help="As in training/run.py.")
     add("--max_test_samples", type=int, help="Test images to use, with the class shares of the whole; default: all.")
     add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
     add("--ignore_class_names", action="store_true", help="Compare the number of classes only, not their names.")
-    return parser
 
 
 def add_run_arguments(parser: ArgumentParser, work: str, results: str, *, batch: str, seed: str) -> None:
@@ -186,6 +196,8 @@ def shortened(names: Sequence[str]) -> str:
 
 __all__ = [
     "ScriptParser",
+    "add_data_arguments",
+    "add_normalisation_arguments",
     "add_run_arguments",
     "load_images",
     "load_model",

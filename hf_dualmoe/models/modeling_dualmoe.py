@@ -33,7 +33,7 @@ from transformers import AutoModelForImageClassification, CLIPImageProcessor, Pr
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import find_adapter_config_file, is_peft_available, logging
 
-from .configuration_dualmoe import MIXINGS, DualMoEConfig, MoEConfig, check_choice
+from .configuration_dualmoe import MIXINGS, DualMoEConfig, MoEConfig, check_choice, side_of
 from .merging_dualmoe import cached_merge, forget_merge, interpolate, weights_cosine, weights_obstacles
 
 try:  # trains the 1-Lipschitz backbones; a trained one needs torch alone
@@ -254,6 +254,17 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+
+class Resize(nn.Module):
+    """Images (B, C, H, W) at another size (bilinear, antialiased); values stay in their range."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = (size, size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.interpolate(images, size=self.size, mode="bilinear", align_corners=False, antialias=True)
 
 
 # --- backbones -------------------------------------------------------------------------------------------------------
@@ -1388,6 +1399,9 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         for name in ("standard", "robust"):
             mean, std = getattr(self.config, f"{name}_image_mean"), getattr(self.config, f"{name}_image_std")
             normalizer = nn.Identity() if mean is None or std is None else Normalize(mean, std)
+            size = side_of(name, getattr(getattr(self.config, name), "image_size", None))
+            if self.config.input_size not in (None, size):
+                normalizer = nn.Sequential(Resize(size), normalizer)
             setattr(self, f"normalize_{name}", normalizer)
 
     @classmethod
@@ -1639,7 +1653,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             return model(pixel_values, labels, expert_index, output_router_logits, extra_expert_index)
         if expert_index is not None or extra_expert_index is not None:
             raise ValueError(f"expert_index was given, but the {name} model has no experts.")
-        check_pixel_values(pixel_values, getattr(model.config, "num_channels", 3), None)
+        check_pixel_values(pixel_values, getattr(model.config, "num_channels", 3), self.config.input_size)
         output = model(getattr(self, f"normalize_{name}")(pixel_values).to(model.dtype))
         return ModelOutput(logits=output[0]) if isinstance(output, tuple) else output  # config.return_dict=False
 
