@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_dualmoe.attacks.pgd import PGD
+from hf_dualmoe.cli.cost import cost_text, evaluation_work
 from hf_dualmoe.cli.evaluating import SPLITS, add_evaluation_arguments, check_measurements, evaluate, load_data
 from hf_dualmoe.cli.script_arguments import add_run_arguments, load_model, model_parser, output_folder
 from hf_dualmoe.data.datasets import DataSplits
@@ -74,6 +75,8 @@ def main() -> None:
         if args.calibrate and data.validation is None:
             raise ValueError(f"calibrate needs held-out images; {data.name} has test images only.")
         check_controls(controls, data.name, args.max_test_samples or len(data.test))
+        work = evaluation_work(args, model, data, parts)
+        accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
         earlier = read_earlier(Path(args.model, "results.json"))
         report = evaluate(args, model, data, accelerator)

@@ -152,13 +152,29 @@ def measure_before(trainer: RobustTrainer, data: DataSplits, level: str, folder:
 def start_facts(model_args: ModelArguments) -> dict[str, str]:
     """What a report says of the model that was hardened: its name, and the licence that its card names."""
     start = model_args.model_name_or_path
-    if start is None:
-        return {}
-    folder = Path(start)
-    license_name = None
+    return {} if start is None else {"started_from": short_name(start), "license": licence_of(start)}
+
+
+def short_name(start: str) -> str:
+    """A model as reports name it: its id on the Hub, or of a folder its own name and not its place."""
+    return model_name(Path(start)) if Path(start).is_dir() else start
+
+
+def licence_of(start: str) -> str:
+    """The licence on a model's card; "other" where there is none to be read."""
+    folder, licence = Path(start), None
     with suppress(Exception):  # no card, no connection, or metadata that nobody can read
-        license_name = ModelCard.load(folder / "README.md" if folder.is_dir() else start).data.license
-    return {"started_from": model_name(folder) if folder.is_dir() else start, "license": license_name or "other"}
+        licence = ModelCard.load(folder / "README.md" if folder.is_dir() else start).data.license
+    return licence or "other"
 
 
-__all__ = ["BEFORE", "agree_on_classes", "check_hardening", "load_start", "measure_before", "start_facts"]
+__all__ = [
+    "BEFORE",
+    "agree_on_classes",
+    "check_hardening",
+    "licence_of",
+    "load_start",
+    "measure_before",
+    "short_name",
+    "start_facts",
+]

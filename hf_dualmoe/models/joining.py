@@ -77,7 +77,7 @@ def network_of(part: nn.Module) -> PreTrainedModel:
 
 
 def normalisation(name: str, part: nn.Module) -> dict[str, list[float]]:
-    """The fields of `DualMoEConfig` with what a part's images are normalised by; none where the part does it itself."""
+    """The fields of `DualMoEConfig` for what a part's images are normalised by; none where it does that itself."""
     if not isinstance(part, NormalizedClassifier):
         return {}
     mean, std = part.preprocessing.mean, part.preprocessing.std
