@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..attacks.adaptive_union import member_names
+from ..attacks.members import member_names
 from ..attacks.auto_attack import VERSIONS
 from ..attacks.precision import full_precision
 from ..attacks.steps import frozen
