@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_dualmoe.attacks.auto_attack import DTYPES
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.cli.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
 from hf_dualmoe.data.datasets import DataSplits
@@ -50,6 +51,7 @@ def create_parser() -> ArgumentParser:
     add("--worst_case_steps", type=int, help="Steps per member of the adaptive union; default: --steps.")
     add("--union_restarts", type=int, default=1, help="Random starts per member of the adaptive union.")
     add("--autoattack_version", help="standard, few_classes or fast; default: what the number of classes allows.")
+    add("--attack_dtype", choices=DTYPES, default="fp32", help="Precision of AutoAttack's search; fp32 confirms.")
     add("--sanity_images", type=int, help="Images for the sanity checks; default: 64 at level quick, else 200.")
     add("--alphas", type=float, nargs="+", default=list(ALPHAS), help="Positions of the dial, in [0, 1].")
     add("--min_sa", type=float, help="Recommend the alpha of highest RA with at least this SA, in %%.")
@@ -106,7 +108,7 @@ def main() -> None:
         attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
         report.save(args.output_dir / "results.json")
         plots = save_plots(report, args.output_dir, attack_examples(model, data.test, attack=attack))
-        print(f"\nSaved to {args.output_dir}: results.json, {', '.join(plots)}")
+        print(f"\nSaved to {args.output_dir}: results.json, {', '.join([report.outcomes, *plots])}")
         if args.write_alpha and report.alpha_choice:
             write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
         if args.write_calibration:
@@ -137,7 +139,7 @@ def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> N
     parts = check_evaluation(
         model,
         (data.test, data.validation),
-        **{name: getattr(args, name) for name in ("eps", "norm", "alphas", "autoattack_version")},
+        **{name: getattr(args, name) for name in ("eps", "norm", "alphas", "autoattack_version", "attack_dtype")},
         level=level_of(args),
         floors={name: getattr(args, name) for name in ("min_sa", "min_ra")},
         counts={**{name: getattr(args, name) for name in counts}, "num_images": args.max_test_samples},
@@ -222,7 +224,7 @@ def evaluate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: A
     return evaluate_robustness(
         model,
         data.test,
-        **{name: getattr(args, name) for name in (*names.split(), "sanity_images", "fresh")},
+        **{name: getattr(args, name) for name in (*names.split(), "attack_dtype", "sanity_images", "fresh")},
         num_images=args.max_test_samples,
         level=level_of(args),
         held_out=data.validation,
