@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from ..models.modeling_dualmoe import values_are_trusted
+from ..models.inputs_dualmoe import values_are_trusted
 from .folding import folded
 
 NORMS = ("linf", "l2")

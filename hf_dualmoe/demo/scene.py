@@ -22,8 +22,8 @@ from ..attacks.pgd import PGD
 from ..data.decoding import open_upright
 from ..data.image_folders import scan
 from ..hub.onnx import LogitsModel
+from ..models.inputs_dualmoe import create_image_processor, luminance
 from ..models.loading import NormalizedClassifier, load_classifier
-from ..models.modeling_dualmoe import create_image_processor, luminance
 from ..models.parts import has_dial, has_experts, mixes_weights
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from ..attacks.base import check_alphas, device_of, frozen, percent
 from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
 from ..data.datasets import ImageTensorDataset, to_unit_range
-from ..models.modeling_dualmoe import apply_logit_map, mix_logits
+from ..models.mixing_dualmoe import apply_logit_map, mix_logits
 from ..models.outputs import logits_of
 from ..models.parts import part_of
 

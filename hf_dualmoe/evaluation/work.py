@@ -13,9 +13,9 @@ from ..attacks.auto_attack import AutoAttackResult, autoattack
 from ..attacks.base import Attack, Classifier
 from ..attacks.components import attack_experts, attack_router
 from ..attacks.pgd import PGD
-from ..models.modeling_dualmoe import gate_weights
 from ..models.outputs import logits_of
 from ..models.parts import answering, has_experts
+from ..models.routing_dualmoe import gate_weights
 from .memory import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:

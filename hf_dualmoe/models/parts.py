@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from .moe_dualmoe import has_experts
 from .outputs import find_logits
 
 
@@ -37,11 +38,6 @@ def at_alpha(model: nn.Module, alpha: float) -> nn.Module:
     twin.config = copy.copy(model.config)
     twin.set_alpha(alpha)
     return twin
-
-
-def has_experts(model: Callable, minimum: int = 1) -> bool:
-    """Whether `model` is a mixture of at least `minimum` experts."""
-    return hasattr(model, "expert_logits") and model.config.num_experts >= minimum
 
 
 def mixture_of(model: Callable) -> nn.Module:

@@ -37,7 +37,7 @@ class Waits(TorchDispatchMode):
 def in_model():
     """Whether code of the model is running."""
     frame = sys._getframe()
-    while frame is not None and not frame.f_code.co_filename.endswith("modeling_dualmoe.py"):
+    while frame is not None and not frame.f_code.co_filename.endswith("_dualmoe.py"):
         frame = frame.f_back
     return frame is not None
 

@@ -30,9 +30,9 @@ from hf_dualmoe.hub.model_card import CardSubject, create_model_card
 from hf_dualmoe.hub.onnx import DenseModel, LogitsModel, export_onnx
 from hf_dualmoe.models import modeling_dualmoe
 from hf_dualmoe.models.merging_dualmoe import interpolate
-from hf_dualmoe.models.modeling_dualmoe import mix_logits
+from hf_dualmoe.models.mixing_dualmoe import mix_logits
 from hf_dualmoe.models.parts import at_alpha
-from hf_dualmoe.trainer.trainer import check_model_fits_method
+from hf_dualmoe.trainer.checks import check_model_fits_method
 
 SMALL = {"backbone": "resnet10t", "num_experts": 2}
 FIELDS = {"hard": SMALL, "one expert": {**SMALL, "num_experts": 1}, "dense": {**SMALL, "router_top_k": 2}, "vit": {}}

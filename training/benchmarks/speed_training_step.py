@@ -101,9 +101,9 @@ def idle_share(args: argparse.Namespace) -> dict:
         batches = iter(trainer.get_train_dataloader())
         for _ in range(args.idle_batches):
             started = time.perf_counter(), time.process_time()
-            inputs = trainer._prepare_inputs(next(batches))
+            batch = next(batches)
+            images, right = trainer.to_images(batch["pixel_values"]), batch["labels"]
             waiting.append((time.perf_counter() - started[0], time.process_time() - started[1]))
-            images, right = inputs["pixel_values"], inputs["labels"]
             step = whole_step("rt_er", model, images, right, args)
             times = interleaved({"step": step}, 1, args.device, warmup=0)["step"]
             working.append((times["wall"][0], times["cpu"][0]))
