@@ -37,6 +37,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
     "Evaluation and the dial": [
         "evaluation.evaluation",
         "evaluation.report",
+        "evaluation.outcomes",
         "evaluation.dial",
         "evaluation.calibration",
         "evaluation.sanity",
@@ -45,6 +46,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
     ],
     "Certificates": [
         "certification.certifier",
+        "certification.theorems",
         "certification.report",
         "certification.smoothing",
         "certification.lipschitz",

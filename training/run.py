@@ -42,6 +42,7 @@ from hf_dualmoe.data.datasets import DataSplits, load_splits
 from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.evaluation.environment import print_in_any_encoding
 from hf_dualmoe.evaluation.evaluation import RobustnessReport, check_evaluation, evaluate_robustness
+from hf_dualmoe.evaluation.outcomes import OUTCOMES_NAME
 from hf_dualmoe.evaluation.plots import save_plots
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.hub.model_card import PLOTS, write_model_card
@@ -148,7 +149,7 @@ def save_and_report(
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     if trainer.is_world_process_zero():
         folder = output_dir / "model"
-        for name in ("results.json", *PLOTS):  # of earlier weights
+        for name in ("results.json", OUTCOMES_NAME, *PLOTS):  # of earlier weights
             (folder / name).unlink(missing_ok=True)
         if model_args.mixing == "weights":
             model.set_mixing("weights")

@@ -133,19 +133,19 @@ def evaluate_robustness(
     )
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
     attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)
-    processes = Processes(accelerator)
     with full_precision(), frozen(model):
-        measurer = open_measurer(
+        run = begin(
             model,
             dataset,
-            processes,
-            settings={"attack": repr(attack)},
+            attack,
+            dataset_name=dataset_name,
+            path=path,
             batch_size=batch_size,
             progress=progress,
+            accelerator=accelerator,
             resume_dir=resume_dir,
             fresh=fresh,
         )
-        run = Evaluation(model, new_report(model, dataset, dataset_name, attack, processes), attack, measurer, path)
         measure(
             run,
             parts,
@@ -159,6 +159,41 @@ def evaluate_robustness(
             sanity=sanity_effort(level, sanity_images),
         )
     return run.report
+
+
+def begin(
+    model: nn.Module,
+    dataset: ImageTensorDataset,
+    attack: PGD,
+    *,
+    dataset_name: str,
+    path: str | os.PathLike | None,
+    batch_size: int,
+    progress: bool,
+    accelerator: "Accelerator | None",
+    resume_dir: str | os.PathLike | None,
+    fresh: bool,
+) -> Evaluation:
+    """An evaluation that has measured nothing yet; arguments as in `evaluate_robustness`."""
+    processes = Processes(accelerator)
+    report = RobustnessReport(
+        model=describe_model(model),
+        dataset={"name": dataset_name, "num_images": len(dataset), "class_names": dataset.class_names},
+        threat={"norm": attack.norm, "eps": float(attack.eps), "attacks": {f"ra_pgd{attack.steps}": repr(attack)}},
+        seeds={"evaluation": attack.seed},
+        environment={**describe_environment(device_of(model)), "processes": processes.count},
+    )
+    measurer = open_measurer(
+        model,
+        dataset,
+        processes,
+        settings={"attack": repr(attack)},
+        batch_size=batch_size,
+        progress=progress,
+        resume_dir=resume_dir,
+        fresh=fresh,
+    )
+    return Evaluation(model, report, attack, measurer, path)
 
 
 def measure(
@@ -192,19 +227,6 @@ def measure(
     if "sanity" in parts:
         run.sanity(**sanity)
     run.finish()
-
-
-def new_report(
-    model: nn.Module, dataset: ImageTensorDataset, dataset_name: str, attack: PGD, processes: Processes
-) -> RobustnessReport:
-    """A report that says what is measured, on what and with what, and has no numbers yet."""
-    return RobustnessReport(
-        model=describe_model(model),
-        dataset={"name": dataset_name, "num_images": len(dataset), "class_names": dataset.class_names},
-        threat={"norm": attack.norm, "eps": float(attack.eps), "attacks": {f"ra_pgd{attack.steps}": repr(attack)}},
-        seeds={"evaluation": attack.seed},
-        environment={**describe_environment(device_of(model)), "processes": processes.count},
-    )
 
 
 def check_evaluation(

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..attacks.base import frozen
+from ..attacks.base import device_of, frozen
 from ..attacks.pgd import PGD
 from ..data.datasets import ImageTensorDataset, to_unit_range
 from ..models.outputs import logits_of
@@ -211,13 +211,13 @@ def attack_examples(
         seed: Of the choice.
     """
     sample = dataset.take(count, seed=seed) if count < len(dataset) else dataset
-    device = next(model.parameters(), torch.zeros(0)).device
+    device = device_of(model)
     clean, labels = to_unit_range(sample.images).to(device), sample.labels.to(device)
     with frozen(model):
         attacked = attack(model, clean, labels)
-        predictions = [logits_of(model, images).argmax(dim=1).cpu() for images in (clean, attacked)]
+        seen, fooled = (logits_of(model, images).argmax(dim=1).cpu() for images in (clean, attacked))
     title = f"PGD-{attack.steps}, {radius_text(attack.eps, attack.norm)}"
-    return AttackExamples(clean.cpu(), attacked.cpu(), sample.labels, *predictions, sample.class_names, title)
+    return AttackExamples(clean.cpu(), attacked.cpu(), sample.labels, seen, fooled, sample.class_names, title)
 
 
 def plot_examples(examples: AttackExamples, path: str | os.PathLike) -> None:

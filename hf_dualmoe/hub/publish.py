@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
 
+from ..evaluation.outcomes import OUTCOMES_NAME
 from ..evaluation.report import RobustnessReport
 from .card_text import PLOTS
 from .local_paths import LOCAL_PATH, PROCESSOR_NAME, check_no_path, cleaned_texts, is_private, shorten_paths
@@ -46,8 +47,8 @@ from .model_card import (
 )
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-SENT = (CONFIG_NAME, PROCESSOR_NAME, RESULTS_NAME, CARD_NAME, "*.png", "*.svg", *WEIGHTS)
-REPLACED = (RESULTS_NAME, *PLOTS, *WEIGHTS)  # removed from the repository where the folder no longer has them
+SENT = (CONFIG_NAME, PROCESSOR_NAME, RESULTS_NAME, OUTCOMES_NAME, CARD_NAME, "*.png", "*.svg", *WEIGHTS)
+REPLACED = (RESULTS_NAME, OUTCOMES_NAME, *PLOTS, *WEIGHTS)  # removed from the repository where no longer in the folder
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
@@ -364,7 +365,8 @@ def push_model(
         if report is not None:
             report.save(folder / RESULTS_NAME)
         elif (origin := origin_of(model)) and same_model(origin, folder):
-            for path in (*origin.glob("*.png"), origin / RESULTS_NAME, origin / CARD_NAME):
+            beside = [origin / name for name in (RESULTS_NAME, OUTCOMES_NAME, CARD_NAME)]
+            for path in (*origin.glob("*.png"), *beside):
                 if path.is_file():
                     shutil.copyfile(path, folder / path.name)
         return publish_folder(folder, repo_id, **options).commit

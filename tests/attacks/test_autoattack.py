@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_dualmoe.attacks.apgd import APGD, PassCounter
@@ -398,6 +399,19 @@ def test_a_state_file_refuses_what_it_does_not_belong_to(digits, tmp_path):
     with pytest.raises(ValueError, match="another model"):
         small_union(model, images, labels, state_file=file)
     assert file.read_bytes() == before
+
+
+def test_a_state_file_of_an_earlier_format_is_refused(digits, tmp_path):
+    """It would be read as something else: whole images in place of the attack that broke them, for one."""
+    model, images, labels = digits
+    file = tmp_path / "state.safetensors"
+    save_file({"robust": torch.ones(48, dtype=torch.bool)}, file, metadata={"autoattack": '{"key": {}, "stage": 1}'})
+    remedy = "delete it and state.safetensors.images, or give another file"
+    with pytest.raises(ValueError, match=f"another version .*format 1; this version keeps format 2.; {remedy}"):
+        small_union(model, images, labels, state_file=file)
+    file.write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=f"cannot be read .*; {remedy}"):
+        small_union(model, images, labels, state_file=file)
 
 
 def test_a_changed_alpha_refuses_to_resume(make_dual, tmp_path):

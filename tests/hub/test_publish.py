@@ -41,6 +41,7 @@ def folder(make_moe, tmp_path):
         metrics={"sa": 75.0, "ra_pgd20": 40.0},
     ).save(path / "results.json")
     (path / "tradeoff.png").write_bytes(b"plot")
+    (path / "outcomes.parquet").write_bytes(b"record")
     return path
 
 
@@ -81,7 +82,8 @@ def test_dry_run_lists_all_files_with_sizes_and_changes_nothing(publish, folder)
         set(listed)
         == sent
         == {
-            *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "tradeoff.png"),
+            *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "outcomes.parquet"),
+            "tradeoff.png",
             *(name for name in before if name.endswith("_dualmoe.py")),
             "README.md",
         }
