@@ -1,8 +1,7 @@
 """The benchmark scripts: their tables say what the result files say, and they run on tiny models."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,22 @@ from hf_dualmoe.attacks.auto_attack import autoattack
 from hf_dualmoe.evaluation.calibration import calibrate_robust_logits
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
-TABLES = ("autoattack_parity", "calibrated_mixing")
+SCRIPTS = {"autoattack_parity": "parity.parity", "calibrated_mixing": "study.calibrated_mixing"}
 DIGITS = {"num_labels": 10, "image_size": 8, "num_channels": 1, "num_experts": 2, "width": [8, 8, 8, 16]}
 
 
-def load(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+def load(name):
+    return importlib.import_module(f"training.benchmarks.{SCRIPTS[name]}")
 
 
 @pytest.fixture
-def parity(monkeypatch):
-    return load("autoattack_parity", monkeypatch)
+def parity():
+    return load("autoattack_parity")
 
 
 @pytest.fixture
-def mixing(monkeypatch):
-    return load("calibrated_mixing", monkeypatch)
+def mixing():
+    return load("calibrated_mixing")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +41,9 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_readme_shows_the_table_of_the_results(name, monkeypatch):
-    script = load(name, monkeypatch)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_readme_shows_the_table_of_the_results(name):
+    script = load(name)
     results = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
     table = script.render_table(results)
     assert f"<!-- {name}: begin, made by --render -->\n\n{table}\n\n<!-- {name}: end -->" in (
@@ -133,7 +127,7 @@ def test_parity_measures_both_sides(parity, folder, tmp_path, monkeypatch, capsy
 )
 def test_bad_requests_are_refused(script, arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        load(script, monkeypatch).main(arguments)
+        load(script).main(arguments)
     assert message in capsys.readouterr().err
 
 
@@ -173,7 +167,7 @@ def test_a_masked_mixture_is_judged_on_what_others_found(mixing):
 
 
 def test_a_table_takes_the_place_of_the_old_one(monkeypatch, tmp_path):
-    tables = load("readme_tables", monkeypatch)
+    tables = importlib.import_module("training.benchmarks.shared.tables")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{tables.section('a', 'old')}\nbetween\n{tables.section('b', 'kept')}\nafter\n")
     tables.replace_section("a", "new", readme)

@@ -1,8 +1,6 @@
 """`training/benchmarks/certificates.py` and its report: trains, certifies, sums up and renders."""
 
-import importlib.util
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,6 +9,9 @@ import torch
 from transformers import TrainerCallback
 
 from hf_dualmoe.models import modeling_dualmoe
+from training.benchmarks.certificates import certificates
+from training.benchmarks.certificates import report as certificates_report
+from training.benchmarks.shared import tables
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
 TINY = {
@@ -34,20 +35,13 @@ needs_torchlip = pytest.mark.skipif(
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("certificates", BENCHMARKS / "certificates.py")
-    module = importlib.util.module_from_spec(spec)
-    for name in ("certificates_report", "readme_tables"):  # so that what a test changes in them ends with it
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "certificates", module)
-    spec.loader.exec_module(module)
-    return module
+def script():
+    return certificates
 
 
 @pytest.fixture
-def report(script):
-    return sys.modules["certificates_report"]
+def report():
+    return certificates_report
 
 
 def entry(alpha, sa, *certified):
@@ -129,9 +123,9 @@ def test_study_trains_certifies_goes_on_and_renders(script, report, tmp_path, mo
     with pytest.raises(SystemExit, match="other settings"):
         script.main([*command, "--train_radius", "0.2"])
 
-    begin, end = sys.modules["readme_tables"].marks("certificates_digits")
+    begin, end = tables.marks("certificates_digits")
     (tmp_path / "README.md").write_text(f"{begin}\n{end}\n")
-    (tmp_path / "PAGE.md").write_text("\n".join(sys.modules["readme_tables"].marks("certificates")))
+    (tmp_path / "PAGE.md").write_text("\n".join(tables.marks("certificates")))
     monkeypatch.setattr(report, "PAGE", tmp_path / "PAGE.md")
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report.replace_section, "__defaults__", (tmp_path / "README.md",))
@@ -141,7 +135,7 @@ def test_study_trains_certifies_goes_on_and_renders(script, report, tmp_path, mo
     assert report.overview({"digits": kept}) in (tmp_path / "PAGE.md").read_text()
     assert (tmp_path / "results" / "certificates_digits.png").stat().st_size > 10_000
     assert str(tmp_path) not in json.dumps(kept)
-    (tmp_path / "README.md").write_text("\n".join(sys.modules["readme_tables"].marks("repeats_digits")))
+    (tmp_path / "README.md").write_text("\n".join(tables.marks("repeats_digits")))
     assert script.main(["--compare", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "results" / "repeats_digits.json").read_text())
     assert len(found) == 2 and found[0] == found[1] and {cell["arm"] for cell in found[0]["cells"]} == {*TINY["arms"]}
@@ -222,7 +216,7 @@ def test_bad_counts_are_refused(script, capsys):
 
 
 def test_readme_shows_the_overview(report):
-    begin, end = sys.modules["readme_tables"].marks("certificates")
+    begin, end = tables.marks("certificates")
     assert f"{begin}\n\n{report.overview(report.kept_results())}\n\n{end}" in report.PAGE.read_text()
 
 
@@ -246,6 +240,6 @@ def test_readme_shows_the_repeats(report):
 def test_readme_shows_the_kept_results(report, path):
     text = path.read_text()
     table = report.render_table(json.loads(text))
-    begin, end = sys.modules["readme_tables"].marks(path.stem)
+    begin, end = tables.marks(path.stem)
     assert f"{begin}\n\n{table}\n\n{end}" in (BENCHMARKS / "README.md").read_text()
     assert not [name for name in ("/work", "/tmp", "/home") if name in text]

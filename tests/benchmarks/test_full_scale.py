@@ -1,10 +1,8 @@
 """The twelve-minute run, rehearsed on a CPU: shards in two transfers, stops and goes on, weights in parts."""
 
 import argparse
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,19 +13,15 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification
+from training.benchmarks.full_scale import full_scale as script
+from training.benchmarks.full_scale import weights as weights_script
 
-BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
 SHARDS = [f"train-0000{i}-of-00002.parquet" for i in range(2)]
 
 
 @pytest.fixture
-def full_scale(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("full_scale", BENCHMARKS / "full_scale.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "full_scale", module)
-    spec.loader.exec_module(module)
-    return module
+def full_scale():
+    return script
 
 
 def write_shard(path: Path, count: int, seed: int) -> None:
@@ -85,7 +79,7 @@ def test_shards_of_other_names_count_as_whole(full_scale, tmp_path):
 
 
 def test_weights_come_back_from_their_parts(full_scale, make_moe, tmp_path, monkeypatch):
-    weight_parts = sys.modules["weight_parts"]
+    weight_parts = weights_script
     monkeypatch.setattr(weight_parts, "PART", 40_000)
     parts = {"one": make_moe("resnet", num_experts=1), "two": make_moe("resnet")}
     parts["dual"] = DualMoEForImageClassification.from_models(parts["two"], parts["one"])

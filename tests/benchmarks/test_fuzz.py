@@ -1,35 +1,30 @@
 """The fuzzer finds nothing at a size for every day, and would find what it looks for."""
 
-import importlib
 import inspect
 import json
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
 
-BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
+from training.benchmarks.reliability import fuzz as script
+from training.benchmarks.reliability import fuzz_cases
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the deadline of a case needs SIGALRM")
 
 
 @pytest.fixture(scope="module")
 def fuzz():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("fuzz")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        sys.modules.pop("fuzz", None)
+    return script
 
 
 @pytest.fixture
 def cases(fuzz):
     """What `fuzz` draws from."""
-    return sys.modules["fuzz_cases"]
+    return fuzz_cases
 
 
 def test_nonsense_works_or_is_refused(fuzz):

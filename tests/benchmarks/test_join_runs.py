@@ -1,16 +1,12 @@
 """Joining the models of two runs, on runs that nobody trained."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.evaluation.report import RobustnessReport
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "training" / "benchmarks"))
-import join_runs  # noqa: E402
+from training.benchmarks.study import join_runs
 
 TRAINING = {
     **{

@@ -1,7 +1,6 @@
 """Training levers of the studies: by hand what each adds, what it costs, and what is refused before training."""
 
 import copy
-import importlib
 import json
 import math
 import sys
@@ -17,12 +16,11 @@ from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.losses.adversarial import at_loss
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.trainer import RobustTrainer
+from training.benchmarks.study import levers, study
+from training.benchmarks.study import run as study_run
+from training.benchmarks.study import summary as study_tables
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-NAMES = ("levers", "study", "study_run", "study_tables")
-levers, study, study_run, study_tables = (importlib.import_module(name) for name in NAMES)
-sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
@@ -318,7 +316,7 @@ def test_tables_show_the_differences_to_the_reference(tiny):
 
 def test_the_levers_study_compares_like_with_like(tmp_path):
     """Widths keep the cost of an answer, and upcycled experts fit the network that they start from."""
-    content = study.read_study(BENCHMARKS / "studies" / "digits_levers.yaml")
+    content = study.read_study(BENCHMARKS / "study" / "studies" / "digits_levers.yaml")
     run = study_run.StudyRun(content, "base", 0, tmp_path)
     models = {
         arm: run.build(run.settings_of(arm)) for arm in ("single", "single_half", "base", "dense_full", "upcycled")

@@ -1,28 +1,24 @@
 """The README's results section: differences, targets and curves computed from kept studies, never typed."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+
+from training.benchmarks import results_page as script
+from training.benchmarks.study import findings as study_findings
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def results_page():
-    sys.path.insert(0, str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("results_page", BENCHMARKS / "results_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(BENCHMARKS))
-    return module
+    return script
 
 
 @pytest.fixture(scope="module")
 def findings(results_page):
-    return sys.modules["study_findings"]
+    return study_findings
 
 
 DUAL_ARMS = ("separate_clean", "jtdmoe_clean", "separate_dual", "jtdmoe")

@@ -1,8 +1,7 @@
 """The command that runs all speed benchmarks, the count of recompilations, and Square's shortcut."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,8 @@ TINY = ["--device", "cpu", "--repeats", "1", "--width", "0.125", "--image_size",
 
 
 @pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def by_name(name):
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return by_name
+def load():
+    return lambda name: importlib.import_module(f"training.benchmarks.{name}")
 
 
 # --- one command -----------------------------------------------------------------------------------------------------
@@ -39,11 +29,11 @@ def load(monkeypatch):
 
 @pytest.fixture
 def speed(load, monkeypatch):
-    module = load("speed")
+    module = load("speed.cpu")
     parts = {
-        "first": ("The first", "speed_first", ["--x", "1"]),
-        "second": ("The second", "speed_second", []),
-        "third": ("The third", "speed_third", []),
+        "first": ("The first", "first", ["--x", "1"]),
+        "second": ("The second", "second", []),
+        "third": ("The third", "third", []),
     }
     monkeypatch.setattr(module, "PARTS", parts)
     return module
@@ -84,7 +74,7 @@ def test_parts_that_are_done_are_not_run_again(speed, monkeypatch, tmp_path):
 
 @pytest.mark.slow  # two processes that import torch
 def test_a_part_runs_as_a_process_and_its_failure_is_noted(load):
-    speed = load("speed")
+    speed = load("speed.cpu")
     found = speed.run_part(
         "scale", [*TINY, "--probe_batch", "2", "--peak_batch", "2", "--memory_gb", "0.05"], threads=1
     )
@@ -117,10 +107,10 @@ def test_both_sections_are_rendered_with_what_was_missed(speed, tmp_path):
 
 
 def test_every_part_names_a_script_with_these_arguments(load):
-    speed = load("speed")
+    speed = load("speed.cpu")
     for name, (title, script, arguments) in speed.PARTS.items():
-        text = (BENCHMARKS / f"{script}.py").read_text()
-        text += (BENCHMARKS / "speed_timing.py").read_text() + (BENCHMARKS / "autoattack_parity.py").read_text()
+        text = (BENCHMARKS / "speed" / f"{script}.py").read_text()
+        text += (BENCHMARKS / "speed" / "timing.py").read_text() + (BENCHMARKS / "parity" / "parity.py").read_text()
         assert title and name and all(f'"{a}"' in text for a in arguments if a.startswith("--")), script
     assert (TRAINING.parent / speed.PARTS["autoattack"][2][1]).is_dir()
 
@@ -131,7 +121,7 @@ def test_every_part_names_a_script_with_these_arguments(load):
 @pytest.mark.slow
 def test_changing_groups_do_not_compile_anew_each_time(load, tmp_path):
     options = ["--batch_size", "48", "--backbone", "resnet10t", "--output", str(tmp_path / "compile.json")]
-    found = load("speed_compile").main([*TINY, "--num_experts", "2", "--batches", "20", *options])["rows"][0]
+    found = load("speed.compile").main([*TINY, "--num_experts", "2", "--batches", "20", *options])["rows"][0]
     assert found["holds"] and len(found["graphs"]) == len(found["group_sizes"]) == 20
     assert found["graphs"][0] > 0 and found["ratio"] == found["graphs"][-1] - found["graphs"][0]
     assert len({tuple(sizes) for sizes in found["group_sizes"]}) > 10

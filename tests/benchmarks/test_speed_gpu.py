@@ -1,8 +1,7 @@
 """The GPU benchmark, rehearsed on a CPU: every measurement runs; a results file is gone on with and rendered."""
 
-import importlib.util
+import importlib
 import json
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,22 +15,13 @@ CHEAP = ["equal at nfgsm", "bare 128", "graph single standard", "bare step singl
 
 
 @pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def by_name(name):
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return by_name
+def load():
+    return lambda name: importlib.import_module(f"training.benchmarks.{name}")
 
 
 @pytest.fixture
 def speed_gpu(load):
-    return load("speed_gpu")
+    return load("speed.gpu")
 
 
 def test_a_rehearsal_measures_and_goes_on(speed_gpu, tmp_path, capsys):
@@ -64,7 +54,7 @@ def test_a_rehearsal_of_everything(speed_gpu, tmp_path):
 
 
 def test_trainings_that_differ_are_told_apart(load):
-    cases, sizes = load("speed_gpu_cases"), load("speed_gpu_sizes")
+    cases, sizes = load("speed.gpu_cases"), load("speed.gpu_sizes")
     one = cases.trained("at", "nfgsm", sizes.REHEARSAL, graph=False, steps=2)
     assert one["loss"].shape == (2,) and one["gradient"].norm() > 0 and one["weights"].norm() > 0
     other = {**one, "gradient": 1.1 * one["gradient"]}
@@ -72,7 +62,7 @@ def test_trainings_that_differ_are_told_apart(load):
 
 
 def test_steps_that_are_not_equal_are_reported(load, monkeypatch):
-    cases = load("speed_gpu_cases")
+    cases = load("speed.gpu_cases")
     size = SimpleNamespace(device="cpu")
 
     def pretend(difference, noise):
@@ -86,16 +76,16 @@ def test_steps_that_are_not_equal_are_reported(load, monkeypatch):
 
 
 def test_eager_steps_are_never_taken_for_recorded_ones(load):
-    cases = load("speed_gpu_cases")
+    cases = load("speed.gpu_cases")
     trainer = SimpleNamespace(step_graph=SimpleNamespace(reason="recording failed"))
     with pytest.raises(RuntimeError, match="one by one, since recording failed"):
         cases.check_recorded(trainer, True, cases.Size("cuda"))
     cases.check_recorded(trainer, False, cases.Size("cuda"))
-    cases.check_recorded(trainer, True, load("speed_gpu_sizes").REHEARSAL)
+    cases.check_recorded(trainer, True, load("speed.gpu_sizes").REHEARSAL)
 
 
 def test_busy_time_counts_overlapping_work_once(load):
-    cases = load("speed_gpu_cases")
+    cases = load("speed.gpu_cases")
     assert cases.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
 
     def event(name, start, stop, kind="DeviceType.CUDA"):
@@ -123,7 +113,7 @@ def test_what_does_not_fit_into_the_time_is_noted(speed_gpu, tmp_path):
 
 
 def test_the_clock_stops_what_survives_exceptions(load):
-    guard = load("time_guard")
+    guard = load("shared.time_guard")
     clock, rounds = guard.Clock(0.05), 0
     with pytest.raises(guard.OutOfTime), clock.limit():
         while True:

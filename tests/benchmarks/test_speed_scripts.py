@@ -1,8 +1,7 @@
 """The speed benchmarks compare what they say they compare, and what makes attacks cheap does not change them."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,24 +22,15 @@ TINY = ["--device", "cpu", "--repeats", "1", "--width", "0.125", "--image_size",
 
 
 @pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def by_name(name):
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return by_name
+def load():
+    return lambda name: importlib.import_module(f"training.benchmarks.{name}")
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
 def test_alternatives_take_turns_after_the_warm_up(load):
-    timing, calls = load("speed_timing"), []
+    timing, calls = load("speed.timing"), []
     alternatives = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     times = timing.interleaved(alternatives, repeats=3, device="cpu", warmup=2)
     assert calls == ["a", "b"] * 5
@@ -58,7 +48,7 @@ def test_alternatives_take_turns_after_the_warm_up(load):
     ],
 )
 def test_row_is_the_median_of_the_ratios_inside_rounds(load, limits, own, ratio, holds):
-    timing = load("speed_timing")
+    timing = load("speed.timing")
     half = {clock: [0.5, 1.0, 2.0] for clock in ("wall", "cpu")}
     times = {"own": {"wall": [7.0] * 3, "cpu": own}, "b": half, "c": half}
     row = timing.compare("x", times, "own", ["b", "c"], "cpu", **limits)
@@ -70,11 +60,11 @@ def test_row_is_the_median_of_the_ratios_inside_rounds(load, limits, own, ratio,
 @pytest.mark.parametrize(
     ("script", "options", "rows"),
     [
-        ("speed_moe_step", [], 4),
-        ("speed_pgd", ["--steps", "2"], 1),
-        ("speed_training_step", ["--steps", "1", "--idle_batches", "1"], 3),
-        ("speed_experts", ["--experts", "2", "--batches", "3"], 2),
-        ("speed_levers", ["--steps", "1"], 13),
+        ("speed.moe_step", [], 4),
+        ("speed.pgd", ["--steps", "2"], 1),
+        ("speed.training_step", ["--steps", "1", "--idle_batches", "1"], 3),
+        ("speed.experts", ["--experts", "2", "--batches", "3"], 2),
+        ("speed.levers", ["--steps", "1"], 13),
     ],
 )
 def test_script_writes_what_it_prints(script, options, rows, load, tmp_path, capsys):
@@ -233,7 +223,7 @@ def test_attacks_compute_no_weight_gradients(resnet_moe):
 
 
 def test_plan_for_many_devices(load, tmp_path):
-    scale = load("speed_scale")
+    scale = load("speed.scale")
     options = ["--probe_batch", "4", "--memory_gb", "0.02", "--gpus", "1", "2", "64"]
     options += ["--output", str(tmp_path / "scale.json")]
     result = scale.main([*TINY, *options])

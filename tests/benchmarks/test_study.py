@@ -1,8 +1,6 @@
 """The study harness: plans, budgets, tables, and a whole tiny study in processes of its own."""
 
-import importlib.util
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,22 +12,12 @@ from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset
 from hf_dualmoe.evaluation.report import RobustnessReport
+from training.benchmarks.study import card as study_card
+from training.benchmarks.study import run as study_run
+from training.benchmarks.study import study
+from training.benchmarks.study import summary as study_tables
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sys.path.insert(0, str(BENCHMARKS))
-study_tables = load("study_tables")
-study, study_run, study_card = load("study"), load("study_run"), load("study_card")
-sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
@@ -54,7 +42,7 @@ def budget(tiny, tmp_path):
 PAIR = {"standard": "a", "robust": "a"}
 
 
-@pytest.mark.parametrize("path", sorted((BENCHMARKS / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "study" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_reads_and_plans(path):
     content = study.read_study(path)
     study.plan(content, study.usual_arms(content), content["seeds"])  # they need no extra arm
@@ -171,7 +159,7 @@ def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
 
 
 def test_scale_keeps_to_the_images_that_there_are():
-    content = study.read_study(BENCHMARKS / "studies" / "cifar10.yaml")
+    content = study.read_study(BENCHMARKS / "study" / "studies" / "cifar10.yaml")
     limits = {scale: [study.scaled(content, scale)["settings"][name] for name in study.LIMITS] for scale in (2, 10)}
     assert limits == {2: [10_000, 1_000, 2_000], 10: [45_000, 5_000, 10_000]}
     assert content["settings"]["max_train_samples"] == 5_000

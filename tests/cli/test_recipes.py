@@ -1,9 +1,7 @@
 """The full-scale recipes build what they promise, and their smoke test notices what goes wrong."""
 
-import importlib.util
 import json
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,18 +13,12 @@ from safetensors.torch import save_file
 
 from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset
+from training.benchmarks.reliability import smoke_recipes
 
 TRAINING = Path(__file__).parents[2] / "training"
 BENCHMARKS = TRAINING / "benchmarks"
 DUAL_CIFAR10 = ("cifar10_resnet18", "cifar10_resnet18_warm")
 ROBUST_DEFAULTS = (*DUAL_CIFAR10, "tinyimagenet_vit_small", "tinyimagenet_vit_small_64px")
-
-sys.path.insert(0, str(BENCHMARKS))
-spec = importlib.util.spec_from_file_location("smoke_recipes", BENCHMARKS / "smoke_recipes.py")
-smoke_recipes = importlib.util.module_from_spec(spec)
-sys.modules["smoke_recipes"] = smoke_recipes
-spec.loader.exec_module(smoke_recipes)
-sys.path.remove(str(BENCHMARKS))
 
 RESULTS = json.loads((BENCHMARKS / "results" / "smoke_recipes.json").read_text())
 SMOKED = [name for name, result in RESULTS["recipes"].items() if "smoke" in result]

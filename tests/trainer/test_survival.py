@@ -30,7 +30,7 @@ FILES = (
     "config.json model.safetensors training_args.bin optimizer.pt scheduler.pt rng_state.pth trainer_state.json "
     "progress.json ema.safetensors"
 ).split()
-BENCHMARK = Path(__file__).parents[2] / "training" / "benchmarks" / "survival.py"
+BENCHMARK = Path(__file__).parents[2] / "training" / "benchmarks" / "reliability" / "survival.py"
 
 
 def create(output_dir, **changes):
@@ -282,7 +282,7 @@ def test_no_file_of_a_run_holds_the_access_token(finished):
 
 @pytest.fixture(scope="module")
 def script():
-    path = BENCHMARK.parents[1] / "run.py"
+    path = BENCHMARK.parents[2] / "run.py"
     spec = importlib.util.spec_from_file_location("run_script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

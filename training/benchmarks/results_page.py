@@ -15,9 +15,21 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from readme_tables import HERE, RESULTS, markdown_table, replace_section
-from study_findings import MEASURES, SUMMARY, differences, findings, in_short, in_words, targets, targets_of_curves
-from study_tables import EARLIER, EARLIER_NOTE, mean_sweep, notes, summarise
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: scripts run from any folder
+
+from training.benchmarks.shared.tables import HERE, RESULTS, markdown_table, replace_section
+from training.benchmarks.study.findings import (
+    MEASURES,
+    SUMMARY,
+    differences,
+    findings,
+    in_short,
+    in_words,
+    targets,
+    targets_of_curves,
+)
+from training.benchmarks.study.summary import EARLIER, EARLIER_NOTE, mean_sweep, notes, summarise
 
 README = HERE.parents[1] / "README.md"
 PICTURE = "dials.png"
