@@ -1,24 +1,21 @@
 """What `certificates.py` reports: means over seeds, the alpha to use, what each penalty gains, tables and curves."""
 
-import json
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
-from hf_dualmoe.evaluation.environment import write_text
-from training.benchmarks.shared.tables import HERE, RESULTS, markdown_table, replace_section
+from training.benchmarks.shared.files import RESULTS, read_json, write_json
+from training.benchmarks.shared.tables import folded, markdown_table
 
 KEPT = 0.95  # of F_R's certified accuracy at the first radius: the goal
-PAGE = HERE.parents[1] / "README.md"  # has the overview; the README beside this file has all rows
-KEPT_DATASETS = ("digits", "cifar10")
 ABOUT = {
     "single_plain": "one 1-Lipschitz network, cross-entropy alone",
     "single": "one 1-Lipschitz network, trained for logit margins",
     "mixture_free": "hard-routed mixture of four such networks, load balancing 0.1",
-    "mixture": "the same, load balancing 1",
+    "mixture": "hard-routed mixture of four such networks, load balancing 1",
     "mixture_trained": "mixture, also trained for route margins",
     "mixture_soft": "dense mixture of four such networks",
     "mixture_soft_gate": "mixture_soft, also trained for a small gate constant",
@@ -32,28 +29,24 @@ GAINS = {  # what a penalty is measured against
     "mixture_soft_gate": "mixture_soft",
 }
 
+Spread = dict[str, float | None]
+Row = dict[str, Any]
 
-def spread(values: list[float]) -> dict[str, float | None]:
+
+# --- what the runs say together --------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> Spread:
     """Mean and standard deviation; None for one value."""
     return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
 
 
-def entry_spread(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """SA and certified accuracies of several seeds."""
-    certified = [entry["certified"] for entry in entries]
-    known = all(values is not None for values in certified)
-    return {
-        "sa": spread([entry["sa"] for entry in entries]),
-        "certified": [spread(list(values)) for values in zip(*certified, strict=True)] if known else None,
-    }
-
-
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(runs: list[Row]) -> list[Row]:
     """Mean and standard deviation over seeds of SA and certified accuracy, per arm and alpha, and what is kept of F_R.
 
     A dual model has one row more, with `chosen`: at each seed the alpha that `chosen_alpha` takes.
     """
-    groups: dict[tuple[str, float | str | None], list[tuple[dict, dict | None]]] = {}
+    groups: dict[tuple[str, float | str | None], list[tuple[Row, Row | None]]] = {}
     alone = {(run["arm"], run["seed"]): run for run in runs}
     for run in runs:
         base = alone.get((run["arm"].removeprefix("dual_"), run["seed"])) if run["arm"].startswith("dual_") else None
@@ -63,50 +56,53 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             alpha = chosen_alpha(run, base)
             chosen = next(entry for entry in run["entries"] if entry["alpha"] == alpha)
             groups.setdefault((run["arm"], "chosen"), []).append((chosen, base["entries"][0]))
-    rows = []
-    for (arm, alpha), pairs in groups.items():
-        row = {"arm": arm, "alpha": alpha, "seeds": len(pairs), **entry_spread([entry for entry, _ in pairs])}
-        if alpha == "chosen":
-            row["alpha"], row["chosen"] = None, [entry["alpha"] for entry, _ in pairs]
-        if all(base and base["certified"] and base["certified"][0] > 0 and own["certified"] for own, base in pairs):
-            row["kept"] = spread([entry["certified"][0] / base["certified"][0] for entry, base in pairs])
-            row["sa_gain"] = spread([entry["sa"] - base["sa"] for entry, base in pairs])
-            row["goal_reached"] = row["kept"]["mean"] >= KEPT and row["sa_gain"]["mean"] > 0
-        rows.append(row)
-    return rows
+    return [summary_row(arm, alpha, pairs) for (arm, alpha), pairs in groups.items()]
 
 
-def chosen_alpha(dual: dict[str, Any], robust: dict[str, Any]) -> float:
+def summary_row(arm: str, alpha: float | str | None, pairs: list[tuple[Row, Row | None]]) -> Row:
+    """One row of the summary, from the entries of an arm, each with that of its F_R."""
+    certified = [entry["certified"] for entry, _ in pairs]
+    known = all(values is not None for values in certified)
+    row = {"arm": arm, "alpha": alpha, "seeds": len(pairs), "sa": spread([entry["sa"] for entry, _ in pairs])}
+    row["certified"] = [spread(list(values)) for values in zip(*certified, strict=True)] if known else None
+    if alpha == "chosen":
+        row["alpha"], row["chosen"] = None, [entry["alpha"] for entry, _ in pairs]
+    if known and all(base and base["certified"] and base["certified"][0] > 0 for _, base in pairs):
+        row["kept"] = spread([entry["certified"][0] / base["certified"][0] for entry, base in pairs])
+        row["sa_gain"] = spread([entry["sa"] - base["sa"] for entry, base in pairs])
+        row["goal_reached"] = row["kept"]["mean"] >= KEPT and row["sa_gain"]["mean"] > 0
+    return row
+
+
+def chosen_alpha(dual: Row, robust: Row) -> float:
     """The lowest alpha at which a dual model keeps 95 % of F_R's certified accuracy on held-out images; 1 if none."""
     floor = KEPT * robust["held_out"][0]["certified"][0]
     good = [e["alpha"] for e in dual["held_out"] if e["certified"] is not None and e["certified"][0] >= floor]
     return min(good, default=1.0)
 
 
-def gains(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def gains(runs: list[Row]) -> dict[str, Row]:
     """What each penalty changes, seed by seed, in points: SA and certified accuracy at each radius."""
     alone = {(run["arm"], run["seed"]): run["entries"][0] for run in runs}
     found = {}
     for arm, other in GAINS.items():
         seeds = [seed for name, seed in alone if name == arm and (other, seed) in alone]
         pairs = [(alone[arm, seed], alone[other, seed]) for seed in seeds]
-        if pairs:
-            changes = zip(
-                *([a - b for a, b in zip(own["certified"], base["certified"], strict=True)] for own, base in pairs),
-                strict=True,
-            )
-            found[arm] = {
-                "against": other,
-                "sa": spread([own["sa"] - base["sa"] for own, base in pairs]),
-                "certified": [spread(list(values)) for values in changes],
-            }
+        changes = [
+            [a - b for a, b in zip((own["sa"], *own["certified"]), (base["sa"], *base["certified"]), strict=True)]
+            for own, base in pairs
+        ]
+        if changes:
+            sa, *certified = (spread(list(values)) for values in zip(*changes, strict=True))
+            found[arm] = {"against": other, "sa": sa, "certified": certified}
     return found
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Certified accuracy against the radius, mean over the seeds; SA against it for the dual models along alpha."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 4), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
     colours = ("#888888", "#3b6fb6", "#d1495b", "#2e8b57", "#e08e0b", "#7b4ba0", "#17a2b8")
@@ -133,7 +129,10 @@ def share_at(curve: dict[str, list[float]], radius: float) -> float:
     return next((s for r, s in zip(curve["radius"], curve["accuracy"], strict=True) if r >= radius), 0.0)
 
 
-def text_of(value: dict[str, float | None] | None, form: str = ".1f", scale: float = 1) -> str:
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def text_of(value: Spread | None, form: str = ".1f", scale: float = 1) -> str:
     """A mean, with its standard deviation where there are several seeds."""
     if value is None:
         return "-"
@@ -142,103 +141,70 @@ def text_of(value: dict[str, float | None] | None, form: str = ".1f", scale: flo
 
 
 def radius_name(radius: float) -> str:
-    """0.1 -> "0.1"; a multiple of 1/255 as a fraction."""
+    """0.1 -> "L2 0.1"; a multiple of 1/255 as a fraction."""
     levels = round(255 * radius)
-    return f"{levels}/255" if abs(levels - 255 * radius) < 1e-9 else f"{radius:g}"
+    return f"L2 {levels}/255" if abs(levels - 255 * radius) < 1e-9 else f"L2 {radius:g}"
 
 
-def render_table(results: dict[str, Any]) -> str:
-    """Two tables in Markdown, arms and dual models at the chosen alpha and along it, and what each penalty gains."""
-    radii = [f"L2 {radius_name(radius)}" for radius in results["radii"]]
-    count = len(radii)
-    parameters = {run["arm"]: run.get("parameters", 0) for run in results["runs"]}
-    loads: dict[str, list[float]] = {}
-    for run in results["runs"]:
-        loads.setdefault(run["arm"], []).extend(run.get("expert_load") or [])
+def render(results: dict[str, Any]) -> str:
+    """Tables of the arms and of the dual models, the goal, and what each penalty gains."""
+    blocks = [arm_table(results)]
+    if results["gains"]:
+        blocks.append("\n".join(gain_line(arm, gain) for arm, gain in results["gains"].items()))
+    if any(row["arm"].startswith("dual_") for row in results["summary"]):
+        blocks += dual_blocks(results)
+    return "\n\n".join(blocks)
 
-    def accuracies(row: dict[str, Any]) -> list[str]:
-        return [text_of(value) for value in (row["sa"], *(row["certified"] or [None] * count))]
 
-    alone = [row for row in results["summary"] if not row["arm"].startswith("dual_")]
-    rows = []
-    for row in alone:
-        most = f"{max(loads[row['arm']]):.0f}" if loads[row["arm"]] else "-"
-        rows.append([row["arm"], str(row["seeds"]), f"{parameters[row['arm']] / 1e3:.0f}k", most, *accuracies(row)])
-    lines = [markdown_table(["arm", "seeds", "param.", "most load %", "SA %", *radii], rows), ""]
-    lines += [f"- {arm}: {ABOUT[arm]}." for arm in results["arms"]]
-    for arm, gain in results["gains"].items():
-        changes = ", ".join(text_of(value, "+.1f") for value in gain["certified"])
-        sa = text_of(gain["sa"], "+.1f")
-        lines.append(f"- {arm} against {gain['against']}: SA {sa}, certified {changes} points.")
-    duals = [row for row in results["summary"] if row["arm"].startswith("dual_")]
-    if duals:
-        full = first_dual(results)
-        rows = []
-        for row in duals:
-            if "chosen" in row:
-                alpha = "chosen: " + ", ".join(f"{value:g}" for value in row["chosen"])
-            elif row["arm"] == full:
-                alpha = f"{row['alpha']:g}"
-            else:
-                continue
-            rows.append([row["arm"], alpha, *accuracies(row), text_of(row.get("kept"), ".1f", 100)])
-        lines += ["", markdown_table(["dual model", "alpha", "SA %", *radii, "kept %"], rows)]
-    return "\n".join(lines)
+def accuracies(row: Row, radii: list[float]) -> list[str]:
+    """SA and the certified accuracy at each radius."""
+    return [text_of(value) for value in (row["sa"], *(row["certified"] or [None] * len(radii)))]
+
+
+def arm_table(results: dict[str, Any]) -> str:
+    """A row for each arm."""
+    radii, rows = results["radii"], []
+    for row in (row for row in results["summary"] if not row["arm"].startswith("dual_")):
+        runs = [run for run in results["runs"] if run["arm"] == row["arm"]]
+        loads = [load for run in runs for load in run.get("expert_load") or []]
+        size, most = f"{runs[0].get('parameters', 0) / 1e3:.0f}k", f"{max(loads):.0f}" if loads else "-"
+        rows.append([f"{row['arm']}: {ABOUT[row['arm']]}", str(row["seeds"]), size, most, *accuracies(row, radii)])
+    return markdown_table(["arm", "seeds", "param.", "most load %", "SA %", *map(radius_name, radii)], rows)
+
+
+def gain_line(arm: str, gain: Row) -> str:
+    """What a penalty gains, in words."""
+    changes = ", ".join(text_of(value, "+.1f") for value in gain["certified"])
+    return f"- {arm} against {gain['against']}: SA {text_of(gain['sa'], '+.1f')}, certified {changes} points."
+
+
+def dual_blocks(results: dict[str, Any]) -> list[str]:
+    """The dual models at their chosen alphas, the goal, and the whole dial of the best one."""
+    best, chosen, dial = first_dual(results), [], []
+    for row in (row for row in results["summary"] if row["arm"].startswith("dual_")):
+        alphas = ", ".join(f"{alpha:g}" for alpha in row.get("chosen", [row["alpha"]]))
+        kept = text_of(row.get("kept"), ".1f", 100)
+        cells = [row["arm"], alphas, *accuracies(row, results["radii"]), kept]
+        (chosen if "chosen" in row else dial).append((row, cells))
+    header = ["dual model", "alpha", "SA %", *map(radius_name, results["radii"]), "kept %"]
+    whole = markdown_table(header, [cells for row, cells in dial if row["arm"] == best])
+    return [
+        markdown_table(header, [cells for _, cells in chosen]),
+        goal_line(next(row for row, _ in chosen if row["arm"] == best)),
+        folded(f"The whole dial of {best}", whole),
+    ]
 
 
 def first_dual(results: dict[str, Any]) -> str:
     """The dual model whose whole dial is shown: that of the arm with the highest certified accuracy."""
-    robust = [r for r in results["summary"] if f"dual_{r['arm']}" in {s["arm"] for s in results["summary"]}]
+    joined = {row["arm"] for row in results["summary"]}
+    robust = [row for row in results["summary"] if f"dual_{row['arm']}" in joined]
     return f"dual_{max(robust, key=lambda row: row['certified'][0]['mean'])['arm']}"
 
 
-def literature_table(path: Path = RESULTS / "certified_literature.json") -> str:
-    """What others published, in Markdown, each row with the page that states it."""
-    rows = []
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        values = [row["clean"], *row["certified"].values()]
-        cells = ["-" if value is None else f"{value:.2f}" for value in values]
-        rows.append([f"[{row['what']}]({row['source']})", *cells])
-    return markdown_table(["published", "clean %", *(f"L2 {r}" for r in ("36/255", "72/255", "108/255"))], rows)
-
-
-def overview(results: dict[str, dict[str, Any]]) -> str:
-    """All datasets next to each other, in Markdown: the arms, the dual model of the best one, and the goal.
-
-    Args:
-        results: Kept results by the name of the dataset.
-    """
-    rows, lines = [], []
-    for name, found in results.items():
-        count = len(found["seeds"])
-        title = f"{name}, {count} seed{'s' * (count > 1)}, L2 {' / '.join(map(radius_name, found['radii']))}"
-        dual = best_dual(found)
-        for row in found["summary"]:
-            if row["arm"].startswith("dual_") and row is not dual:
-                continue
-            certified = " / ".join(text_of(value) for value in row["certified"] or ()) or "-"
-            rows.append([title, row["arm"], text_of(row["sa"]), certified])
-            title = ""
-        if dual is not None:
-            lines.append(goal_line(name, dual))
-    arms = dict.fromkeys(arm for found in results.values() for arm in found["arms"])
-    lines = [f"- {arm}: {ABOUT[arm]}." for arm in arms] + lines
-    return "\n".join([markdown_table(["dataset, radii", "model", "SA %", "certified %"], rows), "", *lines])
-
-
-def best_dual(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of the dual model of the best arm, at the alpha chosen on held-out images; None without dual models."""
-    if not any(row["arm"].startswith("dual_") for row in results["summary"]):
-        return None
-    name = first_dual(results)
-    return next(row for row in results["summary"] if row["arm"] == name and "chosen" in row)
-
-
-def goal_line(name: str, dual: dict[str, Any]) -> str:
+def goal_line(dual: Row) -> str:
     """Whether a dual model keeps 95 % of F_R's certified accuracy at the first radius and clearly gains SA."""
-    text = (
-        f"- {name}: {dual['arm']}, its alpha chosen on held-out images ({', '.join(f'{a:g}' for a in dual['chosen'])})"
-    )
+    text = f"{dual['arm']}, its alpha chosen on held-out images"
     if "kept" not in dual:
         return f"{text}: F_R has no certified accuracy that could be kept."
     kept, gain = dual["kept"], dual["sa_gain"]
@@ -252,53 +218,59 @@ def goal_line(name: str, dual: dict[str, Any]) -> str:
     )
 
 
-def render(name: str, folder: Path) -> int:
-    """Keep results and curves of a preset in the repository, and put the tables into both READMEs; the exit status."""
-    try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        name = name.removesuffix("_cpu")  # two sizes of one study: the settings are in the results
-        RESULTS.mkdir(exist_ok=True)
-        plot(results, RESULTS / f"certificates_{name}.png")
-        for run in results["runs"]:
-            for entry in run["entries"]:
-                entry.pop("curve")  # the picture has them
-        write_text(RESULTS / f"certificates_{name}.json", json.dumps(results, indent=1) + "\n")
-        replace_section(f"certificates_{name}", render_table(results))
-        if name == "cifar10":
-            replace_section("certified_literature", literature_table())
-        replace_section("certificates", overview(kept_results()), PAGE)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"certificates.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def render_literature(path: Path = RESULTS / "certified_literature.json") -> str:
+    """What others published, each row with the page that states it."""
+    rows = []
+    for row in read_json(path)["rows"]:
+        values = [row["clean"], *row["certified"].values()]
+        cells = ["-" if value is None else f"{value:.2f}" for value in values]
+        rows.append([f"[{row['what']}]({row['source']})", *cells])
+    return markdown_table(["published", "clean %", *(f"L2 {r}" for r in ("36/255", "72/255", "108/255"))], rows)
 
 
-def compare(name: str, folders: list[Path]) -> int:
-    """Keep what the trainings of the kept results gave when they were repeated in other folders; the exit status."""
+# --- kept results ----------------------------------------------------------------------------------------------------
+
+
+def keep(name: str, folder: Path) -> None:
+    """Keep results and curves of a study in the repository.
+
+    Raises:
+        FileNotFoundError: The folder has no results.
+    """
+    results = read_json(folder / "results.json")
+    RESULTS.mkdir(exist_ok=True)
+    plot(results, RESULTS / f"certificates_{name}.png")
+    for run in results["runs"]:
+        for entry in run["entries"]:
+            entry.pop("curve")  # the picture has them
+    write_json(RESULTS / f"certificates_{name}.json", results)
+
+
+def keep_repeats(name: str, folders: list[Path]) -> None:
+    """Keep what the trainings of the kept results gave when they were repeated in other folders.
+
+    Raises:
+        FileNotFoundError: There are no kept results, or a folder has none.
+    """
     paths = [RESULTS / f"certificates_{name}.json", *(folder / "results.json" for folder in folders)]
-    try:
-        first, *repeats = [cells_of(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-        repeated = {(cell["arm"], cell["seed"]) for found in repeats for cell in found["cells"]}
-        first["cells"] = [cell for cell in first["cells"] if (cell["arm"], cell["seed"]) in repeated]
-        replace_section(f"repeats_{name}", repeats_table([first, *repeats]))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"certificates.py: error: {error}", file=sys.stderr)
-        return 2
-    write_text(RESULTS / f"repeats_{name}.json", json.dumps([first, *repeats], indent=1) + "\n")
-    return 0
+    first, *repeats = [read_json(path) for path in paths]
+    repeated = {(run["arm"], run["seed"]) for results in repeats for run in results["runs"]}
+    found = [repeat_of(results, repeated) for results in (first, *repeats)]
+    write_json(RESULTS / f"repeats_{name}.json", found)
 
 
-def cells_of(results: dict[str, Any]) -> dict[str, Any]:
-    """Where a study ran, its radii, and SA and certified accuracies of each arm and seed that is no dual model."""
-    runs = [run for run in results["runs"] if not run["arm"].startswith("dual_")]
+def repeat_of(results: dict[str, Any], wanted: set[tuple[str, int]]) -> dict[str, Any]:
+    """Where a study ran, its radii, and SA and certified accuracies of these arms and seeds, but of no dual model."""
     cells = [
-        {"arm": r["arm"], "seed": r["seed"], **{k: r["entries"][0][k] for k in ("sa", "certified")}} for r in runs
+        {"arm": run["arm"], "seed": run["seed"], **{key: run["entries"][0][key] for key in ("sa", "certified")}}
+        for run in results["runs"]
+        if (run["arm"], run["seed"]) in wanted and run["entries"][0]["alpha"] is None
     ]
     return {"environment": results["environment"], "radii": results["radii"], "cells": cells}
 
 
-def repeats_table(found: list[dict[str, Any]]) -> str:
-    """A row for each arm, seed and repeat, in Markdown: torch, processor, threads, SA and certified accuracies."""
+def render_repeats(found: list[dict[str, Any]]) -> str:
+    """A row for each arm, seed and repeat: torch, processor, threads, SA and certified accuracies."""
     rows = []
     for repeat in found:
         where = repeat["environment"]
@@ -307,11 +279,5 @@ def repeats_table(found: list[dict[str, Any]]) -> str:
             values = [f"{value:.2f}" for value in (cell["sa"], *cell["certified"])]
             rows.append([cell["arm"], str(cell["seed"]), *machine, *values])
     rows.sort(key=lambda row: row[:2])
-    radii = [f"L2 {radius_name(radius)}" for radius in found[0]["radii"]]
+    radii = [radius_name(radius) for radius in found[0]["radii"]]
     return markdown_table(["arm", "seed", "torch", "processor", "threads", "SA %", *radii], rows)
-
-
-def kept_results() -> dict[str, dict[str, Any]]:
-    """The results in the repository by the name of their dataset."""
-    paths = {name: RESULTS / f"certificates_{name}.json" for name in KEPT_DATASETS}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}

@@ -16,7 +16,6 @@ on: end such a session with --stop_after, bring the other shards, and call again
 
 import argparse
 import copy
-import dataclasses
 import json
 import math
 import shutil
@@ -35,13 +34,11 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run 
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.cli.arguments import ModelArguments
-from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
-from hf_dualmoe.evaluation.environment import describe_environment, write_text
-from hf_dualmoe.evaluation.evaluation import evaluate_robustness
-from hf_dualmoe.trainer.arguments import RobustTrainingArguments
-from hf_dualmoe.trainer.checkpoints import last_good_checkpoint
+from hf_dualmoe.evaluation import choose_alpha, evaluate_robustness, sweep_alpha
+from hf_dualmoe.evaluation.dial import dial_attack
+from hf_dualmoe.evaluation.environment import describe_environment
+from hf_dualmoe.trainer import RobustTrainer, RobustTrainingArguments, last_good_checkpoint
 from hf_dualmoe.trainer.time_estimate import ACCELERATOR_EFFORT, CPU_EFFORT, measure
-from hf_dualmoe.trainer.trainer import RobustTrainer
 from training.benchmarks.full_scale.plan import (
     COMMON,
     EPS,
@@ -55,6 +52,9 @@ from training.benchmarks.full_scale.plan import (
     shards_there,
 )
 from training.benchmarks.full_scale.weights import join_parts, save_whole, write_parts
+from training.benchmarks.shared.command_line import create_parser, require_positive
+from training.benchmarks.shared.files import read_json, write_json
+from training.benchmarks.shared.tables import markdown_table
 from training.benchmarks.shared.time_guard import Clock, OutOfTime
 
 START_UP = 5.0  # seconds of a stage that are no steps: measuring, capturing, saving
@@ -267,20 +267,13 @@ class StopInTime(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def names_of(dataclass_type: type) -> set[str]:
-    """Names of the fields of a dataclass."""
-    return {f.name for f in dataclasses.fields(dataclass_type)}
-
-
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
 def write_results(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Write results.json into the work folder, which sessions share, and the output folder, which may be emptied."""
-    text = json.dumps(results, indent=1, default=str) + "\n"
     for folder in {args.work_dir, args.output_dir}:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "results.json", text)
+        write_json(folder / "results.json", results)
 
 
 def begin(args: argparse.Namespace) -> dict[str, Any]:
@@ -294,7 +287,7 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
     if args.fresh:
         shutil.rmtree(args.work_dir, ignore_errors=True)
     if path.is_file():
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path)
         if results["settings"] != settings:
             raise ValueError(f"{path} was made with other settings, {results['settings']}; start over with --fresh.")
     else:
@@ -305,19 +298,19 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def table(results: dict[str, Any]) -> str:
-    """SA and RA of each model, for the terminal."""
-    lines = [f"{'model':10} {'SA':>6} {'PGD-20':>7} {'union':>6} {'AutoAttack':>11} {'alpha':>6}"]
+def render(results: dict[str, Any]) -> str:
+    """SA and RA of each model in Markdown, with the time that its training took."""
+    columns, rows = ("sa", "ra_pgd20", "ra_adaptive_union", "ra_autoattack"), []
     for name, told in results["evaluations"].items():
-        numbers = (told["metrics"].get(key) for key in ("sa", "ra_pgd20", "ra_adaptive_union", "ra_autoattack"))
-        sa, pgd, union, autoattack = ("-" if number is None else f"{number:.1f}" for number in numbers)
-        alpha = results["dials"].get(name, {}).get("alpha", "-")
-        lines.append(f"{name:10} {sa:>6} {pgd:>7} {union:>6} {autoattack:>11} {alpha:>6}")
-    return "\n".join(lines)
+        numbers = (told["metrics"].get(key) for key in columns)
+        alpha, stage = results["dials"].get(name, {}).get("alpha"), results["stages"].get(name, {})
+        cells = ["-" if number is None else f"{number:.1f}" for number in numbers]
+        rows.append([name, *cells, "-" if alpha is None else f"{alpha:g}", f"{stage.get('seconds', '-')}"])
+    return markdown_table(["model", "SA %", "PGD-20 %", "union %", "AutoAttack %", "alpha", "seconds"], rows)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__)
     add = parser.add_argument
     add("--minutes", type=float, default=12.0, help="for everything; a stage that has begun keeps its number of steps")
     add("--stop_after", type=float, help="minutes after which this session ends; default: MINUTES")
@@ -333,11 +326,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--join", action="store_true", help="train nothing: make models that load of the parts in OUTPUT_DIR")
     args = parser.parse_args(arguments)
     args.stop_after = args.minutes if args.stop_after is None else args.stop_after
-    for name in ("minutes", "stop_after"):
-        if not getattr(args, name) > 0:
-            parser.error(f"{name}={getattr(args, name)!r} must be > 0.")
-    if args.attack_steps < 1:
-        parser.error(f"attack_steps={args.attack_steps!r} must be at least 1.")
+    require_positive(parser, args, "minutes", "stop_after", "attack_steps")
     if not (args.rehearse or args.join or torch.cuda.is_available()):
         parser.error("there is no CUDA GPU here; --rehearse runs the same lines, tiny, on a CPU.")
     args.dataset_name = args.dataset_name or ("digits" if args.rehearse else "uoft-cs/cifar10")
@@ -365,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         results["sessions"][-1]["seconds"] = round(time.perf_counter() - started, 1)
         write_results(args, results)
-    print(table(results), flush=True)
+    print(render(results), flush=True)
     return 0
 
 

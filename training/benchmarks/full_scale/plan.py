@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset, load_splits
+from hf_dualmoe.data import DataSplits, ImageTensorDataset, load_splits
 
 EPS = 8 / 255
 HELD_OUT = 50  # one image of train in so many is held out, by its content: the same ones whichever shards are there

@@ -1,6 +1,5 @@
 """Weights in half precision as files small enough to be carried singly, and back."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
+from training.benchmarks.shared.files import read_json
 
 PART = 15_000_000  # bytes of a part of the weights at most
 
@@ -42,7 +42,7 @@ def join_parts(folder: Path) -> list[Path]:
         The folders.
     """
     joined = []
-    for name, entry in json.loads((folder / "results.json").read_text(encoding="utf-8"))["weights"].items():
+    for name, entry in read_json(folder / "results.json")["weights"].items():
         if not all((folder / file).is_file() for file in entry["files"]):
             print(f"{name}: parts are missing", flush=True)
             continue

@@ -12,11 +12,8 @@ wrong types and extreme numbers. Outcomes of a case:
   outside the folder of the case
 """
 
-import argparse
 import contextlib
-import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -29,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import torch
 from hypothesis import strategies as st
 from transformers.utils import logging
 
@@ -37,14 +33,12 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run 
 
 from hf_dualmoe.evaluation.environment import describe_environment
 from training.benchmarks.reliability.fuzz_cases import TARGETS, Target
-from training.benchmarks.shared.tables import RESULTS
+from training.benchmarks.shared.command_line import create_parser
+from training.benchmarks.shared.files import RESULTS, write_json
+from training.benchmarks.shared.time_guard import Clock, OutOfTime
 
 DEADLINE = 120  # seconds per case
 CHUNK = 100  # cases per seed
-
-
-class Hang(BaseException):
-    """A case took longer than `DEADLINE`."""
 
 
 class Watch:
@@ -82,22 +76,6 @@ class Watch:
 
 
 @contextlib.contextmanager
-def deadline(seconds: int) -> Iterator[None]:
-    """Raise `Hang` in the main thread when the block takes longer."""
-
-    def stop(*_: Any) -> None:
-        raise Hang(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextlib.contextmanager
 def working_in(folder: str) -> Iterator[None]:
     """Make `folder` the current one."""
     before = os.getcwd()
@@ -126,13 +104,15 @@ def run_case(target: Target, drawn: Any, seconds: int = DEADLINE) -> tuple[str, 
 def attempt(target: Target, drawn: Any, folder: Path, seconds: int) -> tuple[str, str]:
     """Run a case; the outcome but for what it did outside its folder."""
     try:
-        with deadline(seconds):
+        with Clock(seconds).limit():
             target.run(drawn, folder)
     except target.errors as error:
         message = f"{type(error).__name__}: {error}"
         named = not isinstance(drawn, dict) or any(name.removeprefix("robust_") in message for name in drawn)
         return "refused" if named else "unnamed", message
-    except (Exception, Hang) as error:
+    except OutOfTime:
+        return "fault", f"more than {seconds} s"
+    except Exception as error:
         return "fault", f"{type(error).__name__}: {error}"
     return "works", ""
 
@@ -194,7 +174,7 @@ def quiet() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = create_parser(__doc__)
     parser.add_argument("--cases", type=int, default=1000, help="number of cases")
     parser.add_argument("--seed", type=int, default=0, help=f"seed of the first {CHUNK} cases; the next have the next")
     parser.add_argument("--output", type=Path, default=RESULTS / "fuzz.json", help="JSON file to write")
@@ -206,11 +186,8 @@ def main() -> None:
         records += fuzz(min(CHUNK, args.cases - len(records)), seeds[-1])
         print(f"{len(records)} cases, {dict(Counter(record['outcome'] for record in records))}", flush=True)
     result = summary(records) | {"seconds": round(time.perf_counter() - started, 1), "seeds": seeds}
-    packages = describe_environment(torch.device("cpu")) | {"hypothesis": version("hypothesis")}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(
-        json.dumps(result | {"environment": packages}, indent=2, default=str) + "\n", encoding="utf-8"
-    )
+    packages = describe_environment("cpu") | {"hypothesis": version("hypothesis")}
+    write_json(args.output, result | {"environment": packages})
     for record in result["faults"]:
         print(f"FAULT {record['target']}({record['drawn']}): {record['message']}")
     print(f"written to {args.output}")

@@ -11,8 +11,6 @@ and goes on once there is room. Each start is a fork of this process, so that th
 `results/survival.json` has the figures.
 """
 
-import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -33,28 +31,48 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
 
-from hf_dualmoe.evaluation.environment import describe_environment, write_text
+from hf_dualmoe.evaluation.environment import describe_environment
 from hf_dualmoe.trainer.checkpoints import UNFINISHED, last_good_checkpoint, list_checkpoints
 from training import run as training
-from training.benchmarks.shared.tables import RESULTS
+from training.benchmarks.shared.command_line import create_parser, require_positive
+from training.benchmarks.shared.files import RESULTS, read_json, write_json
+from training.benchmarks.shared.recipes import as_options
 
 EVERY = 4  # steps between checkpoints; an evaluation comes before each
 SPARE = 3  # checkpoints more than kills
-SETTINGS = (
-    "--max_train_samples 160 --max_validation_samples 40 --max_test_samples 20 --per_device_train_batch_size 32 "
-    "--backbone resnet10t --width 8,8,8,16 --num_experts 2 --router_top_k 2 --shared_stages 1 --eval_attack_steps 3 "
-    "--ema_decay 0.9 "
-    f"--eval_steps {EVERY} --save_steps {EVERY} --save_total_limit 2 --logging_steps 1 --report none --use_cpu true "
-    "--disable_tqdm true"
-).split()
-FILES = ("config.json", "model.safetensors", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-FILES += (
+SETTINGS = {
+    "max_train_samples": 160,
+    "max_validation_samples": 40,
+    "max_test_samples": 20,
+    "per_device_train_batch_size": 32,
+    "backbone": "resnet10t",
+    "width": "8,8,8,16",
+    "num_experts": 2,
+    "router_top_k": 2,
+    "shared_stages": 1,
+    "eval_attack_steps": 3,
+    "ema_decay": 0.9,
+    "eval_steps": EVERY,
+    "save_steps": EVERY,
+    "save_total_limit": 2,
+    "logging_steps": 1,
+    "report": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+FILES = (  # of a checkpoint, in the order of writing
+    "config.json",
+    "model.safetensors",
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
     "trainer_state.json",
     "progress.json",
     "ema.safetensors",
     "manifest.json.partial",
     "manifest.json",
-)  # in the order of writing
+)
 AIMS = ("steps", "evaluation", "checkpoint")
 TIMED = ("runtime", "per_second")  # parts of names of log entries that tell the time
 TIMEOUT = 300.0  # seconds for one start
@@ -66,7 +84,7 @@ class Start:
     def __init__(self, output_dir: Path, steps: int, printed: Path):
         self.output_dir, self.resumed_from = output_dir, last_step(output_dir)
         self.step, self.evaluating, self.text = self.resumed_from, False, ""
-        options = ["--output_dir", str(output_dir), "--max_steps", str(steps), *SETTINGS]
+        options = as_options({"output_dir": output_dir, "max_steps": steps, **SETTINGS})
         folder = next((output_dir / UNFINISHED).glob("checkpoint-*"), None)
         self.leftover = folder.stat().st_mtime_ns if folder else None  # of the start that was killed before
         self.began = time.monotonic()
@@ -190,7 +208,12 @@ def survive(folder: Path, kills: int, seed: int, steps: int, seconds_per_round: 
     if start.finish() != 0:
         raise RuntimeError(f"The run did not end well after {len(moments)} kills:\n{start.text[-2000:]}")
     counts = Counter(moment["where"] for moment in moments)
-    return {"kills": len(moments), "where": dict(counts), "seconds": time.monotonic() - began, "moments": moments}
+    return {
+        "kills": len(moments),
+        "where": dict(counts),
+        "seconds": round(time.monotonic() - began, 1),
+        "moments": moments,
+    }
 
 
 def fill_disk(folder: Path, steps: int, checkpoint_bytes: int, expected: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +257,7 @@ def fill_disk(folder: Path, steps: int, checkpoint_bytes: int, expected: dict[st
 def end_state(output_dir: Path) -> dict[str, Any]:
     """Everything that must not depend on interruptions."""
     last = list(list_checkpoints(output_dir).values())[-1]
-    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_json(last / "trainer_state.json")
     log = [{k: v for k, v in e.items() if not any(t in k for t in TIMED)} for e in state["log_history"]]
     with torch.serialization.safe_globals(
         [np.ndarray, np.dtype, np._core.multiarray._reconstruct, np.dtypes.UInt32DType]
@@ -272,59 +295,62 @@ def log_is_whole(log: list[dict[str, Any]], steps: int) -> bool:
     return trained == list(range(1, steps + 1)) and evaluated == list(range(EVERY, steps + 1, EVERY))
 
 
+def undisturbed(folder: Path, steps: int) -> float:
+    """Train without a kill; seconds of a round of steps, evaluation and checkpoint."""
+    start = Start(folder, steps, folder.with_name("undisturbed.log"))
+    start.wait_until(lambda: start.step >= 1)
+    first = time.monotonic()
+    start.wait_until(lambda: start.step >= steps)
+    seconds = time.monotonic() - first
+    if start.finish() != 0:
+        sys.exit(start.text[-2000:])
+    return seconds * EVERY / steps
+
+
+def measure(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """The undisturbed run, the killed one, and the one on a full disk; what they ended with."""
+    began, steps = time.monotonic(), EVERY * (kills + SPARE)
+    seconds_per_round = undisturbed(folder / "undisturbed", steps)
+    expected, last = end_state(folder / "undisturbed"), [*list_checkpoints(folder / "undisturbed").values()][-1]
+    killed = survive(folder / "killed", kills, seed, steps, seconds_per_round)
+    ended = end_state(folder / "killed")
+    full = fill_disk(folder / "disk", steps, sum(path.stat().st_size for path in last.iterdir()), expected)
+    return {
+        **killed,
+        "steps": steps,
+        "steps_between_checkpoints": EVERY,
+        "equal_to_the_bit": {name: same(value, ended[name]) for name, value in expected.items()},
+        "log_without_gaps_or_doubles": log_is_whole(ended["log"], steps),
+        "disk_full": full,
+        "seed": seed,
+        "total_seconds": round(time.monotonic() - began, 1),
+        "environment": describe_environment("cpu"),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="How often to kill the run.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the moments.")
-    parser.add_argument("--folder", type=Path, help="Where the runs write; default: a temporary folder.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "survival.json", help="Results.")
+    parser = create_parser(__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="how often to kill the run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--folder", type=Path, help="where the runs write; default: a temporary folder")
+    parser.add_argument("--output", type=Path, default=RESULTS / "survival.json", help="results file")
     args = parser.parse_args()
-    if args.kills < 1:
-        parser.error(f"kills={args.kills} must be at least 1.")
+    require_positive(parser, args, "kills")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    began, steps = time.monotonic(), EVERY * (args.kills + SPARE)
+    torch.set_num_threads(1)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="survival_"))
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     try:
-        undisturbed = Start(folder / "undisturbed", steps, folder / "undisturbed.log")
-        undisturbed.wait_until(lambda: undisturbed.step >= 1)
-        first = time.monotonic()
-        undisturbed.wait_until(lambda: undisturbed.step >= steps)
-        seconds_per_round = (time.monotonic() - first) / (args.kills + SPARE)
-        if undisturbed.finish() != 0:
-            sys.exit(undisturbed.text[-2000:])
-        expected = end_state(folder / "undisturbed")
-        killed = survive(folder / "killed", args.kills, args.seed, steps, seconds_per_round)
-        ended = end_state(folder / "killed")
-        last = list(list_checkpoints(folder / "undisturbed").values())[-1]
-        full = fill_disk(folder / "disk", steps, sum(path.stat().st_size for path in last.iterdir()), expected)
+        results = measure(folder, args.kills, args.seed)
     finally:
         if args.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
-    equal = {name: same(value, ended[name]) for name, value in expected.items()}
-    results = {
-        **killed,
-        "seconds": round(killed["seconds"], 1),
-        "steps": steps,
-        "steps_between_checkpoints": EVERY,
-        "equal_to_the_bit": equal,
-        "log_without_gaps_or_doubles": log_is_whole(ended["log"], steps),
-        "disk_full": full,
-        "seed": args.seed,
-        "total_seconds": round(time.monotonic() - began, 1),
-        "environment": describe_environment(torch.device("cpu")),
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(args.output, json.dumps(results, indent=2) + "\n")
-    print(json.dumps({name: value for name, value in results.items() if name != "moments"}, indent=2))
-    disk_is_fine = not full["tried"] or full["equal_to_the_bit"]
-    if (
-        not all(equal.values())
-        or not disk_is_fine
-        or not results["log_without_gaps_or_doubles"]
-        or killed["kills"] < args.kills
-    ):
+    write_json(args.output, results)
+    print("\n".join(f"{name}: {value}" for name, value in results.items() if name != "moments"))
+    full = results["disk_full"]
+    checks = [*results["equal_to_the_bit"].values(), results["log_without_gaps_or_doubles"]]
+    checks += [results["kills"] == args.kills, not full["tried"] or full["equal_to_the_bit"]]
+    if not all(checks):
         sys.exit("The run did not survive.")
 
 

@@ -1,4 +1,4 @@
-"""A hard limit on time, for benchmarks that run on a machine lent by the minute."""
+"""A hard limit on time, for benchmarks on a machine that is lent by the minute."""
 
 import os
 import signal

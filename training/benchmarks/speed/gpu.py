@@ -1,7 +1,6 @@
 """How near training comes to a bare CUDA graph on one GPU: one command of at most four minutes.
 
     python training/benchmarks/speed/gpu.py               # on a CUDA GPU; no data needed
-    python training/benchmarks/speed/gpu.py --render      # only put the tables into the README
     python training/benchmarks/speed/gpu.py --rehearse    # the same lines at tiny sizes on a CPU
 
 Measured are: whether steps with the step graph give the numbers of eager steps; bare passes of a ResNet18, eager, as a
@@ -11,7 +10,6 @@ time does not suffice for is noted, and measured by the same command later: what
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -23,22 +21,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
 
-from hf_dualmoe.evaluation.environment import describe_environment, write_text
-from training.benchmarks.shared.tables import RESULTS, replace_section
+from hf_dualmoe.evaluation.environment import describe_environment
+from training.benchmarks.shared.command_line import create_parser, require_positive
+from training.benchmarks.shared.files import RESULTS, read_json, write_json
 from training.benchmarks.shared.time_guard import Clock, OutOfTime
-from training.benchmarks.speed.gpu_cases import (
-    compare_steps,
+from training.benchmarks.speed.gpu_passes import (
     time_autoattack,
     time_bare_pass,
     time_bare_step,
     time_compiled_pass,
-    time_steps,
     time_worst_case,
 )
 from training.benchmarks.speed.gpu_sizes import CASES, REHEARSAL, Size
-from training.benchmarks.speed.gpu_table import render_text
+from training.benchmarks.speed.gpu_steps import compare_steps, time_steps
 
-BEFORE = RESULTS / "speed_gpu_before.json"
 METHODS = [("standard", "pgd")] + [(m, a) for m in ("at", "trades", "rt_er", "jtdmoe") for a in ("pgd", "nfgsm")]
 BATCHES = (128, 512, 1024)
 COMPILED_BATCH, AUTOATTACK_IMAGES, UNION_IMAGES = 512, 512, 256
@@ -76,7 +72,7 @@ def measure(results: dict[str, Any], work: dict[str, tuple[Unit, float]], clock:
             run_unit(results, name, unit)
             told = results["units"].get(name) or results["notes"][name]
             print(f"[{clock.left():4.0f} s left] {name}: {told}", flush=True)
-        write(results, path)
+        write_json(path, results)
 
 
 def run_unit(results: dict[str, Any], name: str, unit: Unit) -> None:
@@ -89,24 +85,7 @@ def run_unit(results: dict[str, Any], name: str, unit: Unit) -> None:
         results["notes"][name] = f"{type(error).__name__}: {error}"[:500]
         return
     del results["notes"][name]
-    results["units"][name] = {**rounded(found), "seconds": round(time.perf_counter() - started, 1)}
-
-
-def rounded(found: dict[str, Any]) -> dict[str, Any]:
-    """Numbers to six digits, those in inner dictionaries too."""
-    return {
-        name: rounded(value)
-        if isinstance(value, dict)
-        else float(f"{value:.6g}")
-        if isinstance(value, float)
-        else value
-        for name, value in found.items()
-    }
-
-
-def write(results: dict[str, Any], path: Path) -> None:
-    """Write the file in one step."""
-    write_text(path, json.dumps(results, indent=1) + "\n")
+    results["units"][name] = {**found, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def begin(args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -117,74 +96,48 @@ def begin(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """
     environment = describe_environment(device)
     if args.output.is_file() and not args.fresh:
-        results = json.loads(args.output.read_text(encoding="utf-8"))
+        results = read_json(args.output)
         if results["environment"] != environment or results["rehearsal"] != args.rehearse:
             raise ValueError(f"{args.output} was made elsewhere or by other versions; start over in it with --fresh.")
         return results
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     return {"rehearsal": args.rehearse, "environment": environment, "notes": {}, "units": {}}
 
 
-def read_results(path: Path) -> dict[str, Any] | None:
-    """The results that may be shown: measured on a GPU; None where there are none.
-
-    Raises:
-        ValueError: The file is a rehearsal's.
-    """
-    if not path.is_file():
-        return None
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if results["rehearsal"]:
-        raise ValueError(f"{path} is a rehearsal on a CPU; its numbers are not rendered.")
-    return results
-
-
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__)
     add = parser.add_argument
     add("--minutes", type=float, default=3.7, help="hard limit, imports not counted; the rest is for the next call")
     add("--only", nargs="+", default=[""], help="measure only what begins with one of these, such as equal or bare")
     add("--fresh", action="store_true", help="start over in a results file")
-    add(
-        "--output", type=Path, help="default: results/speed_gpu.json; of a rehearsal, outputs/speed_gpu_rehearsal.json"
-    )
+    add("--output", type=Path, help="default: results/speed_gpu.json, or outputs/speed_gpu_rehearsal.json")
     add("--rehearse", action="store_true", help="tiny sizes on a CPU, eager steps in the place of graphs")
-    add("--render", action="store_true", help="measure nothing, only put the tables into the README")
     args = parser.parse_args(arguments)
-    if not 0 < args.minutes <= 60:
-        parser.error(f"minutes={args.minutes!r} must be in (0, 60].")
-    if not (args.rehearse or args.render or torch.cuda.is_available()):
+    require_positive(parser, args, "minutes")
+    if not (args.rehearse or torch.cuda.is_available()):
         parser.error("there is no CUDA GPU here; --rehearse runs the same lines at tiny sizes on a CPU.")
-    args.output = args.output or (
-        Path("outputs/speed_gpu_rehearsal.json") if args.rehearse else RESULTS / "speed_gpu.json"
-    )
+    rehearsed = Path("outputs/speed_gpu_rehearsal.json")
+    args.output = args.output or (rehearsed if args.rehearse else RESULTS / "speed_gpu.json")
     return args
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    if args.render:
-        replace_section(
-            "speed_gpu", render_text(json.loads(BEFORE.read_text(encoding="utf-8")), read_results(args.output))
-        )
-        return 0
     clock = Clock(60 * args.minutes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     size = REHEARSAL if args.rehearse else Size("cuda")
     try:
         results = begin(args, size.device)
     except ValueError as error:
-        sys.exit(f"speed_gpu.py: error: {error}")
+        sys.exit(f"gpu.py: error: {error}")
     wanted = {name: unit for name, unit in units(size).items() if name.startswith(tuple(args.only))}
     try:
         with clock.limit():
             measure(results, wanted, clock, args.output)
     except OutOfTime:
         print("The time is used up; the same command measures the rest.", flush=True)
-    write(results, args.output)
+    write_json(args.output, results)
     print(f"{len(results['units'])} measured, {len(results['notes'])} not: {args.output}", flush=True)
-    wrong = [name for name, found in results["units"].items() if found.get("holds") is False]
-    return 1 if wrong else 0
+    return int(any(found.get("holds") is False for found in results["units"].values()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What speed_gpu.py times, and at which sizes: those of a GPU, and tiny ones to rehearse on a CPU."""
+"""What gpu.py times, and at which sizes: those of a GPU, and tiny ones to rehearse on a CPU."""
 
 from dataclasses import dataclass, field
 from typing import Any

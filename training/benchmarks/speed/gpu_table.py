@@ -1,41 +1,53 @@
-"""The tables "On a GPU": what speed_gpu.py measured beside the first measurement, made before the step graph."""
+"""What gpu.py has measured, in tables beside the first measurement, which was made before there was a step graph."""
 
 from typing import Any
 
+from training.benchmarks.shared.files import RESULTS, read_json
+from training.benchmarks.shared.recipes import parse_recipe
 from training.benchmarks.shared.tables import markdown_table
-from training.benchmarks.speed.gpu_cases import TOLERANCE
 from training.benchmarks.speed.gpu_sizes import CASES
+from training.benchmarks.speed.gpu_steps import TOLERANCE
 
-MISSING = "not measured"
 IMAGES = 50_000  # of an epoch
 
 Units = dict[str, dict[str, Any]]
 
 
-def render_text(before: dict[str, Any], now: dict[str, Any] | None) -> str:
-    """The whole section.
+def read_measurements() -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The first measurement, and the newest: None where there is none.
 
-    Args:
-        before: The first measurement.
-        now: The newest results; None = there are none.
+    Raises:
+        ValueError: The newest is a rehearsal's.
     """
-    first, units = before["units"], {} if now is None else now["units"]
-    place = "Nothing has been measured with the step graph yet." if now is None else f"Now: {where(now)}."
+    newest = RESULTS / "speed_gpu.json"
+    now = read_json(newest) if newest.is_file() else None
+    if now and now["rehearsal"]:
+        raise ValueError(f"{newest} is a rehearsal on a CPU; its numbers are not rendered.")
+    return read_json(RESULTS / "speed_gpu_before.json"), now
+
+
+def render(before: dict[str, Any], now: dict[str, Any] | None) -> str:
+    """The whole section; arguments as `read_measurements` returns them."""
+    first, units = before["units"], now["units"] if now else {}
+    place = f"Now: {where(now)}." if now else "Nothing has been measured with the step graph yet."
     blocks = [f"Before: {where(before)}; {before['source']}. {place}"]
-    blocks += [f"**Not measured now**: {name}: {why}." for name, why in (now or {}).get("notes", {}).items()]
+    blocks += [f"**Not measured now**: {name}: {why}." for name, why in (now["notes"] if now else {}).items()]
     blocks += [
         "A training step. The bare graph is the step's own passes, and nothing else, as one CUDA graph; the share is "
         "its time over that of the step with the step graph. Busy: share of the time in which the GPU works.",
         markdown_table(STEP_HEADER, [step_row(name, first, units) for name in CASES]),
         "A forward and input-gradient pass of one ResNet18, BatchNorm folded, bf16, in ms (before / now):",
         markdown_table(PASS_HEADER, [pass_row(batch, first, units) for batch in (128, 512, 1024)]),
-        "Twenty float32 steps with the step graph against twenty eager ones, relative distances; allowed: "
-        + ", ".join(f"{name} {limit:g}" for name, limit in TOLERANCE.items())
-        + ", or three times the distance of two eager runs:",
-        equal_table(units),
-        "Attacks in float32 on images that withstand them, so that no work is saved:",
-        attack_table(units),
     ]
+    if now:
+        limits = ", ".join(f"{name} {limit:g}" for name, limit in TOLERANCE.items())
+        blocks += [
+            "Twenty float32 steps with the step graph against twenty eager ones, relative distances; allowed: "
+            f"{limits}, or three times the distance of two eager runs:",
+            equal_table(units),
+            "Attacks in float32 on images that withstand them, so that no work is saved:",
+            attack_table(units),
+        ]
     return "\n\n".join(blocks)
 
 
@@ -46,14 +58,14 @@ def where(results: dict[str, Any]) -> str:
     return f"{environment['hardware']}, {', '.join(versions)}"
 
 
-def number(found: dict[str, Any] | None, name: str, form: str = "{:.1f}", scale: float = 1.0) -> str:
+def number(found: dict[str, Any] | None, name: str, form: str = ".1f", scale: float = 1.0) -> str:
     """A value as text; "-" where it is missing."""
-    return form.format(scale * found[name]) if found and name in found else "-"
+    return f"{scale * found[name]:{form}}" if found and name in found else "-"
 
 
-def pair(before: str, now: str) -> str:
-    """Two cells in one."""
-    return f"{before} / {now}"
+def pair(units: tuple[dict[str, Any] | None, dict[str, Any] | None], name: str, form: str = ".1f", scale: float = 1.0):
+    """A value before and now, in one cell."""
+    return " / ".join(number(found, name, form, scale) for found in units)
 
 
 STEP_HEADER = ["step", "batch", "ms before", "ms eager now", "ms with the graph", "aim", "bare graph ms"]
@@ -64,21 +76,20 @@ def step_row(name: str, first: Units, units: Units) -> list[str]:
     """One training step: before, eager now, with the graph, and the bare graph."""
     case, before = CASES[name], first.get(f"eager {name}")
     eager, graph, bare = (units.get(f"{kind} {name}") for kind in ("eager", "graph", "bare step"))
-    share = f"{100 * bare['bare_graph_ms'] / graph['ms']:.0f} %" if graph and bare else "-"
-    epochs = [number(found, "ms", "{:.1f}", IMAGES / case.batch / 1e3) for found in (before, graph)]
+    both = before, graph
     return [
         case.title,
         str(case.batch),
         number(before, "ms"),
         number(eager, "ms"),
-        number(graph, "ms") if graph else MISSING,
+        number(graph, "ms"),
         "-" if case.target_ms is None else f"<= {case.target_ms:g}",
         number(bare, "bare_graph_ms"),
-        share,
-        pair(number(before, "busy", "{:.0f}", 100), number(graph, "busy", "{:.0f}", 100)),
-        pair(number(before, "waits", "{:.0f}"), number(graph, "waits", "{:.0f}")),
-        pair(*epochs),
-        pair(number(before, "allocated_gib"), number(graph, "reserved_gib")),
+        f"{100 * bare['bare_graph_ms'] / graph['ms']:.0f} %" if graph and bare else "-",
+        pair(both, "busy", ".0f", 100),
+        pair(both, "waits", ".0f"),
+        pair(both, "ms", ".1f", IMAGES / case.batch / 1e3),
+        f"{number(before, 'allocated_gib')} / {number(graph, 'reserved_gib')}",
     ]
 
 
@@ -87,22 +98,22 @@ PASS_HEADER = ["batch", "eager", "eager, our PGD's pass", "CUDA graph", "compile
 
 def pass_row(batch: int, first: Units, units: Units) -> list[str]:
     """A bare pass at one batch size."""
-    cells, name = [str(batch)], f"bare {batch}"
-    for column in ("eager_ms", "ours_ms", "graph_ms"):
-        cells.append(pair(*(number(found.get(name), column, "{:.2f}") for found in (first, units))))
-    if batch != 512:  # the one that is compiled
-        return [*cells, "-"]
-    return [*cells, pair(*(number(found.get("compiled"), "compiled_graph_ms", "{:.2f}") for found in (first, units)))]
+    both = first.get(f"bare {batch}"), units.get(f"bare {batch}")
+    cells = [str(batch), *(pair(both, name, ".2f") for name in ("eager_ms", "ours_ms", "graph_ms"))]
+    compiled = first.get("compiled"), units.get("compiled")
+    return [*cells, pair(compiled, "compiled_graph_ms", ".2f") if batch == 512 else "-"]  # the one that is compiled
 
 
 def equal_table(units: Units) -> str:
     """Distances between graphed and eager steps."""
-    found = {name.removeprefix("equal "): unit for name, unit in units.items() if name.startswith("equal ")}
-    if not found:
-        return f"({MISSING})"
     rows = [
-        [name, *(number(unit, key, "{:.1e}") for key in TOLERANCE), "yes" if unit["holds"] else "**NO**"]
-        for name, unit in found.items()
+        [
+            name.removeprefix("equal "),
+            *(number(unit, key, ".1e") for key in TOLERANCE),
+            "yes" if unit["holds"] else "**NO**",
+        ]
+        for name, unit in units.items()
+        if name.startswith("equal ")
     ]
     return markdown_table(["method, attack", *TOLERANCE, "equal"], rows)
 
@@ -113,8 +124,20 @@ def attack_table(units: Units) -> str:
         "autoattack": 'AutoAttack, "fast" budgets, one ResNet18',
         "worst_case": "adaptive union, 10 steps, dual model of cifar10_resnet18",
     }
-    rows = [
-        [title, *(number(units.get(name), key) for key in ("images_per_s", "forward", "gradient", "stand"))]
-        for name, title in titles.items()
-    ]
+    columns = ("images_per_s", "forward", "gradient", "stand")
+    rows = [[title, *(number(units.get(name), key) for key in columns)] for name, title in titles.items()]
     return markdown_table(["attack", "images/s", "forward passes per image", "gradient passes", "stand %"], rows)
+
+
+def step_time(recipe: str) -> str:
+    """What is known of a recipe's time: a step as gpu.py has measured it, with the step graph where it has."""
+    advice = "run with --estimate_time"
+    batch = parse_recipe(recipe)[2].per_device_train_batch_size
+    same = [n for n, case in CASES.items() if (case.recipe, case.batch, case.settings) == (recipe, batch, {})]
+    before, now = read_measurements()
+    for results, kind, how in ((now, "graph", "with"), (before, "eager", "without")):
+        if results and same and (found := results["units"].get(f"{kind} {same[0]}")):
+            step = f"{found['ms']:.0f} ms per step of {batch} images {how} the step graph"
+            hardware = results["environment"]["hardware"]
+            return f"{step}, measured on one {hardware}; for the whole run and your hardware: {advice}."
+    return f"not measured; {advice}."

@@ -1,6 +1,4 @@
-"""Row 1: forward and input-gradient step of a top-1 mixture against one of its experts, and against a per-sample loop.
-
-    python training/benchmarks/speed/moe_step.py
+"""Forward and input-gradient step of a top-1 mixture against one of its experts, and against a per-sample loop.
 
 All three see the same images with the same weights, without parameter gradients and with BatchNorm folded into the
 convolutions, as attacks run them. The mixture runs its router, but the expert of each image is set, so that groups are
@@ -9,77 +7,48 @@ is written image by image.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
-
+from hf_dualmoe.attacks import frozen
 from hf_dualmoe.attacks.folding import folded
-from hf_dualmoe.attacks.steps import ce_objective, frozen, value_and_gradient
-from hf_dualmoe.models.outputs import logits_of
-from training.benchmarks.speed.timing import (
-    compare,
-    create_moe,
-    create_parser,
-    even_routes,
-    interleaved,
-    random_batch,
-    run_script,
-)
+from hf_dualmoe.attacks.steps import ce_objective, value_and_gradient
+from hf_dualmoe.models import logits_of
+from training.benchmarks.speed.timing import Row, compare, create_moe, even_routes, interleaved, random_batch
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Beside those of all parts."""
+    parser.add_argument("--num_experts", type=int, default=4)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
     """Four rows: forward and step, against one expert and against the loop."""
-    model = create_moe(args, args.num_experts)
-    images, labels = random_batch(args)
-    routes = even_routes(len(images), args.num_experts, args.device)
-    expert = model.experts[0]
+    model, (images, labels) = create_moe(args, args.num_experts), random_batch(args)
+    routes, expert = even_routes(len(images), args.num_experts, args.device), model.experts[0]
 
-    def mixture(x: Tensor) -> Tensor:
-        return model(x, expert_index=routes).logits
+    def mixture(x: Tensor, at: slice = slice(None)) -> Tensor:
+        return model(x, expert_index=routes[at]).logits
 
-    def single(x: Tensor) -> Tensor:
-        return expert(model.normalize(x))
+    def forward(classify, at: slice = slice(None)) -> None:
+        logits_of(classify, images[at])
 
-    def forward(classifier):
-        return lambda: logits_of(classifier, images)
+    def step(classify, at: slice = slice(None)) -> None:
+        value_and_gradient(classify, images[at], labels[at], ce_objective)
 
-    def step(classifier):
-        return lambda: value_and_gradient(classifier, images, labels, ce_objective)
-
-    def loop_forward() -> None:
+    def loop(work) -> None:
         for i in range(len(images)):
-            model(images[i : i + 1], expert_index=routes[i : i + 1])
+            work(lambda x, at=slice(i, i + 1): mixture(x, at), slice(i, i + 1))
 
-    def loop_step() -> None:
-        for i in range(len(images)):
-            one = slice(i, i + 1)
-            value_and_gradient(
-                lambda x, at=one: model(x, expert_index=routes[at]), images[one], labels[one], ce_objective
-            )
-
-    rows = []
+    rows, faster = [], 2.5 if args.device == "cpu" else 20
     with torch.no_grad(), frozen(model), folded(model, images):
-        for what, own, reference, loop in (
-            ("forward", forward(mixture), forward(single), loop_forward),
-            ("forward + input gradient", step(mixture), step(single), loop_step),
-        ):
-            times = interleaved({"mixture": own, "one expert": reference}, args.repeats, args.device)
+        for what, work in (("forward", forward), ("forward + input gradient", step)):
+            own = {"mixture": lambda work=work: work(mixture)}
+            single = {"one expert": lambda work=work: work(lambda x: expert(model.normalize(x)))}
+            times = interleaved({**own, **single}, args.repeats, args.device)
             rows.append(compare(f"{what} / one expert", times, "mixture", ["one expert"], args.device, at_most=1.15))
-            times = interleaved({"mixture": own, "loop": loop}, max(1, args.repeats // 2), args.device)
-            faster = 2.5 if args.device == "cpu" else 20
+            looped = {"loop": lambda work=work: loop(work)}
+            times = interleaved({**own, **looped}, max(1, args.repeats // 2), args.device)
             rows.append(compare(f"per-sample loop / {what}", times, "mixture", ["loop"], args.device, at_least=faster))
     return rows
-
-
-def main(arguments: list[str] | None = None) -> dict:
-    parser = create_parser(__doc__, "speed_moe_step")
-    parser.add_argument("--num_experts", type=int, default=4)
-    return run_script(parser, measure, arguments, "speed_moe_step")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,4 @@
-"""Row 2: one call of PGD against as many bare forward and input-gradient passes of the same model.
-
-    python training/benchmarks/speed/pgd.py
+"""One call of PGD against as many bare forward and input-gradient passes of the same model.
 
 The bare passes are the least that a gradient attack can do with the model as it is: cross-entropy, backward to the
 images, nothing else. BatchNorm is folded, as PGD does it by itself. With torchattacks installed its PGD runs with the
@@ -9,48 +7,41 @@ same settings.
 
 import argparse
 import importlib.util
-import sys
-from pathlib import Path
 
-import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
-
+from hf_dualmoe.attacks import PGD, frozen
 from hf_dualmoe.attacks.folding import folded
-from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen
-from training.benchmarks.speed.timing import compare, create_moe, create_parser, interleaved, random_batch, run_script
+from training.benchmarks.speed.timing import Row, bare_attack, compare, create_moe, interleaved, random_batch
 
 
-class Logits(torch.nn.Module):
+class Logits(nn.Module):
     """The logits alone, as other libraries want them."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.model(images).logits
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Beside those of all parts."""
+    parser.add_argument("--num_experts", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
     """PGD as in training against bare passes, and against torchattacks where that is installed."""
-    model = create_moe(args, args.num_experts)
-    images, labels = random_batch(args)
+    model, (images, labels) = create_moe(args, args.num_experts), random_batch(args)
     attack = PGD(eps=8 / 255, steps=args.steps, step_size=2 / 255, keep_best=False)
 
     def bare() -> None:
         with frozen(model), folded(model, images):
-            for _ in range(args.steps):
-                points = images.detach().requires_grad_(True)
-                loss = F.cross_entropy(model(points).logits, labels, reduction="sum")
-                torch.autograd.grad(loss, points)
+            bare_attack(model, images, labels, args.steps)
 
-    def ours() -> None:
-        attack(model, images, labels)
-
-    alternatives = {"PGD": ours, "bare passes": bare}
+    alternatives = {"PGD": lambda: attack(model, images, labels), "bare passes": bare}
     if importlib.util.find_spec("torchattacks"):
         import torchattacks
 
@@ -63,14 +54,3 @@ def measure(args: argparse.Namespace) -> list[dict]:
         name = f"torchattacks' PGD-{args.steps} / ours"
         rows.append(compare(name, times, "PGD", ["torchattacks"], args.device, at_least=1.0))
     return rows
-
-
-def main(arguments: list[str] | None = None) -> dict:
-    parser = create_parser(__doc__, "speed_pgd")
-    parser.add_argument("--num_experts", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
-    return run_script(parser, measure, arguments, "speed_pgd")
-
-
-if __name__ == "__main__":
-    main()

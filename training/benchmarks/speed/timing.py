@@ -1,56 +1,34 @@
 """How the speed benchmarks measure: the alternatives in turn (A B A B ...), wall and process time, ratios per round.
 
 A machine that others use slows all alternatives of a round alike, so ratios are taken inside rounds and their median
-is reported. On a CPU process time is judged, with one thread: waiting for others is not part of it. On an accelerator
-wall time is judged, after everything queued has finished.
+is reported. On a CPU process time decides, with one thread: waiting for others is not part of it. On an accelerator
+wall time decides, after everything queued has finished.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hf_dualmoe import MoEConfig, MoEForImageClassification
-from hf_dualmoe.evaluation.environment import describe_environment
-from training.benchmarks.shared.tables import RESULTS, markdown_table, replace_section
+from training.benchmarks.shared.tables import markdown_table
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 HEADER = ["what", "ratio", "range", "wall ratio", "target", "holds"]
 
 Times = dict[str, dict[str, list[float]]]  # alternative -> clock -> seconds per round
-
-
-def best_device() -> str:
-    """The accelerator's type, or "cpu"."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+Row = dict[str, Any]
 
 
 def synchronize(device: str) -> None:
     """Wait until the device has done all that it was given."""
     if device != "cpu":
         torch.accelerator.synchronize()
-
-
-def create_parser(description: str, name: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that all speed benchmarks share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--device", default=best_device())
-    add("--threads", type=int, default=1, help="CPU threads; process time compares only at one")
-    add("--repeats", type=int, default=5, help="rounds after the warm-up")
-    add("--backbone", default="resnet18")
-    add("--width", type=float, default=0.25, help="multiplier of the ResNet's channels; 1 for a GPU")
-    add("--image_size", type=int, default=32)
-    add("--batch_size", type=int, default=128)
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, default=RESULTS / f"{name}.json")
-    add("--render", action="store_true", help="only put the table of the results file into the README")
-    return parser
 
 
 def interleaved(alternatives: dict[str, Callable[[], object]], repeats: int, device: str, warmup: int = 1) -> Times:
@@ -84,68 +62,56 @@ def compare(
     *,
     at_most: float | None = None,
     at_least: float | None = None,
-) -> dict:
+) -> Row:
     """One row of a result: how long `name` takes against `references`, and whether that meets the target.
 
     Args:
         at_most: Target for the ratio; None = there is none.
         at_least: Target for the inverse: `name` is that many times faster; the row then shows the inverse.
     """
-    judged = "cpu" if device == "cpu" else "wall"
+    decisive = "cpu" if device == "cpu" else "wall"
     found = {clock: ratios(times, name, references, clock) for clock in CLOCKS}
     if at_least is not None:
         found = {clock: [1 / value for value in values] for clock, values in found.items()}
-    ratio = median(found[judged])
-    row = {"what": what, "ratio": ratio, "range": [min(found[judged]), max(found[judged])]}
-    row |= {"wall_ratio": median(found["wall"]), "clock": judged, "at_most": at_most, "at_least": at_least}
-    holds = (
-        None if at_most is None and at_least is None else ratio <= at_most if at_least is None else ratio >= at_least
-    )
-    seconds = {alternative: {c: median(v) for c, v in clocks.items()} for alternative, clocks in times.items()}
-    return row | {"holds": holds, "seconds": {n: seconds[n] for n in (name, *references)}}
+    row = row_of(what, found[decisive], at_most=at_most, at_least=at_least)
+    seconds = {side: {clock: median(values) for clock, values in times[side].items()} for side in (name, *references)}
+    return row | {"wall_ratio": median(found["wall"]), "clock": decisive, "seconds": seconds}
 
 
-def cells(row: dict) -> list[str]:
-    """A row of the table."""
-    target = (
-        "-" if row["holds"] is None else f">= {row['at_least']}" if row["at_most"] is None else f"<= {row['at_most']}"
-    )
-    holds = {True: "yes", False: "NO", None: "-"}[row["holds"]]
-    low, high = row["range"]
-    return [row["what"], f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['wall_ratio']:.2f}", target, holds]
+def row_of(what: str, values: list[float], *, at_most: float | None = None, at_least: float | None = None) -> Row:
+    """A row whose ratio is the median of these values, and whether that meets the target."""
+    ratio = median(values)
+    holds = None
+    if at_most is not None or at_least is not None:
+        holds = (at_most is None or ratio <= at_most) and (at_least is None or ratio >= at_least)
+    row = {"what": what, "ratio": ratio, "range": [min(values), max(values)], "wall_ratio": ratio}
+    return row | {"at_most": at_most, "at_least": at_least, "holds": holds}
 
 
-def render_table(result: dict) -> str:
-    """The table of a results file in Markdown."""
-    return markdown_table(HEADER, [cells(row) for row in result["rows"]])
-
-
-def run_script(parser: argparse.ArgumentParser, measure: Callable, arguments: list[str] | None, name: str) -> dict:
-    """Measure, print and write: hardware, versions, settings and rows; or only render what was written."""
-    args = parser.parse_args(arguments)
-    if args.render:
-        result = json.loads(args.output.read_text(encoding="utf-8"))
-        replace_section(name, render_table(result))
-        return result
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "render")}
-    result = {"settings": settings, "environment": describe_environment(args.device), "rows": measure(args)}
-    print(render_table(result), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    return result
+def render_rows(rows: list[Row]) -> str:
+    """Rows as a Markdown table."""
+    cells = []
+    for row in rows:
+        target = f">= {row['at_least']}" if row["at_most"] is None else f"<= {row['at_most']}"
+        numbers = [f"{row['ratio']:.2f}", "{:.2f} to {:.2f}".format(*row["range"]), f"{row['wall_ratio']:.2f}"]
+        holds = {True: "yes", False: "**NO**", None: "-"}[row["holds"]]
+        cells.append([row["what"], *numbers, "-" if row["holds"] is None else target, holds])
+    return markdown_table(HEADER, cells)
 
 
 # --- models and images of these benchmarks ---------------------------------------------------------------------------
 
 
-def create_moe(args: argparse.Namespace, num_experts: int = 4, **fields) -> MoEForImageClassification:
+def create_moe(args: argparse.Namespace, num_experts: int) -> MoEForImageClassification:
     """An untrained mixture of whole networks, top-1, in eval mode on the device."""
     width = args.width if args.backbone.startswith("resnet") else None
     config = MoEConfig(
-        **{"backbone": args.backbone, "width": width, "image_size": args.image_size, "num_labels": 10},
-        **{"num_experts": num_experts, "router_top_k": 1, **fields},
+        backbone=args.backbone,
+        width=width,
+        image_size=args.image_size,
+        num_labels=10,
+        num_experts=num_experts,
+        router_top_k=1,
     )
     return MoEForImageClassification(config).to(args.device).eval()
 
@@ -157,6 +123,16 @@ def random_batch(args: argparse.Namespace, batch_size: int | None = None) -> tup
     return images, torch.randint(0, 10, (size,), device=args.device)
 
 
-def even_routes(num_images: int, num_experts: int, device: str) -> Tensor:
+def even_routes(num_images: int, num_experts: int, device: str | torch.device) -> Tensor:
     """(B,) the same number of images for each expert, in mixed order, as a balanced router would send them."""
     return torch.arange(num_images, device=device) % num_experts
+
+
+def bare_attack(
+    model: nn.Module, images: Tensor, labels: Tensor, steps: int, expert_index: Tensor | None = None
+) -> None:
+    """The least that a gradient attack can do: so many forward passes with gradients of the images."""
+    for _ in range(steps):
+        points = images.detach().requires_grad_(True)
+        loss = F.cross_entropy(model(points, expert_index=expert_index).logits, labels, reduction="sum")
+        torch.autograd.grad(loss, points)

@@ -17,49 +17,31 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForImageClassification
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
 
 from hf_dualmoe import DualMoEForImageClassification
-from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset, to_unit_range
-from hf_dualmoe.evaluation.calibration import calibrate_robust_logits
-from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
-from hf_dualmoe.evaluation.environment import write_text
-from hf_dualmoe.evaluation.evaluation import RobustnessReport, evaluate_robustness
-from hf_dualmoe.trainer.trainer import RobustTrainer
+from hf_dualmoe.attacks import PGD
+from hf_dualmoe.data import DataSplits, ImageTensorDataset, to_unit_range
+from hf_dualmoe.evaluation import (
+    RobustnessReport,
+    calibrate_robust_logits,
+    choose_alpha,
+    evaluate_robustness,
+    sweep_alpha,
+)
+from hf_dualmoe.evaluation.dial import dial_attack
+from hf_dualmoe.trainer import RobustTrainer, RobustTrainingArguments
 from training import run as training
+from training.benchmarks.shared.files import TRAINING, read_json, write_json
+from training.benchmarks.shared.recipes import FlopCounter, count_parameters, forward_flops, parse_recipe
+from training.benchmarks.study.definition import settings_of
 from training.benchmarks.study.levers import lever_trainer
 
-HERE = Path(__file__).parent
-NUMBERS = (
-    "sa",
-    "ra",
-    "ra_pgd",
-    "expert_load",
-    "route_flip_rate",
-    "num_images",
-    "environment",
-    "union",
-)  # see numbers()
+# what `numbers` takes from a report
+NUMBERS = ("sa", "ra", "ra_pgd", "expert_load", "route_flip_rate", "num_images", "environment", "union")
 UNION = ("worst_case",)  # beside SA and PGD of the whole model, which every evaluation measures
-
-
-class FlopCounter(TorchDispatchMode):
-    """Counts floating-point operations as torch's own counter does, which however forbids gradients of inputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function._overloadpacket in flop_registry:
-            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 class StudyRun:
@@ -81,10 +63,14 @@ class StudyRun:
 
     def parse(self, settings: dict[str, Any]) -> tuple:
         """The argument objects of `training/run.py` for these settings."""
-        parser = training.RecipeParser(training.RECIPES, description="")
         with TemporaryDirectory() as folder:
             recipe = self.write_recipe(settings, Path(folder))
-            return parser.parse(["--recipe", str(recipe), "--seed", str(self.seed), "--output_dir", str(self.folder)])
+            return parse_recipe(str(recipe), seed=self.seed, output_dir=self.folder)
+
+    @cached_property
+    def args(self) -> RobustTrainingArguments:
+        """The training arguments of the settings that all arms share: device, eps and norm are those of each."""
+        return self.parse(self.study["settings"])[2]
 
     def write_recipe(self, settings: dict[str, Any], folder: Path) -> Path:
         """A recipe of `training/run.py` with these settings."""
@@ -94,10 +80,9 @@ class StudyRun:
 
     def settings_of(self, arm: str) -> dict[str, Any]:
         """Settings of an arm; the width is worked out where it must match the parameters of another arm."""
-        entry = self.study["arms"][arm]
-        settings = {**self.study["settings"], **entry.get("settings", {})}
-        if "match_parameters" in entry:
-            target = count_parameters(self.build(self.settings_of(entry["match_parameters"])))
+        settings, matched = settings_of(self.study, arm), self.study["arms"][arm].get("match_parameters")
+        if matched:
+            target = count_parameters(self.build(self.settings_of(matched)))
             channels = [int(part) for part in settings["width"].split(",")]
             widths = [",".join(str(round(c * tenths / 10)) for c in channels) for tenths in range(10, 31)]
             settings["width"] = min(
@@ -174,9 +159,10 @@ class StudyRun:
             known["passes_from"] = round(self.passes_before(self.arm), 2)
             settings["init_experts_from"] = str(self.model_of(self.entry["init_from"]))
         recipe = self.write_recipe({**settings, "max_steps": count}, self.folder)
-        script = [str(HERE.parents[1] / "run.py")]
+        script = [str(TRAINING / "run.py")]
         if "lever" in self.entry:
-            script = [str(HERE / "levers.py"), self.entry["lever"], json.dumps(self.entry.get("lever_args", {}))]
+            levers = Path(__file__).with_name("levers.py")
+            script = [str(levers), self.entry["lever"], json.dumps(self.entry.get("lever_args", {}))]
         command = [sys.executable, *script, "--recipe", str(recipe)]
         command += ["--seed", str(self.seed), "--output_dir", str(self.folder), "--report", "none"]
         started = time.perf_counter()
@@ -204,10 +190,9 @@ class StudyRun:
 
     def calibrate(self, model: nn.Module) -> dict[str, Any]:
         """The logit map of F_R that held-out images choose; alpha is chosen later, as for every dual model."""
-        _, _, args, _ = self.parse(self.study["settings"])
         steps = self.study["evaluation"].get("steps", 20)
-        attack = PGD(eps=float(args.eps), norm=args.norm, steps=steps, seed=0)
-        model.to(args.device)
+        attack = PGD(eps=float(self.args.eps), norm=self.args.norm, steps=steps, seed=0)
+        model.to(self.args.device)
         return calibrate_robust_logits(model, self.data.validation, attack=attack, progress=False)
 
     def joined_passes(self) -> float:
@@ -222,16 +207,19 @@ class StudyRun:
 
     def own_passes(self, arm: str) -> float:
         """Passes of a finished run of another arm, without those of the model that it started from."""
-        training = json.loads((self.model_of(arm).parent / "run.json").read_text(encoding="utf-8"))["training"]
-        return training["passes"] - training.get("passes_from", 0)
+        told = self.finished(arm)["training"]
+        return told["passes"] - told.get("passes_from", 0)
+
+    def finished(self, arm: str) -> dict[str, Any]:
+        """What the run of another arm with the same seed has written."""
+        return read_json(self.model_of(arm).parent / "run.json")
 
     def evaluate(self) -> dict[str, Any]:
         """Clean accuracy, PGD and the adaptive union on the test images; the dial is chosen on held-out images."""
-        _, _, args, _ = self.parse(self.study["settings"])
         model = self.trained_model()
         result: dict[str, Any] = {
             "parameters": count_parameters(model),
-            "flops": forward_flops(model, to_unit_range(self.data.test.images[:1]).to(args.device)),
+            "flops": forward_flops(model, to_unit_range(self.data.test.images[:1]).to(self.args.device)),
             "images": {name: len(getattr(self.data, name)) for name in ("train", "validation", "test")},
         }
         settings = self.attack_settings()
@@ -245,45 +233,42 @@ class StudyRun:
 
     def sweep(self, model: nn.Module) -> tuple[list[dict[str, float]], list[str]]:
         """The dial on held-out images, and what it was attacked with; kept beside the run, since it takes long."""
-        _, _, args, _ = self.parse(self.study["settings"])
-        attack = dial_attack(self.data.num_labels, eps=float(args.eps), norm=args.norm)
+        attack = dial_attack(self.data.num_labels, eps=float(self.args.eps), norm=self.args.norm)
         asked = {"alphas": self.study["evaluation"]["alphas"], "swept_with": list(attack.members)}
         path = self.folder / "sweep.json"
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        kept = read_json(path) if path.is_file() else {}
         if asked.items() <= kept.items():
             return kept["sweep"], kept["swept_with"]
         sweep = sweep_alpha(model, self.data.validation, attack=attack, alphas=asked["alphas"], progress=False)
-        write_text(path, json.dumps({**asked, "sweep": sweep}, indent=2) + "\n")
+        write_json(path, {**asked, "sweep": sweep})
         return sweep, asked["swept_with"]
 
     def robust_numbers(self, model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
         """Those of F_R alone; an arm that joins the models of others takes them from the run that trained F_R."""
         if "robust" not in self.entry:
             return numbers(self.report(model, "robust", settings))
-        trained = json.loads((self.model_of(self.entry["robust"]).parent / "run.json").read_text(encoding="utf-8"))
+        trained = self.finished(self.entry["robust"])
         return {name: trained[name] for name in NUMBERS if name in trained}
 
     def trained_model(self) -> nn.Module:
-        _, _, args, _ = self.parse(self.study["settings"])
         model = AutoModelForImageClassification.from_pretrained(self.folder / "model")
-        return model.to(args.device, memory_format=torch.channels_last)
+        return model.to(self.args.device, memory_format=torch.channels_last)
 
     def attack_settings(self) -> dict[str, Any]:
         """What `evaluate_robustness` is to attack with."""
-        _, _, args, _ = self.parse(self.study["settings"])
         asked = {**self.study["evaluation"], **self.entry.get("evaluation", {})}
         chosen = {name: value for name, value in asked.items() if name != "alphas"}
-        return {"eps": float(args.eps), "norm": args.norm, "seed": 0, **chosen}
+        return {"eps": float(self.args.eps), "norm": self.args.norm, "seed": 0, **chosen}
 
     def confirm(self) -> dict[str, Any]:
         """The numbers of a finished run, its dial included, on images that nothing was chosen by."""
         model, images, settings = self.trained_model(), self.unseen_images(), self.attack_settings()
         result: dict[str, Any] = {}
         if hasattr(model, "set_alpha"):
-            model.set_alpha(json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["alpha"])
+            model.set_alpha(read_json(self.folder / "run.json")["alpha"])
             known = self.model_of(self.entry["robust"]).parent / "confirmed.json" if "robust" in self.entry else None
             if known is not None and known.is_file():
-                result["robust"] = json.loads(known.read_text(encoding="utf-8"))
+                result["robust"] = read_json(known)
             else:
                 result["robust"] = numbers(self.report(model.robust, "confirm-robust", settings, images))
         return result | numbers(self.report(model, "confirm-whole", settings, images))
@@ -342,26 +327,15 @@ def numbers(report: RobustnessReport) -> dict[str, Any]:
     }
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def forward_flops(model: nn.Module, image: torch.Tensor) -> int:
-    """Floating-point operations to classify one image (1, C, H, W)."""
-    with torch.no_grad(), FlopCounter() as counter:
-        model.eval()(image)
-    return counter.total
-
-
 def main() -> None:
     study, arm, seed, folder, *more = sys.argv[1:]
-    run = StudyRun(json.loads(Path(study).read_text(encoding="utf-8")), arm, int(seed), Path(folder))
+    run = StudyRun(read_json(Path(study)), arm, int(seed), Path(folder))
     if more == ["confirm"]:
         name, result = "confirmed.json", run.confirm()
     else:
         name, result = "run.json", {"arm": arm, "seed": int(seed), "training": run.train()}
         result |= run.evaluate()
-    write_text(Path(folder) / name, json.dumps(result, indent=2) + "\n")
+    write_json(Path(folder) / name, result)
 
 
 if __name__ == "__main__":

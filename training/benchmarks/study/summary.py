@@ -1,45 +1,13 @@
-"""What the runs of a study say together: mean and range per arm, and the tables of `study.py`."""
+"""What the runs of a study say together: mean and range per arm, and the table of arms."""
 
 from statistics import mean
 from typing import Any
 
 from training.benchmarks.shared.tables import markdown_table
+from training.benchmarks.study.definition import settings_of
 
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean and range."""
-    return {"mean": mean(values), "min": min(values), "max": max(values)}
-
-
-def summarise(results: list[dict[str, Any]], study: dict[str, Any]) -> dict[str, Any]:
-    """Mean and range over the seeds, per arm, of accuracies in %, cost and load."""
-    summary: dict[str, Any] = {}
-    plain = next((r["flops"] for r in results if r["arm"] == "single"), None)
-    for arm in study["arms"]:
-        own = [result for result in results if result["arm"] == arm]
-        if not own:
-            continue
-        entry = {"about": study["arms"][arm].get("about", ""), "seeds": [result["seed"] for result in own]}
-        if mark := earlier_union(study, own, arm):
-            entry["mark"] = mark
-        entry |= {name: spread([result[name] for result in own]) for name in ("sa", "ra", "ra_pgd")}
-        entry |= {name: own[0][name] for name in ("parameters", "flops")}
-        entry |= {name: own[0]["training"][name] for name in ("steps", "passes")}
-        if plain:
-            entry["relative_flops"] = own[0]["flops"] / plain
-        if own[0].get("expert_load") and len(own[0]["expert_load"]) > 1:
-            entry["least_load"] = min(min(result["expert_load"]) for result in own)
-        if "robust" in own[0]:
-            entry["robust"] = {name: spread([result["robust"][name] for result in own]) for name in ("sa", "ra")}
-            entry["alpha"] = [result["alpha"] for result in own]
-            entry["gain_sa"] = spread([result["sa"] - result["robust"]["sa"] for result in own])
-            entry["loss_ra"] = spread([result["robust"]["ra"] - result["ra"] for result in own])
-            entry["sweep"] = mean_sweep([result["sweep"] for result in own])
-        summary[arm] = entry
-    if "reference" in study:
-        compare(summary, results, study["reference"])
-    return summary
-
+Runs = list[dict[str, Any]]
+Summary = dict[str, dict[str, Any]]
 
 EARLIER = "†"  # behind numbers of hard-routed mixtures that an earlier adaptive union made
 EARLIER_NOTE = (
@@ -48,19 +16,57 @@ EARLIER_NOTE = (
 )
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and range."""
+    return {"mean": mean(values), "min": min(values), "max": max(values)}
+
+
+def summarise(results: Runs, study: dict[str, Any]) -> Summary:
+    """Mean and range over the seeds, per arm, of accuracies in %, cost and load."""
+    summary: Summary = {}
+    plain = next((run["flops"] for run in results if run["arm"] == "single"), None)
+    reference = {run["seed"]: run for run in results if run["arm"] == study.get("reference")}
+    for arm in study["arms"]:
+        own = [run for run in results if run["arm"] == arm]
+        if not own:
+            continue
+        entry = {"about": study["arms"][arm].get("about", ""), "seeds": [run["seed"] for run in own]}
+        if routes_hard(study, arm) and any("union" not in run for run in own):
+            entry["mark"] = EARLIER
+        entry |= {name: spread([run[name] for run in own]) for name in ("sa", "ra", "ra_pgd")}
+        entry |= {name: own[0][name] for name in ("parameters", "flops")}
+        entry |= {name: own[0]["training"][name] for name in ("steps", "passes")}
+        if plain:
+            entry["relative_flops"] = own[0]["flops"] / plain
+        if own[0].get("expert_load") and len(own[0]["expert_load"]) > 1:
+            entry["least_load"] = min(min(run["expert_load"]) for run in own)
+        if "robust" in own[0]:
+            entry |= dial_of(own)
+        if pairs := [(run, reference[run["seed"]]) for run in own if run["seed"] in reference]:
+            entry["against"] = differences_of(pairs)
+            if "robust" in entry:
+                entry["robust"]["against"] = differences_of([(run["robust"], other) for run, other in pairs])
+        summary[arm] = entry
+    return summary
+
+
 def routes_hard(study: dict[str, Any], arm: str) -> bool:
     """Whether the model of an arm, or its F_R, sends each image to one of several experts."""
-    entry = study["arms"][arm]
-    if "robust" in entry:
-        return routes_hard(study, entry["robust"])
-    settings = {**study["settings"], **entry.get("settings", {})}
+    if "robust" in study["arms"][arm]:
+        return routes_hard(study, study["arms"][arm]["robust"])
+    settings = settings_of(study, arm)
     return settings.get("num_experts", 4) > 1 and settings.get("router_top_k", 1) == 1
 
 
-def earlier_union(study: dict[str, Any], runs: list[dict[str, Any]], arm: str) -> str:
-    """`EARLIER` where a run of a hard-routed arm was judged before the union went through every expert, else ""."""
-    own = [run for run in runs if run["arm"] == arm]
-    return EARLIER if routes_hard(study, arm) and any("union" not in run for run in own) else ""
+def dial_of(runs: Runs) -> dict[str, Any]:
+    """What a dual model has besides: its F_R, its alphas, what they gain, and the dial."""
+    return {
+        "robust": {name: spread([run["robust"][name] for run in runs]) for name in ("sa", "ra")},
+        "alpha": [run["alpha"] for run in runs],
+        "gain_sa": spread([run["sa"] - run["robust"]["sa"] for run in runs]),
+        "loss_ra": spread([run["robust"]["ra"] - run["ra"] for run in runs]),
+        "sweep": mean_sweep([run["sweep"] for run in runs]),
+    }
 
 
 def mean_sweep(sweeps: list[list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -70,86 +76,50 @@ def mean_sweep(sweeps: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     return [{"alpha": a, **{name: mean(p[a][name] for p in points) for name in ("sa", "ra")}} for a in common]
 
 
-def compare(summary: dict[str, Any], results: list[dict[str, Any]], reference: str) -> None:
-    """Add to each entry the differences in SA and RA to the reference with the same seed, over the seeds of both."""
-    base = {result["seed"]: result for result in results if result["arm"] == reference}
-    for arm, entry in summary.items():
-        pairs = [
-            (result, base[result["seed"]]) for result in results if result["arm"] == arm and result["seed"] in base
-        ]
-        if not pairs:
-            continue
-        entry["against"] = {name: spread([own[name] - other[name] for own, other in pairs]) for name in ("sa", "ra")}
-        if "robust" in entry:
-            entry["robust"]["against"] = {
-                name: spread([own["robust"][name] - other[name] for own, other in pairs]) for name in ("sa", "ra")
-            }
+def differences_of(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """By how many points the first of each pair lies above the second."""
+    return {name: spread([own[name] - other[name] for own, other in pairs]) for name in ("sa", "ra")}
 
 
-HEADER = ["arm", "seeds", "param.", "FLOPs", "passes", "SA %", "RA % (union)", "PGD %", "least load %"]
+# --- the table -------------------------------------------------------------------------------------------------------
+
+HEADER = ["arm", "seeds", "param.", "FLOPs", "passes", "SA %", "RA % (union)", "PGD %", "least load %", "alpha"]
 COMPARED = ["SA +-", "RA +-"]  # two columns more, in points, where the study has a reference
 
 
-def header(summary: dict[str, Any]) -> list[str]:
+def header(summary: Summary) -> list[str]:
     """The head of the table."""
-    return HEADER + (COMPARED if is_compared(summary) else [])
+    return HEADER + (COMPARED if any("against" in entry for entry in summary.values()) else [])
 
 
-def is_compared(summary: dict[str, Any]) -> bool:
-    return any("against" in entry for entry in summary.values())
-
-
-def table_rows(summary: dict[str, Any]) -> list[list[str]]:
+def table_rows(summary: Summary) -> list[list[str]]:
     """Two rows for a dual model, one for any other arm: mean over the seeds and, in brackets, the range."""
-    rows = []
+    rows, compared = [], len(header(summary)) > len(HEADER)
 
-    def cell(values: dict[str, float], ranged: bool = True) -> str:
+    def cell(values: dict[str, float]) -> str:
         text = f"{values['mean']:.1f}"
-        return f"{text} ({values['min']:.1f} to {values['max']:.1f})" if ranged else text
+        return text if values["min"] == values["max"] else f"{text} ({values['min']:.1f} to {values['max']:.1f})"
 
     def differences(entry: dict[str, Any]) -> list[str]:
-        if not is_compared(summary):
+        if not compared:
             return []
         return [f"{entry['against'][name]['mean']:+.1f}" if "against" in entry else "-" for name in ("sa", "ra")]
 
     for arm, entry in summary.items():
-        cost = [
-            f"{entry['parameters'] / 1e3:.0f}k",
-            f"{entry['relative_flops']:.2f}x" if "relative_flops" in entry else "-",
-        ]
-        mark = entry.get("mark", "")
-        accuracy = [cell(entry["sa"]), cell(entry["ra"]) + mark, cell(entry["ra_pgd"], False)]
+        cost = f"{entry['relative_flops']:.2f}x" if "relative_flops" in entry else "-"
+        size, passes, mark = f"{entry['parameters'] / 1e3:.0f}k", f"{entry['passes']:.0f}", entry.get("mark", "")
         load = f"{entry['least_load']:.0f}" if "least_load" in entry else "-"
-        rows.append(
-            [arm, str(len(entry["seeds"])), *cost, f"{entry['passes']:.0f}", *accuracy, load, *differences(entry)]
-        )
-        if "robust" in entry:
-            robust = entry["robust"]
-            rows.append([f"F_R of {arm}", "", "", "", "", cell(robust["sa"]), cell(robust["ra"]) + mark, "", ""])
-            rows[-1] += differences(robust)
+        alphas = ", ".join(f"{alpha:g}" for alpha in entry.get("alpha", [])) or "-"
+        accuracy = [cell(entry["sa"]), cell(entry["ra"]) + mark, f"{entry['ra_pgd']['mean']:.1f}"]
+        costs = [str(len(entry["seeds"])), size, cost, passes]
+        rows.append([arm, *costs, *accuracy, load, alphas, *differences(entry)])
+        if robust := entry.get("robust"):
+            accuracy = [cell(robust["sa"]), cell(robust["ra"]) + mark]
+            rows.append([f"F_R of {arm}", "", "", "", "", *accuracy, "", "", "", *differences(robust)])
     return rows
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The table for the terminal."""
-    rows = [header(summary), *table_rows(summary)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def notes(summary: dict[str, Any]) -> list[str]:
-    """What has to stand below a table of these arms, each with an empty line behind it."""
-    return [EARLIER_NOTE, ""] if any("mark" in entry for entry in summary.values()) else []
-
-
-def render_table(results: dict[str, Any]) -> str:
-    """The table in Markdown, what each arm is, and the gain of the dial at the recommended alpha."""
-    arms = results["arms"]
-    lines = [markdown_table(header(arms), table_rows(arms)), "", *notes(arms)]
-    lines += [f"- {name}: {arm['about']}." for name, arm in arms.items() if arm["about"]]
-    for name, arm in arms.items():
-        if "robust" in arm:
-            gain, loss, alphas = arm["gain_sa"]["mean"], arm["loss_ra"]["mean"], ", ".join(map(str, arm["alpha"]))
-            lines.append(f"- {name} at alpha {alphas}: SA {gain:+.1f}, RA {-loss:+.1f} points against its F_R.")
-    return "\n".join(lines)
+def render_arms(summary: Summary) -> str:
+    """The table in Markdown, with what has to stand below it."""
+    table = markdown_table(header(summary), table_rows(summary))
+    return f"{table}\n\n{EARLIER_NOTE}" if EARLIER in table else table

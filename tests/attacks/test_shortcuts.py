@@ -1,82 +1,17 @@
-"""The speed benchmarks compare what they say they compare, and what makes attacks cheap does not change them."""
-
-import importlib
-import json
-from pathlib import Path
+"""What makes attacks cheap does not change them: folded BatchNorm, frozen weights, and what Square passes over."""
 
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dualmoe.attacks.apgd import APGD, PassCounter
+from hf_dualmoe.attacks import APGD, PGD, Square, frozen
+from hf_dualmoe.attacks.apgd import PassCounter
 from hf_dualmoe.attacks.folding import foldable_pairs, folded
-from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import ce_objective, frozen, value_and_gradient
-from hf_dualmoe.models.outputs import logits_of
-
-BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
-TINY = ["--device", "cpu", "--repeats", "1", "--width", "0.125", "--image_size", "8", "--batch_size", "6"]
-
-
-@pytest.fixture
-def load():
-    return lambda name: importlib.import_module(f"training.benchmarks.{name}")
-
-
-# --- timing ----------------------------------------------------------------------------------------------------------
-
-
-def test_alternatives_take_turns_after_the_warm_up(load):
-    timing, calls = load("speed.timing"), []
-    alternatives = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = timing.interleaved(alternatives, repeats=3, device="cpu", warmup=2)
-    assert calls == ["a", "b"] * 5
-    assert all(len(times[name][clock]) == 3 for name in "ab" for clock in ("wall", "cpu"))
-
-
-@pytest.mark.parametrize(
-    ("limits", "own", "ratio", "holds"),
-    [
-        ({"at_most": 1.1}, [1.0, 2.2, 9.0], 1.1, True),
-        ({"at_most": 1.0}, [1.0, 2.2, 9.0], 1.1, False),
-        ({"at_least": 2.0}, [0.5, 0.9, 4.0], 2.0, True),
-        ({"at_least": 2.5}, [0.5, 0.9, 4.0], 2.0, False),
-        ({}, [1.0, 2.2, 9.0], 1.1, None),
-    ],
-)
-def test_row_is_the_median_of_the_ratios_inside_rounds(load, limits, own, ratio, holds):
-    timing = load("speed.timing")
-    half = {clock: [0.5, 1.0, 2.0] for clock in ("wall", "cpu")}
-    times = {"own": {"wall": [7.0] * 3, "cpu": own}, "b": half, "c": half}
-    row = timing.compare("x", times, "own", ["b", "c"], "cpu", **limits)
-    assert row["ratio"] == pytest.approx(ratio) and row["holds"] is holds and row["clock"] == "cpu"
-    assert timing.compare("x", times, "own", ["b", "c"], "cuda", **limits)["clock"] == "wall"
-    assert row["what"] in timing.cells(row)
-
-
-@pytest.mark.parametrize(
-    ("script", "options", "rows"),
-    [
-        ("speed.moe_step", [], 4),
-        ("speed.pgd", ["--steps", "2"], 1),
-        ("speed.training_step", ["--steps", "1", "--idle_batches", "1"], 3),
-        ("speed.experts", ["--experts", "2", "--batches", "3"], 2),
-        ("speed.levers", ["--steps", "1"], 13),
-    ],
-)
-def test_script_writes_what_it_prints(script, options, rows, load, tmp_path, capsys):
-    module, threads = load(script), torch.get_num_threads()
-    result = module.main([*TINY, *options, "--output", str(tmp_path / "speed.json")])
-    torch.set_num_threads(threads)
-    written = json.loads((tmp_path / "speed.json").read_text())
-    assert written["rows"] == json.loads(json.dumps(result["rows"])) and len(written["rows"]) >= rows
-    assert written["environment"]["packages"]["torch"] and written["settings"]["batch_size"] == 6
-    printed = capsys.readouterr().out
-    assert all(row["what"] in printed and row["ratio"] >= 0 for row in written["rows"])
-
+from hf_dualmoe.attacks.square import _Streams, propose_l2, propose_linf, start_l2, start_linf, window_size
+from hf_dualmoe.attacks.steps import ce_objective, margin_objective, per_image, value_and_gradient
+from hf_dualmoe.models import logits_of
 
 # --- folding ---------------------------------------------------------------------------------------------------------
 
@@ -219,28 +154,51 @@ def test_attacks_compute_no_weight_gradients(resnet_moe):
     assert training.for_weights > 0 and attack.backwards > 0 and attack.for_weights == 0
 
 
-# --- scale -----------------------------------------------------------------------------------------------------------
+# --- Square ----------------------------------------------------------------------------------------------------------
 
 
-def test_plan_for_many_devices(load, tmp_path):
-    scale = load("speed.scale")
-    options = ["--probe_batch", "4", "--memory_gb", "0.02", "--gpus", "1", "2", "64"]
-    options += ["--output", str(tmp_path / "scale.json")]
-    result = scale.main([*TINY, *options])
-    one, two, many = result["plan"]
-    assert one["gb_per_step"] == 0 and one["efficiency"] == 1
-    assert two["gb_per_step"] == pytest.approx(4e-9 * result["parameters"])  # 2 * (2 - 1) / 2 times the gradients
-    assert many["efficiency"] < two["efficiency"] < 1 and many["images_per_second"] > two["images_per_second"]
-    assert abs(result["kept"]["error"]) < 0.1
-    peaks = [(row["num_experts"], row["batch"]) for row in result["peaks"]]
-    experts = peaks[0][0]
-    assert peaks[:2] == [(experts, 8), (experts, 16)] and (2 * experts, 8) in peaks
-    assert all(row["predicted"] <= 2e7 and abs(row["error"]) < 0.5 for row in result["peaks"])
+def one_after_the_other(attack, model, images, labels):
+    """The search as the paper writes it: every query is asked."""
+    linf = attack.norm == "linf"
+    start, propose = (start_linf, propose_linf) if linf else (start_l2, propose_l2)
+    found = images.clone()
+    for i in range(len(images)):
+        image, label = images[i : i + 1], labels[i : i + 1]
+        streams, current, best = _Streams(torch.tensor([i]), attack.seed, images.device), image, -torch.inf
+        if logits_of(model, image).argmax() != label:
+            continue
+        for query in range(attack.queries):
+            side = window_size(max(query, 1), attack.queries, attack.p_init, images.shape, attack.norm)
+            if query == 0:
+                proposal = start(image, attack.eps, streams)
+            else:
+                proposal = propose(image, current, attack.eps, side, streams.draw((2 if linf else 5) + image.shape[1]))
+            logits = logits_of(model, proposal)
+            margin, wrong = margin_objective(logits, label), bool(logits.argmax() != label)
+            if wrong or margin > best:
+                current, best = torch.where(per_image(torch.tensor([True]), image), proposal, current), margin
+            if wrong:
+                break
+        found[i] = current[0]
+    return found
 
 
 @pytest.mark.parametrize(
-    "path", sorted((BENCHMARKS.parent / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem
+    ("norm", "eps", "shape"), [("linf", 0.02, (1, 5, 6)), ("linf", 0.02, (3, 7, 6)), ("l2", 0.3, (2, 7, 6))]
 )
-def test_accelerate_reads_its_configs(path):
-    config = load_config_from_file(str(path))
-    assert config.num_processes >= config.num_machines >= 1 and config.mixed_precision in ("no", "bf16")
+def test_square_finds_what_asking_every_query_finds(norm, eps, shape):
+    torch.manual_seed(0)
+    size = torch.Size(shape).numel()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(size, 12), nn.Tanh(), nn.Linear(12, 4)).double().eval()
+    images = torch.rand(7, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    labels[0] = (labels[0] + 1) % 4
+    attack, counter = Square(eps=eps, norm=norm, queries=700, seed=4), PassCounter(model)
+    attacked = attack(counter, images, labels)
+    with torch.no_grad():
+        expected = one_after_the_other(attack, model, images, labels)
+        standing = model(attacked).argmax(dim=1) == labels
+    assert torch.equal(attacked, expected) and 0 < standing.sum() < 7
+    if norm == "linf" and shape[0] == 1:
+        assert counter.forward_rows < 0.6 * 700 * int(standing.sum())

@@ -1,19 +1,16 @@
-"""`training/benchmarks/certificates.py` and its report: trains, certifies, sums up and renders."""
+"""`certificates.py` and its report: trains, certifies, goes on, sums up."""
 
 import json
-from argparse import Namespace
-from pathlib import Path
 
 import pytest
-import torch
+from conftest import assert_same_tensors
 from transformers import TrainerCallback
 
 from hf_dualmoe.models import modeling_dualmoe
-from training.benchmarks.certificates import certificates
-from training.benchmarks.certificates import report as certificates_report
-from training.benchmarks.shared import tables
+from training.benchmarks import results_page
+from training.benchmarks.certificates import certificates, report
+from training.benchmarks.shared import files
 
-BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
 TINY = {
     "radii": [0.05, 0.1],
     "train_radius": 0.1,
@@ -32,16 +29,6 @@ TINY = {
 needs_torchlip = pytest.mark.skipif(
     modeling_dualmoe.bjorck_normalization is None, reason="training 1-Lipschitz backbones needs deel-torchlip"
 )
-
-
-@pytest.fixture
-def script():
-    return certificates
-
-
-@pytest.fixture
-def report():
-    return certificates_report
 
 
 def entry(alpha, sa, *certified):
@@ -70,7 +57,7 @@ def runs():
     return found
 
 
-def test_alpha_is_chosen_on_held_out_images(report, runs):
+def test_alpha_is_chosen_on_held_out_images(runs):
     dual, robust = runs[3], runs[2]
     assert report.chosen_alpha(dual, robust) == 0.9  # 47.5 = 0.95 * 50 is enough, 47.4 is not
     robust["held_out"] = [entry(None, 80.0, 60.0)]
@@ -79,7 +66,7 @@ def test_alpha_is_chosen_on_held_out_images(report, runs):
     assert report.chosen_alpha(dual, robust) == 0.6
 
 
-def test_summary_by_hand(report, runs):
+def test_summary_by_hand(runs):
     rows = {(row["arm"], "chosen" if "chosen" in row else row["alpha"]): row for row in report.summarise(runs)}
     assert set(rows) == {
         *((arm, None) for arm in ("standard", "single_plain", "single")),
@@ -95,7 +82,7 @@ def test_summary_by_hand(report, runs):
     assert one["kept"]["mean"] == 1.0 and not one["goal_reached"]  # all is kept and nothing gained
 
 
-def test_gains_compare_the_same_seeds(report, runs):
+def test_gains_compare_the_same_seeds(runs):
     found = report.gains(runs)
     assert set(found) == {"single"} and found["single"]["against"] == "single_plain"
     assert found["single"]["sa"]["mean"] == 2.0
@@ -103,12 +90,17 @@ def test_gains_compare_the_same_seeds(report, runs):
     assert report.gains([run for run in runs if run["arm"] != "single_plain"]) == {}
 
 
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The command of a tiny study."""
+    monkeypatch.setitem(certificates.PRESETS, "digits", TINY)
+    monkeypatch.setattr(certificates, "ALPHAS", (0.6, 1.0))
+    return ["--seeds", "0", "--use_cpu", "--output_dir", str(tmp_path / "out")]
+
+
 @needs_torchlip
-def test_study_trains_certifies_goes_on_and_renders(script, report, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(script.PRESETS, "digits", TINY)
-    monkeypatch.setattr(script, "ALPHAS", (0.6, 1.0))
-    command = ["--seeds", "0", "--use_cpu", "--output_dir", str(tmp_path / "out")]
-    assert script.main(command) == 0
+def test_a_study_trains_certifies_goes_on_and_is_kept(tiny, tmp_path, monkeypatch, capsys):
+    assert certificates.main(tiny) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {run["arm"] for run in results["runs"]} == {*TINY["arms"], "dual_single_plain", "dual_single"}
     assert not any(run["failures"] for run in results["runs"])
@@ -118,30 +110,23 @@ def test_study_trains_certifies_goes_on_and_renders(script, report, tmp_path, mo
     assert rows["dual_single", 0.6]["certified"][0]["mean"] <= rows["dual_single", 1.0]["certified"][0]["mean"]
     assert results["dataset"]["test_images"] == 60 and results["gains"]["single"]["against"] == "single_plain"
 
-    monkeypatch.setattr(script, "RobustTrainer", lambda *_, **__: pytest.fail("trained again"))
-    assert script.main(command) == 0
+    monkeypatch.setattr(certificates, "RobustTrainer", lambda *_, **__: pytest.fail("trained again"))
+    assert certificates.main(tiny) == 0
     with pytest.raises(SystemExit, match="other settings"):
-        script.main([*command, "--train_radius", "0.2"])
+        certificates.main([*tiny, "--train_radius", "0.2"])
 
-    begin, end = tables.marks("certificates_digits")
-    (tmp_path / "README.md").write_text(f"{begin}\n{end}\n")
-    (tmp_path / "PAGE.md").write_text("\n".join(tables.marks("certificates")))
-    monkeypatch.setattr(report, "PAGE", tmp_path / "PAGE.md")
+    rendered = []
+    monkeypatch.setattr(results_page, "render_page", lambda: rendered.append(True))
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(report.replace_section, "__defaults__", (tmp_path / "README.md",))
-    assert script.main([*command, "--render"]) == 0
+    assert certificates.main([*tiny, "--render"]) == 0 and rendered
     kept = json.loads((tmp_path / "results" / "certificates_digits.json").read_text())
-    assert report.render_table(kept) in (tmp_path / "README.md").read_text()
-    assert report.overview({"digits": kept}) in (tmp_path / "PAGE.md").read_text()
+    assert kept["summary"] == results["summary"] and str(tmp_path) not in json.dumps(kept)
     assert (tmp_path / "results" / "certificates_digits.png").stat().st_size > 10_000
-    assert str(tmp_path) not in json.dumps(kept)
-    (tmp_path / "README.md").write_text("\n".join(tables.marks("repeats_digits")))
-    assert script.main(["--compare", str(tmp_path / "out")]) == 0
+    assert certificates.main(["--compare", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "results" / "repeats_digits.json").read_text())
     assert len(found) == 2 and found[0] == found[1] and {cell["arm"] for cell in found[0]["cells"]} == {*TINY["arms"]}
-    assert report.repeats_table(found) in (tmp_path / "README.md").read_text()
-    assert script.main(["--render", "--output_dir", str(tmp_path / "nothing")]) == 2
-    assert script.main(["--compare", str(tmp_path / "nothing")]) == 2
+    assert certificates.main(["--render", "--output_dir", str(tmp_path / "nothing")]) == 2
+    assert certificates.main(["--compare", str(tmp_path / "nothing")]) == 2
     assert "error" in capsys.readouterr().err
 
 
@@ -157,89 +142,69 @@ class StopAt(TrainerCallback):
 
 
 @needs_torchlip
-def test_a_training_goes_on_from_its_last_checkpoint(script, tmp_path, monkeypatch):
-    data, trainer_class = script.load_splits("digits"), script.RobustTrainer
-    arguments = {"use_cpu": True, "train_only": True}
-    whole, _ = script.train("single", 0, TINY, data, Namespace(output_dir=tmp_path / "whole", **arguments))
+def test_a_training_goes_on_from_its_last_checkpoint(tiny, tmp_path, monkeypatch):
+    def study(folder):
+        args = certificates.parse_args([*tiny, "--train_only", "--output_dir", str(tmp_path / folder)])
+        return certificates.CertificateStudy(TINY, args)
 
-    args = Namespace(output_dir=tmp_path / "stopped", **arguments)
+    trainer_class = certificates.RobustTrainer
+    whole, _ = study("whole").train("single", 0)
     stopping = lambda *a, **k: trainer_class(*a, callbacks=[StopAt(60)], **k)  # noqa: E731
-    monkeypatch.setattr(script, "RobustTrainer", stopping)
+    monkeypatch.setattr(certificates, "RobustTrainer", stopping)
     with pytest.raises(KeyboardInterrupt):
-        script.train("single", 0, TINY, data, args)
-    monkeypatch.setattr(script, "RobustTrainer", trainer_class)
-    resumed, seconds = script.train("single", 0, TINY, data, args)
+        study("stopped").train("single", 0)
+    monkeypatch.setattr(certificates, "RobustTrainer", trainer_class)
+    resumed, seconds = study("stopped").train("single", 0)
     assert seconds is None and not list((tmp_path / "stopped").rglob("checkpoint-*"))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert_same_tensors(whole, resumed)
 
 
 @needs_torchlip
 @pytest.mark.slow
-def test_trainings_in_other_processes_are_the_same(script, tmp_path):
+def test_trainings_in_other_processes_are_the_same(tmp_path):
     found = []
     for jobs in (1, 2):
         folder = tmp_path / str(jobs)
         command = ["--seeds", "0", "1", "--use_cpu", "--output_dir", str(folder), "--arms", "single"]
         command += ["--epochs", "2", "--num_images", "60"]
-        assert script.main([*command, "--jobs", str(jobs), "--threads", "1"]) == 0
+        assert certificates.main([*command, "--jobs", str(jobs), "--threads", "1"]) == 0
         runs = json.loads((folder / "results.json").read_text())["runs"]
         found.append([(run["seed"], run["entries"]) for run in runs])
     assert found[0] == found[1] and len(found[0]) == 2
 
 
-def test_cifar10_is_shown_next_to_digits(script, report, runs):
-    arms = {name: script.ARMS[name] for name in ("standard", "single_plain", "single")}
-    found = {"radii": [0.1, 0.5], "seeds": [0, 1], "arms": arms, "summary": report.summarise(runs)}
-    text = report.overview({"digits": found, "cifar10": {**found, "radii": [36 / 255, 72 / 255]}})
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 2 * 4  # three arms and one dual model, at the alpha chosen only
-    assert "| digits, 2 seeds, L2 0.1 / 0.5 | standard | 98.0 ± 0.0 | - |" in rows
-    assert "| cifar10, 2 seeds, L2 36/255 / 72/255 | standard | 98.0 ± 0.0 | - |" in rows
-    assert text.count("|  | single | 81.0 ± 1.4 | 51.0 ± 1.4 / 20.0 ± 0.0 |") == 2
-    assert text.count("keeps 96.1 ± 2.7 % of F_R's certified accuracy") == 2
-    assert text.count("SA by +3.0 ± 1.4 points. The goal, 95 % and an SA gain above its spread, is reached.") == 2
+def test_tables_by_hand(runs):
+    arms = {name: certificates.ARMS[name] for name in ("standard", "single_plain", "single")}
+    found = {"radii": [36 / 255, 0.5], "seeds": [0, 1], "arms": arms, "runs": runs, "gains": report.gains(runs)}
+    text = report.render({**found, "summary": report.summarise(runs)})
+    assert "| arm | seeds | param. | most load % | SA % | L2 36/255 | L2 0.5 |" in text
+    assert "| standard: a free ResNet, F_S | 2 | 0k | - | 98.0 ± 0.0 | - | - |" in text
+    assert "| 81.0 ± 1.4 | 51.0 ± 1.4 | 20.0 ± 0.0 |" in text
+    assert "| dual_single | 0.9, 0.9 | 84.0 ± 0.0 | 49.0 ± 0.0 | 19.0 ± 0.0 | 96.1 ± 2.7 |" in text
+    assert "- single against single_plain: SA +2.0 ± 1.4, certified +3.0 ± 1.4, +10.0 ± 0.0 points." in text
+    assert "keeps 96.1 ± 2.7 % of F_R's certified accuracy" in text
+    assert "SA by +3.0 ± 1.4 points. The goal, 95 % and an SA gain above its spread, is reached." in text
 
 
-def test_a_gain_within_its_spread_is_no_gain(report):
+def test_a_gain_within_its_spread_is_no_gain():
     dual = {"arm": "dual_single", "chosen": [0.9], "kept": {"mean": 0.99, "std": 0.0}}
-    assert "is missed" in report.goal_line("digits", {**dual, "sa_gain": {"mean": 0.1, "std": 0.6}})
-    assert "is reached" in report.goal_line("digits", {**dual, "sa_gain": {"mean": 0.7, "std": 0.6}})
-    assert "is open" in report.goal_line("digits", {**dual, "sa_gain": {"mean": 0.7, "std": None}})
-    assert "no certified accuracy" in report.goal_line("digits", {"arm": "dual_single", "chosen": [1.0]})
+    assert "is missed" in report.goal_line({**dual, "sa_gain": {"mean": 0.1, "std": 0.6}})
+    assert "is reached" in report.goal_line({**dual, "sa_gain": {"mean": 0.7, "std": 0.6}})
+    assert "is open" in report.goal_line({**dual, "sa_gain": {"mean": 0.7, "std": None}})
+    assert "no certified accuracy" in report.goal_line({"arm": "dual_single", "chosen": [1.0]})
 
 
-def test_bad_counts_are_refused(script, capsys):
+def test_bad_counts_are_refused(capsys):
     with pytest.raises(SystemExit):
-        script.main(["--jobs", "0"])
-    assert "jobs=0 must be at least 1" in capsys.readouterr().err
+        certificates.main(["--jobs", "0"])
+    assert "jobs=0 must be > 0" in capsys.readouterr().err
 
 
-def test_readme_shows_the_overview(report):
-    begin, end = tables.marks("certificates")
-    assert f"{begin}\n\n{report.overview(report.kept_results())}\n\n{end}" in report.PAGE.read_text()
-
-
-def test_literature_states_sources_and_fits_together(report):
-    rows = json.loads((BENCHMARKS / "results" / "certified_literature.json").read_text())["rows"]
+def test_literature_states_sources_and_fits_together():
+    rows = files.read_json(files.RESULTS / "certified_literature.json")["rows"]
     for row in rows:
         assert row["source"].startswith("https://")
         values = [value for value in (row["clean"], *row["certified"].values()) if value is not None]
         assert values == sorted(values, reverse=True) and all(10 < value < 100 for value in values)
-    table = report.literature_table()
+    table = report.render_literature()
     assert len(table.splitlines()) == len(rows) + 2 and all(row["source"] in table for row in rows)
-
-
-def test_readme_shows_the_repeats(report):
-    found = json.loads((BENCHMARKS / "results" / "repeats_digits.json").read_text())
-    assert report.repeats_table(found) in (BENCHMARKS / "README.md").read_text()
-    assert {repeat["environment"].get("threads") for repeat in found[1:]} == {1, 2}
-
-
-@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("certificates_*.json")), ids=lambda p: p.stem)
-def test_readme_shows_the_kept_results(report, path):
-    text = path.read_text()
-    table = report.render_table(json.loads(text))
-    begin, end = tables.marks(path.stem)
-    assert f"{begin}\n\n{table}\n\n{end}" in (BENCHMARKS / "README.md").read_text()
-    assert not [name for name in ("/work", "/tmp", "/home") if name in text]
