@@ -43,14 +43,14 @@ RECIPES = Path(__file__).parent / "recipes"
 ATTACK = ("eps", "norm", "training_attack", "attack_steps")
 SETTINGS = {  # what each method uses
     "standard": (),
-    "at": ATTACK,
+    "at": (*ATTACK, "clean_weight"),
     "trades": (*ATTACK, "trades_lambda"),
     "rt_er": (*ATTACK, "beta", "second_term", "second_attack"),
     "jtdmoe": (*ATTACK, "beta", "second_term", "second_attack", "train_alpha", "standard_eps"),
     "certified": ("certify_radius", "margin_weight", "route_weight", "gate_weight"),
 }
 # settings that may change when a run is gone on with
-FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter", "step_graph")
+FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter", "step_graph", "hub_strategy")
 
 
 def main() -> None:
@@ -359,7 +359,10 @@ def write_report(
         "steps": trainer.state.global_step,
         "skipped_images": data.skipped,
         **{name: getattr(args, name) for name in used},
-        **{name: getattr(args, name) for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay")},
+        **{
+            name: getattr(args, name)
+            for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay", "awp_gamma")
+        },
         **sources,
         **kept_weights(trainer),
         "train_runtime_s": round(trainer.train_seconds, 4),

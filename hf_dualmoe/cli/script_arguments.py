@@ -150,7 +150,7 @@ def match_classes(data: DataSplits, names: Sequence[str]) -> DataSplits:
         return data
     label_of = torch.tensor([list(names).index(name) for name in data.class_names])
     sets = data.sets.items()
-    sets = {role: ImageTensorDataset(part.images, label_of[part.labels], names) for role, part in sets}
+    sets = {role: ImageTensorDataset(part.images, label_of[part.labels], names, part.rows) for role, part in sets}
     count = f"{len(label_of)} of {len(names)} classes"
     logger.warning("%s has %s of the model, matched by name: %s", data.name, count, ", ".join(data.class_names[:10]))
     return replace(data, **sets, name=data.name if len(label_of) == len(names) else f"{data.name} ({count})")

@@ -92,7 +92,7 @@ def test_all_experts_are_folded_and_the_trial_is_not_noticed(resnet_moe):
     assert len(foldable_pairs(PassCounter(model), images)) == len(norms) and not seen
     assert torch.equal(torch.get_rng_state(), random_state)
     labels = torch.zeros(2, dtype=torch.long)
-    attacks = (PGD(steps=3, seed=1), APGD(steps=3, stop_early=False))
+    attacks = (PGD(steps=3, seed=1), APGD(steps=3))
     attacked = [attack(model, images, labels) for attack in attacks]
     for module in norms:
         module.register_forward_hook(lambda *_: None)  # no folding any more
@@ -168,7 +168,7 @@ def one_after_the_other(attack, model, images, labels):
         if logits_of(model, image).argmax() != label:
             continue
         for query in range(attack.queries):
-            side = window_size(max(query, 1), attack.queries, attack.p_init, images.shape, attack.norm)
+            side = window_size(max(query, 1), attack.queries, images.shape, attack.norm)
             if query == 0:
                 proposal = start(image, attack.eps, streams)
             else:

@@ -6,7 +6,7 @@ import pytest
 from conftest import assert_same_tensors
 from transformers import TrainerCallback
 
-from hf_dualmoe.models import modeling_dualmoe
+from hf_dualmoe.models import lipschitz_dualmoe
 from training.benchmarks import results_page
 from training.benchmarks.certificates import certificates, report
 from training.benchmarks.shared import files
@@ -27,7 +27,7 @@ TINY = {
 
 
 needs_torchlip = pytest.mark.skipif(
-    modeling_dualmoe.bjorck_normalization is None, reason="training 1-Lipschitz backbones needs deel-torchlip"
+    lipschitz_dualmoe.bjorck_normalization is None, reason="training 1-Lipschitz backbones needs deel-torchlip"
 )
 
 

@@ -17,7 +17,7 @@ from hf_dualmoe.attacks import autoattack, frozen, worst_case
 from hf_dualmoe.attacks.folding import folded
 from hf_dualmoe.attacks.steps import ce_objective, value_and_gradient
 from hf_dualmoe.models import logits_of
-from hf_dualmoe.models.modeling_dualmoe import trusted_values
+from hf_dualmoe.models.inputs_dualmoe import trusted_values
 from hf_dualmoe.trainer import RobustTrainingArguments
 from hf_dualmoe.trainer.time_estimate import synchronize
 from training.benchmarks.speed.gpu_sizes import THIN, Case, Size

@@ -114,7 +114,8 @@ def idle_share(args: argparse.Namespace) -> Row:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
         def wait() -> None:
-            batch.update(trainer._prepare_inputs(next(batches)))
+            batch.update(next(batches))
+            batch["pixel_values"] = trainer.to_images(batch["pixel_values"])
 
         def work() -> None:
             whole_step("rt_er", model, batch["pixel_values"], batch["labels"], optimizer, args)
