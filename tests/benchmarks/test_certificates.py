@@ -121,7 +121,6 @@ def test_a_study_trains_certifies_goes_on_and_is_kept(tiny, tmp_path, monkeypatc
     assert certificates.main([*tiny, "--render"]) == 0 and rendered
     kept = json.loads((tmp_path / "results" / "certificates_digits.json").read_text())
     assert kept["summary"] == results["summary"] and str(tmp_path) not in json.dumps(kept)
-    assert (tmp_path / "results" / "certificates_digits.png").stat().st_size > 10_000
     assert certificates.main(["--compare", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "results" / "repeats_digits.json").read_text())
     assert len(found) == 2 and found[0] == found[1] and {cell["arm"] for cell in found[0]["cells"]} == {*TINY["arms"]}

@@ -95,7 +95,7 @@ def test_steps_are_what_the_measured_time_allows(monkeypatch):
     run.args, run.scale, run.device, run.whole = SimpleNamespace(minutes=12), full_scale.Scale(), "cuda", 49_000
     run.data = SimpleNamespace(train=range(24_500))  # half of the shards
     monkeypatch.setattr(run, "trainer", lambda *args, **kwargs: None)
-    monkeypatch.setattr("measure", lambda trainer, effort, graph: (step, 1.0, None))
+    monkeypatch.setattr(full_scale, "measure", lambda trainer, effort, graph: (step, 1.0, None))
     step = 0.1
     plan = run.plan("single", full_scale.STAGES["single"])
     assert plan["steps"] == int((12 * 60 * 0.38 - 5 - 8 * 1.0) / 0.1) and plan["step_ms"] == 100
@@ -138,8 +138,8 @@ def test_bad_calls_are_refused(options, message, monkeypatch, capsys):
 
 def short(monkeypatch) -> None:
     """One training and one evaluation in the place of all."""
-    monkeypatch.setattr("STAGES", {"single": full_scale.STAGES["single"]})
-    monkeypatch.setattr("EVALUATIONS", (("single", "worst_case"),))
+    monkeypatch.setattr(full_scale, "STAGES", {"single": full_scale.STAGES["single"]})
+    monkeypatch.setattr(full_scale, "EVALUATIONS", (("single", "worst_case"),))
 
 
 def stop_after_step(step: int):

@@ -83,7 +83,7 @@ def test_a_case_that_hangs_is_stopped():
 def test_the_script_writes_its_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fuzz.py", "--cases", "12", "--seed", "3", "--output", str(tmp_path / "f.json")])
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)  # put back
-    monkeypatch.setattr("quiet", lambda: None)
+    monkeypatch.setattr(fuzz, "quiet", lambda: None)
     with pytest.raises(SystemExit) as end:
         fuzz.main()
     result = json.loads((tmp_path / "f.json").read_text())

@@ -258,7 +258,7 @@ def test_tables_show_the_differences_to_the_reference(tiny):
     assert summary["awp"]["against"]["ra"] == {"mean": 3, "min": 3, "max": 3}
     assert "against" not in summary["single"]  # no seed in common
     rows = {row[0]: row for row in study_tables.table_rows(summary)}
-    assert rows["awp"][-3:] == ["30", "-2.0", "+3.0"] and rows["single"][-2:] == ["-", "-"]
+    assert rows["awp"][-4:] == ["30", "-", "-2.0", "+3.0"] and rows["single"][-2:] == ["-", "-"]
     assert rows["jtdmoe"][-2:] == ["+2.0", "+1.0"] and rows["F_R of jtdmoe"][-2:] == ["+1.0", "+4.0"]
     assert {len(row) for row in rows.values()} == {len(study_tables.header(summary))}
     assert "| SA +- | RA +- |" in study_tables.render_table({"arms": summary})

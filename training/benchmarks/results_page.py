@@ -83,7 +83,7 @@ def render_study(results: dict[str, Any]) -> str:
         text = f"{images:,} test images that no seed had drawn, at the alphas chosen before:"
         tables = f"{text}\n\n{render_arms(again['arms'])}\n\n{render_findings(again)}"
         blocks.append(folded("The same models on images that no choice was made by", tables))
-    return "\n\n".join(blocks)
+    return "\n\n".join(filter(None, blocks))
 
 
 def confirmed(results: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ Certificates are L2 proofs on test images. Which alpha to use is chosen on held-
 of F_R's certified accuracy at the first radius there. All is trained by `RobustTrainer`, as `training/run.py` does it,
 with method="certified" or "standard". The same command goes on where it was stopped: a training from its last
 checkpoint, and no finished training or measurement is made again. `results.json` has each run, mean and standard
-deviation over seeds, and is brought up to date after each arm; `curves.png` has the curves.
+deviation over seeds, and is brought up to date after each seed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from hf_dualmoe.data import load_splits, to_unit_range
 from hf_dualmoe.evaluation.environment import describe_environment
 from hf_dualmoe.trainer import RobustTrainer, RobustTrainingArguments, last_good_checkpoint
 from hf_dualmoe.trainer.checkpoints import list_checkpoints, remove_checkpoint
-from training.benchmarks.certificates.report import gains, keep, keep_repeats, plot, render, summarise
+from training.benchmarks.certificates.report import gains, keep, keep_repeats, render, summarise
 from training.benchmarks.shared.command_line import create_parser, require_positive
 from training.benchmarks.shared.files import read_json, write_json
 from training.benchmarks.shared.recipes import count_parameters
@@ -288,7 +288,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 
 def run_study(arguments: list[str], args: argparse.Namespace) -> None:
-    """Train and certify what is missing; tables and curves."""
+    """Train and certify what is missing."""
     changes = ("epochs", "train_radius", "max_train_samples", "num_images")
     changed = {name: getattr(args, name) for name in changes if getattr(args, name) is not None}
     study = CertificateStudy({**PRESETS[args.preset], **changed}, args)
@@ -304,8 +304,7 @@ def run_study(arguments: list[str], args: argparse.Namespace) -> None:
     if not args.train_only:
         results = study.save(runs)
         print(render(results))
-        plot(results, args.output_dir / "curves.png")
-        print(f"\nSaved to {args.output_dir}: results.json, curves.png")
+        print(f"\nSaved to {args.output_dir}: results.json")
 
 
 def keep_what_there_is(args: argparse.Namespace) -> None:

@@ -1,11 +1,8 @@
-"""What `certificates.py` reports: means over seeds, the alpha to use, what each penalty gains, tables and curves."""
+"""What `certificates.py` reports: means over seeds, the alpha to use, what each penalty gains, tables."""
 
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
-
-import torch
-from matplotlib.figure import Figure
 
 from training.benchmarks.shared.files import RESULTS, read_json, write_json
 from training.benchmarks.shared.tables import folded, markdown_table
@@ -96,37 +93,6 @@ def gains(runs: list[Row]) -> dict[str, Row]:
             sa, *certified = (spread(list(values)) for values in zip(*changes, strict=True))
             found[arm] = {"against": other, "sa": sa, "certified": certified}
     return found
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Certified accuracy against the radius, mean over the seeds; SA against it for the dual models along alpha."""
-    figure = Figure(figsize=(9, 4), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colours = ("#888888", "#3b6fb6", "#d1495b", "#2e8b57", "#e08e0b", "#7b4ba0", "#17a2b8")
-    arms = [arm for arm in results["arms"] if arm != "standard"]
-    for arm, colour in zip(arms, colours, strict=False):
-        curves = [e["curve"] for run in results["runs"] if run["arm"] == arm for e in run["entries"] if e["curve"]]
-        grid = torch.linspace(0, max(curve["radius"][-1] for curve in curves), 200).tolist()
-        shares = [mean(share_at(curve, radius) for curve in curves) for radius in grid]
-        left.plot([*grid, grid[-1]], [*shares, 0], color=colour, linewidth=1.4, label=arm)
-        rows = [r for r in results["summary"] if r["arm"] == f"dual_{arm}" and r["certified"] and "chosen" not in r]
-        x, y = [row["certified"][0]["mean"] for row in rows], [row["sa"]["mean"] for row in rows]
-        right.plot(x, y, "o-", color=colour, linewidth=1.2, markersize=3)
-    for radius in results["radii"]:
-        left.axvline(radius, color="#bbbbbb", linewidth=0.8, zorder=0)
-    left.set(xlim=(0, None), ylim=(0, 100), xlabel="L2 radius, pixel units", ylabel="certified accuracy, %")
-    right.set(xlabel=f"certified accuracy at {results['radii'][0]:.3g}, %", ylabel="SA, %", title="dual models, alpha")
-    left.set_title(f"{results['dataset']['name']}, mean of {len(results['seeds'])} seeds")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.savefig(path)
-
-
-def share_at(curve: dict[str, list[float]], radius: float) -> float:
-    """Certified accuracy of a curve at a radius, not more than there is: its value at the next larger radius drawn."""
-    return next((s for r, s in zip(curve["radius"], curve["accuracy"], strict=True) if r >= radius), 0.0)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -232,17 +198,15 @@ def render_literature(path: Path = RESULTS / "certified_literature.json") -> str
 
 
 def keep(name: str, folder: Path) -> None:
-    """Keep results and curves of a study in the repository.
+    """Keep the results of a study in the repository, without its curves, which are long.
 
     Raises:
         FileNotFoundError: The folder has no results.
     """
     results = read_json(folder / "results.json")
-    RESULTS.mkdir(exist_ok=True)
-    plot(results, RESULTS / f"certificates_{name}.png")
     for run in results["runs"]:
         for entry in run["entries"]:
-            entry.pop("curve")  # the picture has them
+            entry.pop("curve")
     write_json(RESULTS / f"certificates_{name}.json", results)
 
 

@@ -186,8 +186,8 @@ def curve_row(results: dict[str, Any], arm: str, other: str, title: str) -> list
 
 def render_findings(results: dict[str, Any]) -> str:
     """All comparisons that the study has measured, in points, mean and range over the seeds; folded without an aim."""
-    aimed = [comparison_row(results, comparison) for comparison in COMPARISONS if comparison.aim]
-    aimed += [curve_row(results, *curve) for curve in CURVES]
-    others = [comparison_row(results, comparison) for comparison in COMPARISONS if not comparison.aim]
-    tables = [markdown_table(HEADER, [row for row in rows if row]) for rows in (aimed, others)]
-    return f"{tables[0]}\n\n{folded('More differences', tables[1])}"
+    rows = [(comparison.aim, comparison_row(results, comparison)) for comparison in COMPARISONS]
+    rows += [("SA > 0", curve_row(results, *curve)) for curve in CURVES]
+    aimed, others = ([row for aim, row in rows if row and bool(aim) == wanted] for wanted in (True, False))
+    blocks = [markdown_table(HEADER, aimed)] * bool(aimed)
+    return "\n\n".join(blocks + [folded("More differences", markdown_table(HEADER, others))] * bool(others))
