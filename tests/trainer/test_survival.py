@@ -34,7 +34,7 @@ FILES = (
     "progress.json",
     "ema.safetensors",
 )
-BENCHMARK = Path(__file__).parents[2] / "training" / "benchmarks" / "survival.py"
+BENCHMARK = Path(__file__).parents[2] / "training" / "benchmarks" / "reliability" / "survival.py"
 
 
 def create(output_dir, **changes):
@@ -311,7 +311,7 @@ def test_no_file_of_a_run_holds_the_access_token(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def script():
-    path = BENCHMARK.parents[1] / "run.py"
+    path = BENCHMARK.parents[2] / "run.py"
     spec = importlib.util.spec_from_file_location("run_script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
