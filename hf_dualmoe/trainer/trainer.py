@@ -29,13 +29,13 @@ from ..losses.certified import certified_loss, check_certifiable
 from ..models.inputs_dualmoe import trusted_values
 from ..models.outputs import logits_of
 from ..models.parts import has_experts
-from ..models.routing_dualmoe import gate_weights
+from ..models.routing_dualmoe import averaged_loads, gate_weights
 from .arguments import WITHOUT_ATTACK, RobustTrainingArguments
 from .compiling import compile_networks
 from .nonfinite import copy_buffers, restore_buffers
 from .resumable import EmaCallback, ResumableTrainer, sum_and_count
 from .step_graph import StepGraph, StepGraphCallback
-from .step_parts import CheckedCollator, keep_finite, share_buffers
+from .step_parts import CheckedCollator, keep_finite, mean_over_processes, share_buffers
 
 
 def robust_accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -243,7 +243,8 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
     ) -> LossOutput:
         """The objective on augmented images, with the attacks of `step_attacks`."""
         finite = {name: keep_finite(attack) for name, attack in attacks.items()}
-        with self.accelerator.autocast():  # parts of the model that the attack calls alone
+        # autocast: for parts of the model that the attack calls alone
+        with self.accelerator.autocast(), averaged_loads(mean_over_processes):
             return self.objective(self._raw_model(), images, labels, forward=model, **finite)
 
     def step_attacks(self) -> dict[str, PGD | NFGSM]:
