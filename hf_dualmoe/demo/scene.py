@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from ..attacks.base import NORMS, check_eps
 from ..attacks.pgd import PGD
-from ..attacks.steps import NORMS, check_eps
 from ..data.decoding import open_upright
 from ..data.image_folders import scan
 from ..hub.onnx import LogitsModel

@@ -202,6 +202,9 @@ class DualMoEConfig(ValidatedConfig):
             layer-normalised, rectified logit; omitted = neither) and `power` (> 0).
         standard_image_mean, standard_image_std, robust_image_mean, robust_image_std: Normalisation to apply before a
             component that does not normalise its input itself (all models but ours); None = none.
+        input_size: Side in pixels of the images where a component takes others: the dual model resizes them to the
+            `image_size` in that component's config. An attack counts in the pixels of the images. None = both
+            components take images of one size.
         format_version: Version of this format, checked on loading.
 
     Raises:
@@ -232,6 +235,7 @@ class DualMoEConfig(ValidatedConfig):
     standard_image_std: list[float] | None = None
     robust_image_mean: list[float] | None = None
     robust_image_std: list[float] | None = None
+    input_size: int | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -254,6 +258,9 @@ class DualMoEConfig(ValidatedConfig):
             standard, robust = getattr(self.standard, name, None), getattr(self.robust, name, None)
             if name == "image_size":
                 standard, robust = side_of("standard", standard), side_of("robust", robust)
+                if self.input_size is not None:
+                    self._check_input_size(standard, robust)
+                    continue
             if standard is not None and robust is not None and standard != robust:
                 raise ValueError(f"standard.{name}={standard} and robust.{name}={robust} must be equal.")
         for name in ("standard", "robust"):
@@ -261,6 +268,14 @@ class DualMoEConfig(ValidatedConfig):
             check_normalisation(f"{name}_image", mean, std, getattr(getattr(self, name), "num_channels", 3))
         if self.mixing == "weights" and (obstacles := self.merge_obstacles()):
             raise ValueError(f"mixing='weights' cannot merge F_S and F_R: {'; '.join(obstacles)}.")
+
+    def _check_input_size(self, standard: int | None, robust: int | None) -> None:
+        check_count("input_size", self.input_size, 1, MAX_SIZES["image_size"])
+        for name, size in (("standard", standard), ("robust", robust)):
+            ours = getattr(self, name).model_type == MoEConfig.model_type
+            if size is None or (ours and size != self.input_size):
+                allowed = f"{self.input_size}, the input_size: our mixtures resize nothing" if ours else "an integer"
+                raise ValueError(f"{name}.image_size={size} must be {allowed}.")
 
     def merge_obstacles(self) -> list[str]:
         """Why no network between F_S and F_R can stand for both, as far as the configs tell; [] where it can.
@@ -341,6 +356,8 @@ class DualMoEConfig(ValidatedConfig):
     @property
     def image_size(self) -> int | None:
         """Height and width of the images in pixels; None where neither component states it."""
+        if self.input_size is not None:
+            return self.input_size
         sides = (side_of(name, getattr(getattr(self, name), "image_size", None)) for name in ("robust", "standard"))
         return next((side for side in sides if side), None)
 

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPImageProcessor
 
 RANGE_TOLERANCE = 1e-5  # x * (1 / 255) rounds to just above 1
@@ -116,6 +117,17 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+
+class Resize(nn.Module):
+    """Images (B, C, H, W) at another size (bilinear, antialiased); values stay in their range."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = (size, size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return functional.interpolate(images, size=self.size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def luminance(images: Tensor) -> Tensor:

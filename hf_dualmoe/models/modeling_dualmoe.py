@@ -17,8 +17,8 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .backbones_dualmoe import limited_size
-from .configuration_dualmoe import MIXINGS, DualMoEConfig, MoEConfig
-from .inputs_dualmoe import Normalize, check_labels, check_pixel_values
+from .configuration_dualmoe import MIXINGS, DualMoEConfig, MoEConfig, side_of
+from .inputs_dualmoe import Normalize, Resize, check_labels, check_pixel_values
 from .merging_dualmoe import cached_merge, forget_merge, interpolate, weights_cosine, weights_obstacles
 from .mixing_dualmoe import apply_logit_map, check_alpha, mix_logits
 from .moe_dualmoe import MoEForImageClassification, MoEImageClassifierOutput, has_experts
@@ -84,6 +84,9 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         for name in ("standard", "robust"):
             mean, std = getattr(self.config, f"{name}_image_mean"), getattr(self.config, f"{name}_image_std")
             normalizer = nn.Identity() if mean is None or std is None else Normalize(mean, std)
+            size = side_of(name, getattr(getattr(self.config, name), "image_size", None))
+            if self.config.input_size not in (None, size):
+                normalizer = nn.Sequential(Resize(size), normalizer)
             setattr(self, f"normalize_{name}", normalizer)
 
     @classmethod
@@ -342,7 +345,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             return model(pixel_values, labels, expert_index, output_router_logits, extra_expert_index)
         if expert_index is not None or extra_expert_index is not None:
             raise ValueError(f"expert_index was given, but the {name} model has no experts.")
-        check_pixel_values(pixel_values, getattr(model.config, "num_channels", 3), None)
+        check_pixel_values(pixel_values, getattr(model.config, "num_channels", 3), self.config.input_size)
         output = model(getattr(self, f"normalize_{name}")(pixel_values).to(model.dtype))
         return ModelOutput(logits=output[0]) if isinstance(output, tuple) else output  # config.return_dict=False
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import MoEConfig, MoEForImageClassification
-from hf_dualmoe.attacks.pgd import frozen
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.models.backbones_dualmoe import create_backbone
 from hf_dualmoe.models.routing_dualmoe import averaged_loads, gate_weights, load_balancing_loss
 
