@@ -262,12 +262,8 @@ class MoEForImageClassification(RobustPreTrainedModel):
 
     def _aux_loss(self, router_logits: Tensor, expert_index: Tensor | None) -> Tensor:
         """The balance loss over the rows that the router decided."""
-        return load_balancing_loss(
-            router_logits,
-            self.config.router_top_k,
-            all_processes=self.training and torch.is_grad_enabled(),  # where DDP makes all processes call forward
-            rows=None if expert_index is None else expert_index < 0,
-        )
+        rows = None if expert_index is None else expert_index < 0
+        return load_balancing_loss(router_logits, self.config.router_top_k, rows)
 
 
 def has_experts(model: Callable, minimum: int = 1) -> bool:

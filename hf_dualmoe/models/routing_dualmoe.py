@@ -3,11 +3,16 @@
 This file travels to the Hub as remote code together with the other *_dualmoe.py files.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .configuration_dualmoe import MoEConfig
+
+_load_average: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("load_average", default=None)
 
 
 def create_router(config: MoEConfig, num_features: int | None) -> nn.Sequential:
@@ -48,9 +53,21 @@ def gate_weights(router_logits: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(router_logits, dtype=values.dtype).scatter(1, index, values.softmax(dim=1))
 
 
-def load_balancing_loss(
-    router_logits: Tensor, top_k: int = 1, all_processes: bool = False, rows: Tensor | None = None
-) -> Tensor:
+@contextmanager
+def averaged_loads(average: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let balance losses take the load of each expert over all processes, as one with the whole batch would.
+
+    Args:
+        average: From the loads (E,) in this process to their mean over all, each of which calls it as often.
+    """
+    token = _load_average.set(average)
+    try:
+        yield
+    finally:
+        _load_average.reset(token)
+
+
+def load_balancing_loss(router_logits: Tensor, top_k: int = 1, rows: Tensor | None = None) -> Tensor:
     """Balance loss of the Switch Transformer (https://arxiv.org/abs/2101.03961, Eq. 4-6): E * sum_i f_i * P_i.
 
     P_i is the mean router probability of expert i. f_i is its load, the mean weight that it has in the output: for
@@ -59,8 +76,6 @@ def load_balancing_loss(
     Args:
         router_logits: (B, E) before softmax.
         top_k: Experts used per image.
-        all_processes: Take f over the batches of all processes, as one process with the whole batch would; all must
-            call.
         rows: (B,) bool: the images that count; None = all. Not picked by indexing, which would wait for the device.
 
     Returns:
@@ -74,10 +89,10 @@ def load_balancing_loss(
     else:
         share = (rows / rows.sum().clamp_min(1))[:, None]
         load, mean_probs = (share * gates).sum(dim=0), (share * probs).sum(dim=0)
-    if all_processes and dist.is_available() and dist.is_initialized():
-        dist.all_reduce(load)
-        load = load / dist.get_world_size()
+    average = None if torch.compiler.is_compiling() else _load_average.get()
+    if average is not None:
+        load = average(load)
     return router_logits.shape[1] * (load * mean_probs).sum()
 
 
-__all__ = ["gate_weights", "load_balancing_loss"]
+__all__ = ["averaged_loads", "gate_weights", "load_balancing_loss"]

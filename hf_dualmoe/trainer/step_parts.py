@@ -67,6 +67,14 @@ def share_buffers(model: nn.Module) -> None:
         torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(shared, buffers, strict=True)])
 
 
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, each of which has to call; the tensor itself where there is one."""
+    if not several_processes():
+        return values
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
 def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The attack, with the clean pixel wherever its result is not finite.
 
@@ -80,4 +88,11 @@ def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return finite_attack
 
 
-__all__ = ["CheckedCollator", "keep_finite", "recomputes_activations", "several_processes", "share_buffers"]
+__all__ = [
+    "CheckedCollator",
+    "keep_finite",
+    "mean_over_processes",
+    "recomputes_activations",
+    "several_processes",
+    "share_buffers",
+]

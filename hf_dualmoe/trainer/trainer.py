@@ -29,7 +29,7 @@ from ..losses.certified import check_certifiable
 from ..models.inputs_dualmoe import trusted_values
 from ..models.outputs import logits_of
 from ..models.parts import has_experts
-from ..models.routing_dualmoe import gate_weights
+from ..models.routing_dualmoe import averaged_loads, gate_weights
 from .arguments import WITHOUT_ATTACK, RobustTrainingArguments
 from .checks import (
     check_batches,
@@ -44,7 +44,7 @@ from .nonfinite import copy_buffers, restore_buffers
 from .objectives import create_objective
 from .resumable import ResumableTrainer, sum_and_count
 from .step_graph import StepGraph, StepGraphCallback
-from .step_parts import CheckedCollator, keep_finite, recomputes_activations, share_buffers
+from .step_parts import CheckedCollator, keep_finite, mean_over_processes, recomputes_activations, share_buffers
 from .validation import numbered, robust_accuracy_metrics
 from .weight_perturbation import perturbed_loss
 
@@ -247,7 +247,8 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         """The objective on augmented images, with the attacks of `step_attacks`."""
         finite = {name: keep_finite(attack) for name, attack in attacks.items()}
         raw, gamma = self._raw_model(), self.args.awp_gamma
-        with self.accelerator.autocast():  # parts of the model that the attack calls alone
+        # autocast: for parts of the model that the attack calls alone
+        with self.accelerator.autocast(), averaged_loads(mean_over_processes):
             if gamma > 0:
                 return perturbed_loss(self.objective, raw, images, labels, finite, gamma=gamma, forward=model)
             return self.objective(raw, images, labels, forward=model, **finite)
