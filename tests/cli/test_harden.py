@@ -177,7 +177,7 @@ def test_the_time_is_estimated_and_nothing_is_written(run, start, photos, tmp_pa
     command = [*QUICK, "--model_name_or_path", start("resnet"), "--dataset_name", photos]
     run(*command, "--output_dir", tmp_path / "out", "--estimate_time")
     assert "Time of the whole run, 2 steps" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())  # the Trainer makes the folder
 
 
 def test_a_mixture_of_ours_is_hardened_as_what_it_is(run, make_moe, photos, tmp_path):

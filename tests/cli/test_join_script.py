@@ -45,15 +45,21 @@ def join(script, monkeypatch):
 def parts(tmp_path_factory):
     """Folders of a ViT for 32 pixels and a ResNet for 16, and of pictures that the ViT is right about."""
     root = tmp_path_factory.mktemp("parts")
-    foreign_models.save("vit", root / "vit", labels=CLASSES)
+    generator = np.random.default_rng(0)
+    noise = [generator.integers(0, 256, (16, 16, 3), np.uint8) // (1 + i % 3) for i in range(30)]
+    pictures = [Image.fromarray(pixels) for pixels in noise]
+    large = [picture.resize((32, 32), Image.Resampling.BILINEAR) for picture in pictures]
+    vit, processor = foreign_models.build("vit", CLASSES)
+    with torch.no_grad():  # so that it has more than one answer
+        vit.classifier.bias -= vit(**processor(large, return_tensors="pt")).logits.mean(dim=0)
+    vit.save_pretrained(root / "vit")
+    processor.save_pretrained(root / "vit")
     foreign_models.save("resnet", root / "resnet", labels=CLASSES, seed=1)
     small = {"size": {"shortest_edge": 16}, "crop_pct": 1.0, **foreign_models.NORMALISATION}
     ConvNextImageProcessor(**small).save_pretrained(root / "resnet")
-    served, generator = pipeline("image-classification", model=str(root / "vit")), np.random.default_rng(0)
-    for i in range(30):
-        picture = generator.integers(0, 256, (16, 16, 3), np.uint8)
-        picture = Image.fromarray(picture // (1 + i % 3))
-        name = served(picture.resize((32, 32), Image.Resampling.BILINEAR))[0]["label"] if i >= 15 else CLASSES[i % 5]
+    served = pipeline("image-classification", model=str(root / "vit"))
+    for i, picture in enumerate(pictures):
+        name = served(large[i])[0]["label"] if i >= 15 else CLASSES[i % 5]
         path = root / "photos" / ("test" if i >= 15 else "train") / name / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
@@ -94,8 +100,8 @@ def test_a_given_dial_is_kept_and_an_unreachable_floor_is_said(join, command, tm
     assert join(*command, "--output_dir", tmp_path / "given", "--alpha", 0.3, "--level", "components") == 0
     assert json.loads((tmp_path / "given" / "model" / "config.json").read_text())["alpha"] == 0.3
     capsys.readouterr()
-    assert join(*command, "--output_dir", tmp_path / "floor", "--min_ra", 100, "--level", "components") == 1
-    assert "The dial stays at alpha = 0.75: min_ra=100 cannot be reached" in capsys.readouterr().out
+    assert join(*command, "--output_dir", tmp_path / "floor", "--min_ra", 99.9, "--level", "components") == 1
+    assert "The dial stays at alpha = 0.75: min_ra=99.9 cannot be reached" in capsys.readouterr().out
     assert json.loads((tmp_path / "floor" / "model" / "config.json").read_text())["alpha"] == 0.75
 
 
@@ -120,7 +126,7 @@ def test_weights_are_mixed_where_the_parts_allow_it(join, command, parts, tmp_pa
         (["--standard", "./nowhere"], "there is no such folder"),
         (["--level", "thorough"], "level has unknown parts 'thorough'"),
         (["--dataset_name", "digits"], "does not fit the embedded digits"),
-        (["--image_size", "0"], "image_size"),
+        (["--image_size", "0"], "image_size=0 must be at least 1"),
     ],
     ids=str,
 )
