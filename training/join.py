@@ -84,7 +84,7 @@ def main() -> None:
             save(model, folder, settings)
         if args.alpha is None:
             choose_alpha(args, model, data, accelerator)
-        report = evaluate(args, model, data, accelerator)
+        report = evaluate(args, model, data, accelerator, folder=folder)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
     if accelerator.is_main_process:
@@ -151,7 +151,7 @@ def choose_alpha(
     args: Namespace, model: DualMoEForImageClassification, data: DataSplits, accelerator: Accelerator
 ) -> None:
     """Set the dial to the best position, or leave it and say why; the report finds these measurements finished."""
-    choice = evaluate(args, model, data, accelerator, level=["dial"])
+    choice = evaluate(args, model, data, accelerator, level=["dial"], folder=args.output_dir / "model")
     args.fresh = False  # what was just measured is not to be deleted
     if choice.alpha_choice:
         model.set_alpha(choice.alpha_choice["alpha"])
@@ -167,14 +167,12 @@ def finish(args: Namespace, model: DualMoEForImageClassification, data: DataSpli
     report.training = {name: short_name(getattr(args, name)) for name in PARTS}
     report.training["license"] = licences.pop() if len(licences) == 1 else "other"
     print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
-    report.save(args.output_dir / "results.json")
     report.save(folder / "results.json")
     attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
     save_plots(report, folder, attack_examples(model, data.test, attack=attack))
     write_model_card(folder, report)
-    print(
-        f"\nSaved to {folder}, alpha = {model.config.alpha:g}: {', '.join(sorted(p.name for p in folder.iterdir()))}"
-    )
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"\nSaved to {folder}, alpha = {model.config.alpha:g}: {files}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ..data.datasets import DataSplits, ImageTensorDataset, to_unit_range
 from ..evaluation.environment import describe_environment
 from ..evaluation.evaluation import sanity_effort
 from ..evaluation.measurements import EPS_FACTORS
+from ..evaluation.memory import free_memory
 from ..models.outputs import logits_of
 from ..models.parts import answering, has_dial, has_experts, is_dual
 from ..trainer.time_estimate import duration
@@ -105,7 +106,12 @@ def time_passes(model: nn.Module, images: ImageTensorDataset, batch_size: int) -
         _, first = time_both(model, first_images(images, few, device))
         affordable = int(few * MOST_SECONDS / max(first, 1e-9))
         batch = max(few, min(batch_size, len(images), affordable))
-        forward, gradient = time_both(model, first_images(images, batch, device))
+        try:
+            forward, gradient = time_both(model, first_images(images, batch, device))
+        except torch.OutOfMemoryError:  # the evaluation will take smaller batches then, too
+            free_memory()
+            batch = few
+            forward, gradient = time_both(model, first_images(images, batch, device))
     return PassTime(forward / batch, gradient / batch, batch, describe_environment(device)["hardware"])
 
 
@@ -124,14 +130,16 @@ def first_images(images: ImageTensorDataset, count: int, device: torch.device) -
 
 
 def time_both(model: nn.Module, images: Tensor) -> tuple[float, float]:
-    """Seconds of a pass forward, and of one forward and back to the images."""
+    """Seconds of a pass forward, and of one forward and back to the images, as far as a gradient gets."""
     clock = [now(images.device)]
     with torch.no_grad():
         logits_of(model, images)
     clock.append(now(images.device))
     with torch.enable_grad():
         point = images.clone().requires_grad_(True)
-        torch.autograd.grad(logits_of(model, point).logsumexp(dim=1).sum(), point)
+        value = logits_of(model, point).logsumexp(dim=1).sum()
+        if value.requires_grad:
+            torch.autograd.grad(value, point, allow_unused=True)
     clock.append(now(images.device))
     return clock[1] - clock[0], clock[2] - clock[1]
 

@@ -72,9 +72,15 @@ def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> l
 
 
 def evaluate(
-    args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator, level: str | list[str] | None = None
+    args: Namespace,
+    model: nn.Module,
+    data: DataSplits,
+    accelerator: Accelerator,
+    *,
+    level: str | list[str] | None = None,
+    folder: Path | None = None,
 ) -> RobustnessReport:
-    """The report, written to results.json of the output folder as the numbers come.
+    """The report, written to results.json as the numbers come; finished measurements stay in the output folder.
 
     Args:
         args: What a parser with `add_evaluation_arguments` read; `output_dir` is a path.
@@ -82,6 +88,7 @@ def evaluate(
         data: Test and held-out images.
         accelerator: Of all processes.
         level: What to measure; None = as asked for.
+        folder: Where results.json goes; None = the output folder.
     """
     return evaluate_robustness(
         model,
@@ -105,7 +112,7 @@ def evaluate(
         held_out=data.validation,
         dataset_name=data.name,
         check_names=not args.ignore_class_names,
-        path=Path(args.output_dir, "results.json"),
+        path=Path(folder or args.output_dir, "results.json"),
         resume_dir=Path(args.output_dir, "measurements"),
         progress=not args.disable_tqdm,
         accelerator=accelerator,

@@ -119,11 +119,13 @@ def common_size(parts: Parts, asked: int | None) -> int:
     """The side of the images that the dual model takes.
 
     Raises:
-        ValueError: A mixture of ours, which resizes nothing, would get images of another size.
+        ValueError: It is below 1, or a mixture of ours, which resizes nothing, would get images of another size.
     """
+    if asked is not None and asked < 1:
+        raise ValueError(f"image_size={asked!r} must be at least 1.")
     sizes = {name: part.config.image_size for name, part in parts.items()}
     fixed = {name: size for name, size in sizes.items() if has_experts(parts[name])}
-    size = asked or next(iter(fixed.values()), sizes["robust"])
+    size = next(iter(fixed.values()), sizes["robust"]) if asked is None else asked
     for name, own in fixed.items():
         if own != size:
             raise ValueError(

@@ -77,7 +77,8 @@ class NormalizedClassifier(nn.Module):
 
     def denormalize(self, pixel_values: Tensor) -> Tensor:
         """Images in [0, 1] from normalised ones."""
-        return pixel_values * self.normalize.std.to(pixel_values) + self.normalize.mean.to(pixel_values)
+        pixels = pixel_values.float()  # a processor that does not rescale makes uint8
+        return pixels * self.normalize.std.to(pixels) + self.normalize.mean.to(pixels)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Save the network as what it is, with its image processor: transformers alone loads and serves it again."""

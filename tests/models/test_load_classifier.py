@@ -2,76 +2,20 @@
 
 import json
 import logging
+import shutil
 
+import foreign_models
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from foreign_models import FOREIGN, NORMALISATION, SHORTEST, SIZE, SMALL, SQUARE, STAGES, VIT, vit
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.models.loading import NormalizedClassifier, check_results_folder, is_foreign, load_classifier
 
-SIZE, LABELS = 32, 5
-NORMALISATION = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-SQUARE = {"height": SIZE, "width": SIZE}
-SHORTEST, CROP = {"shortest_edge": SIZE}, {"do_center_crop": True, "crop_size": SQUARE}
-SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-VIT = {"image_size": SIZE, "patch_size": 8, **SMALL}
-STAGES = {"depths": [1, 1], "hidden_sizes": [8, 16]}
-
-
-def vit():
-    return hf.ViTForImageClassification(hf.ViTConfig(**VIT, num_labels=LABELS))
-
-
-def timm_wrapper():
-    settings = {"input_size": (3, SIZE, SIZE), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_pct": 1.0}
-    config = hf.TimmWrapperConfig(architecture="resnet10t", pretrained_cfg=settings, num_labels=LABELS)
-    return hf.TimmWrapperForImageClassification(config)
-
-
-FOREIGN = {  # a tiny model of each kind with random weights, and the image processor of its kind
-    "vit": (vit, lambda: hf.ViTImageProcessor(size=SQUARE, image_mean=[0.5] * 3, image_std=[0.5] * 3)),
-    "deit": (
-        lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**VIT, num_labels=LABELS)),
-        lambda: hf.DeiTImageProcessor(size=SQUARE, crop_size=SQUARE, **NORMALISATION),
-    ),
-    "swin": (
-        lambda: hf.SwinForImageClassification(
-            hf.SwinConfig(
-                image_size=SIZE, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=LABELS
-            )
-        ),
-        lambda: hf.ViTImageProcessor(size=SQUARE, **NORMALISATION),
-    ),
-    "convnext": (
-        lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(num_stages=2, **STAGES, num_labels=LABELS)),
-        lambda: hf.ConvNextImageProcessor(size=SHORTEST, crop_pct=0.875, **NORMALISATION),
-    ),
-    "resnet": (
-        lambda: hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, **STAGES, num_labels=LABELS)),
-        lambda: hf.ConvNextImageProcessor(size=SHORTEST, crop_pct=1.0, **NORMALISATION),
-    ),
-    "mobilenet_v2": (
-        lambda: hf.MobileNetV2ForImageClassification(
-            hf.MobileNetV2Config(image_size=SIZE, depth_multiplier=0.1, min_depth=8, num_labels=LABELS)
-        ),
-        lambda: hf.MobileNetV2ImageProcessor(size={"shortest_edge": 36}, crop_size=SQUARE),
-    ),
-    "beit": (
-        lambda: hf.BeitForImageClassification(hf.BeitConfig(**VIT, num_labels=LABELS)),
-        lambda: hf.BeitImageProcessor(size=SQUARE, do_center_crop=False, **NORMALISATION),
-    ),
-    "dinov2": (
-        lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**VIT, num_labels=LABELS)),
-        lambda: hf.BitImageProcessor(size=SHORTEST, crop_size=SQUARE, **NORMALISATION),
-    ),
-    "timm_wrapper": (timm_wrapper, None),  # its processor stands in its config.json
-    "vit of 0 .. 255": (vit, lambda: hf.ViTImageProcessor(size=SQUARE, do_rescale=False, do_normalize=False)),
-    "vit without normalisation": (vit, lambda: hf.ViTImageProcessor(size=SQUARE, do_normalize=False)),
-}
 RESIZES_ITS_OWN_SIZE = ("convnext", "mobilenet_v2")  # enlarges every image, and crops it back
 
 
@@ -99,23 +43,13 @@ def save(tmp_path_factory, make_moe, make_dual):
     """save(kind): the folder of a saved model."""
     folders = {}
 
-    def build(kind):
-        if kind in OURS:
-            return OURS[kind](make_moe, make_dual), None
-        torch.manual_seed(0)
-        make, processor = FOREIGN[kind]
-        model = make().eval()
-        with torch.no_grad():  # answers that differ from photo to photo
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        return model, processor and processor()
-
     def save(kind):
         if kind not in folders:
             folders[kind] = tmp_path_factory.mktemp("models") / "model"
-            for part in build(kind):
-                if part is not None:
-                    part.save_pretrained(folders[kind])
+            if kind in OURS:
+                OURS[kind](make_moe, make_dual).save_pretrained(folders[kind])
+            else:
+                foreign_models.save(kind, folders[kind])
         return folders[kind]
 
     return save
@@ -148,6 +82,26 @@ def test_classes_and_probabilities_are_those_of_pipeline(kind, save, photos):
         assert found == pytest.approx(expected, abs=1e-4)
         assert max(found, key=found.get) == max(expected, key=expected.get)
         assert max(found.values()) - min(found.values()) > 1e-3  # the network sees something
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_saved_again_is_served_by_transformers_alone(kind, save, photos, tmp_path):
+    model = load_classifier(save(kind))
+    with torch.no_grad():
+        next(iter(model.network.parameters())).add_(0.05)  # as a training would
+    model.save_pretrained(tmp_path / "again")
+    found = {path.name for path in (tmp_path / "again").iterdir()}
+    assert not [name for name in found if name.endswith(".py")]
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (save(kind), tmp_path / "again"))
+    assert after == before  # no trace of ours
+    served = hf.pipeline("image-classification", model=str(tmp_path / "again"), top_k=9)
+    processor = hf.AutoImageProcessor.from_pretrained(save(kind))
+    for picture in photos:
+        images = model.denormalize(processor(picture, return_tensors="pt")["pixel_values"])
+        with torch.no_grad():
+            probabilities = model(images).logits.softmax(dim=1)[0]
+        found = {model.config.id2label[i]: float(p) for i, p in enumerate(probabilities)}
+        assert found == pytest.approx({answer["label"]: answer["score"] for answer in served(picture)}, abs=1e-4)
 
 
 def test_normalisation_matters_and_is_that_of_the_processor(save, photos):
@@ -216,14 +170,40 @@ def test_size_that_nobody_knows(tmp_path):
         lambda: hf.ViTImageProcessor(size={"height": SIZE, "width": 2 * SIZE}),
         lambda: hf.BitImageProcessor(size={"shortest_edge": 16}, crop_size=SQUARE),  # pads with zeros
         lambda: hf.ImageGPTImageProcessor(clusters=[[0.0, 0.0, 0.0]], size=SQUARE),  # words of colours
+        lambda: hf.ViTImageProcessor(size=SQUARE, image_mean=[0.5] * 4, image_std=[0.5] * 4),  # RGB and one more
+        lambda: hf.ViTImageProcessor(size=SQUARE, rescale_factor=1 / 65535, **NORMALISATION),
     ],
-    ids=["channels", "sizes", "oblong", "padding", "clusters"],
+    ids=["channels", "sizes", "oblong", "padding", "clusters", "four channels", "16 bits"],
 )
 def test_processor_that_does_more_is_refused(bare, processor):
     processor().save_pretrained(bare)
     with pytest.raises(ValueError, match=r"does more than resize, crop, rescale and normalise \(.*pass image_mean"):
         load_classifier(bare)
     assert load_classifier(bare, image_mean=0.5, image_std=0.5).config.image_size == SIZE
+
+
+def test_why_a_processor_is_refused_is_said(bare):
+    hf.ViTImageProcessor(size=SQUARE, rescale_factor=1 / 65535).save_pretrained(bare)
+    with pytest.raises(ValueError, match="as if pictures had 16 bits per value and not 8"):
+        load_classifier(bare)
+    hf.BitImageProcessor(size={"shortest_edge": 16}, crop_size=SQUARE).save_pretrained(bare)
+    with pytest.raises(ValueError, match=r"\(it changes colours by more than a factor and an offset, or pads\)"):
+        load_classifier(bare)
+
+
+def test_a_model_of_four_channels_is_refused(tmp_path):
+    hf.ViTForImageClassification(hf.ViTConfig(**VIT, num_channels=4)).save_pretrained(tmp_path)
+    hf.ViTImageProcessor(size=SQUARE).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"takes no images of \(channels, height, width\) = \(3, 32, 32\)"):
+        load_classifier(tmp_path)
+
+
+def test_a_given_normalisation_is_saved_as_an_image_processor(bare, tmp_path, photos):
+    model = load_classifier(bare, image_mean=0.5, image_std=[0.25, 0.5, 1.0])
+    model.save_pretrained(tmp_path / "again")
+    again = load_classifier(tmp_path / "again")
+    assert again.config.image_mean == [0.5] * 3 and again.config.image_std == [0.25, 0.5, 1.0]
+    assert torch.allclose(again(unit(photos[0])).logits, model(unit(photos[0])).logits)
 
 
 def test_what_is_no_image_classifier(tmp_path, save):
@@ -260,6 +240,12 @@ def test_other_framing_is_said(save, caplog):
 
 def test_folders_of_others_are_not_written_to(tmp_path, save):
     assert is_foreign(save("vit")) and not is_foreign(save("moe")) and not is_foreign(tmp_path)
+    hardened = tmp_path / "hardened"
+    shutil.copytree(save("vit"), hardened)
+    (hardened / "results.json").write_text(json.dumps({"metrics": {}, "training": {"method": "at"}}))
+    assert not is_foreign(hardened)
+    (hardened / "results.json").write_text(json.dumps({"accuracy": 0.9}))  # of somebody else's tool
+    assert is_foreign(hardened)
     with pytest.raises(ValueError, match="holds a model that hf_dualmoe did not make"):
         check_results_folder(save("vit"))
     check_results_folder(save("dual"))

@@ -1,0 +1,146 @@
+"""`training/join.py` end to end on two tiny classifiers of other people: dial, report, restart, refusals."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import foreign_models
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, ConvNextImageProcessor, pipeline
+
+from hf_dualmoe.evaluation.evaluation import RobustnessReport
+
+TRAINING = Path(__file__).parents[2] / "training"
+CLASSES = ["ant", "bee", "cow", "dog", "elk"]
+QUICK = "--eps 4/255 --steps 2 --level components,dial --alphas 0 0.5 1 --disable_tqdm".split()
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("join_script", TRAINING / "join.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def join(script, monkeypatch):
+    """Runs the script; its exit status."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["join.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        return stop.value.code
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of a ViT for 32 pixels and a ResNet for 16, and of pictures that the ViT is right about."""
+    root = tmp_path_factory.mktemp("parts")
+    generator = np.random.default_rng(0)
+    noise = [generator.integers(0, 256, (16, 16, 3), np.uint8) // (1 + i % 3) for i in range(30)]
+    pictures = [Image.fromarray(pixels) for pixels in noise]
+    large = [picture.resize((32, 32), Image.Resampling.BILINEAR) for picture in pictures]
+    vit, processor = foreign_models.build("vit", CLASSES)
+    with torch.no_grad():  # so that it has more than one answer
+        vit.classifier.bias -= vit(**processor(large, return_tensors="pt")).logits.mean(dim=0)
+    vit.save_pretrained(root / "vit")
+    processor.save_pretrained(root / "vit")
+    foreign_models.save("resnet", root / "resnet", labels=CLASSES, seed=1)
+    small = {"size": {"shortest_edge": 16}, "crop_pct": 1.0, **foreign_models.NORMALISATION}
+    ConvNextImageProcessor(**small).save_pretrained(root / "resnet")
+    served = pipeline("image-classification", model=str(root / "vit"))
+    for i, picture in enumerate(pictures):
+        name = served(large[i])[0]["label"] if i >= 15 else CLASSES[i % 5]
+        path = root / "photos" / ("test" if i >= 15 else "train") / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    return root
+
+
+@pytest.fixture
+def command(parts):
+    return [*QUICK, "--standard", parts / "vit", "--robust", parts / "resnet", "--dataset_name", parts / "photos"]
+
+
+def test_two_classifiers_become_one_with_its_dial_set(join, command, parts, tmp_path, capsys):
+    assert join(*command, "--output_dir", tmp_path, "--validation_fraction", 0.4) == 0
+    folder, out = tmp_path / "model", capsys.readouterr().out
+    report = RobustnessReport.load(folder / "results.json")
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert out.index("Cost: at most") < out.index(report.table())
+    assert model.config.alpha == report.model["alpha"] == report.alpha_choice["alpha"]
+    assert "held-out images" in report.alpha_choice["chosen_on"]
+    assert model.config.image_size == 16 and model(torch.rand(2, 3, 16, 16)).logits.shape == (2, 5)
+    assert report.metrics["components"]["standard"]["sa"] == 100  # as pipeline serves the ViT, enlarged to 32 pixels
+    assert [point["alpha"] for point in report.alpha_sweep] == [0, 0.5, 1]
+    assert (report.training["standard"], report.training["robust"]) == ("vit", "resnet")
+    card = (folder / "README.md").read_text()
+    assert "## The dial" in card and "license: other" in card
+    served = pipeline("image-classification", model=str(folder))
+    assert served(Image.new("RGB", (20, 20)))[0]["label"] in CLASSES
+
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "measurements").glob("*.safetensors")}
+    assert join(*command, "--output_dir", tmp_path, "--validation_fraction", 0.4) == 0  # finds all of it finished
+    assert stamps and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    capsys.readouterr()
+    assert join(*command, "--output_dir", tmp_path, "--mixing", "logits") == 2
+    assert "holds another joined model (mixing: 'probs' there, 'logits' here)" in capsys.readouterr().err
+
+
+def test_a_given_dial_is_kept_and_an_unreachable_floor_is_said(join, command, tmp_path, capsys):
+    assert join(*command, "--output_dir", tmp_path / "given", "--alpha", 0.3, "--level", "components") == 0
+    assert json.loads((tmp_path / "given" / "model" / "config.json").read_text())["alpha"] == 0.3
+    capsys.readouterr()
+    assert join(*command, "--output_dir", tmp_path / "floor", "--min_ra", 99.9, "--level", "components") == 1
+    assert "The dial stays at alpha = 0.75: min_ra=99.9 cannot be reached" in capsys.readouterr().out
+    assert json.loads((tmp_path / "floor" / "model" / "config.json").read_text())["alpha"] == 0.75
+
+
+def test_weights_are_mixed_where_the_parts_allow_it(join, command, parts, tmp_path, capsys):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(parts / "resnet", tuned)
+    same = [*command, "--standard", tuned, "--mixing", "weights", "--alpha", 0.5, "--level", "dial"]
+    assert join(*same, "--output_dir", tmp_path / "one") == 0
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "one" / "model").config.mixing == "weights"
+    capsys.readouterr()
+    assert join(*command, "--mixing", "weights", "--output_dir", tmp_path / "two") == 2
+    assert "cannot merge F_S and F_R: their architectures differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--alpha", "1.5"], "alpha=1.5 must be in [0, 1]"),
+        (["--alpha", "0.5", "--min_sa", "80"], "alpha=0.5 sets the dial, and min_sa chooses it; give one"),
+        (["--min_sa", "80", "--min_ra", "10"], "were both given"),
+        (["--eps", "0.3"], "eps=0.3 counts in pixels"),
+        (["--standard", "./nowhere"], "there is no such folder"),
+        (["--level", "thorough"], "level has unknown parts 'thorough'"),
+        (["--dataset_name", "digits"], "does not fit the embedded digits"),
+        (["--image_size", "0"], "image_size=0 must be at least 1"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_is_made(join, command, arguments, message, tmp_path, capsys):
+    assert join(*command, "--output_dir", tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_parts_with_other_classes_and_overwritten_parts_are_refused(join, command, parts, tmp_path, capsys):
+    foreign_models.save("resnet", tmp_path / "other", labels=["ant", "bee", "cow", "dog", "yak"])
+    assert join(*command, "--robust", tmp_path / "other", "--output_dir", tmp_path / "out") == 2
+    assert "other classes: label 4 is 'elk' and 'yak'" in capsys.readouterr().err
+    shutil.copytree(parts / "vit", tmp_path / "run" / "model")
+    assert join(*command, "--standard", tmp_path / "run" / "model", "--output_dir", tmp_path / "run") == 2
+    assert "would be overwritten" in capsys.readouterr().err
