@@ -14,7 +14,15 @@ PAGE = PACKAGE / "API.md"
 INNER = "Inner parts"
 LONGEST_VALUE = 100  # characters of a constant that are shown
 GROUPS = {  # what people do -> modules, in reading order; a module that is named nowhere is an inner part
-    "Models": ["models.configuration_dualmoe", "models.modeling_dualmoe", "models.loading", "models.converting"],
+    "Models": [
+        "models.configuration_dualmoe",
+        "models.moe_dualmoe",
+        "models.modeling_dualmoe",
+        "models.routing_dualmoe",
+        "models.mixing_dualmoe",
+        "models.loading",
+        "models.converting",
+    ],
     "Data": ["data.datasets"],
     "Attacks": [
         "attacks.pgd",
@@ -44,7 +52,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
         "certification.margin_floors",
     ],
     "Losses": ["losses.adversarial", "losses.certified"],
-    "Training": ["trainer.arguments", "trainer.trainer", "trainer.time_estimate"],
+    "Training": ["trainer.arguments", "trainer.trainer", "trainer.validation", "trainer.time_estimate"],
     "The Hub, model cards, export": ["hub.publish", "hub.model_card", "hub.onnx"],
     "Command line and demo page": ["cli.main", "cli.arguments", "demo.scene", "demo.page", "demo.space"],
     INNER: [],

@@ -15,6 +15,8 @@ from torch import nn
 
 from hf_dualmoe.certification.operator_norms import NORMS
 from hf_dualmoe.certification.report import ALPHAS, CertificationReport, certify_dataset, plot_certificates
+from hf_dualmoe.cli.cost import cost_text, smoothing_work
+from hf_dualmoe.cli.eps_check import check_eps_is_in_pixels
 from hf_dualmoe.cli.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
 from hf_dualmoe.data.datasets import DataSplits
 from hf_dualmoe.evaluation.environment import pixel_radius, print_in_any_encoding
@@ -59,7 +61,12 @@ def main() -> None:
     args.output_dir = Path(args.output_dir or output_folder("certify", args.model, args.revision))
     try:
         model = load_model(args, dtype="auto").to(accelerator.device)  # what is certified is what was saved
-        report = certify(args, model, load_images(args, model), accelerator)
+        data = load_images(args, model)
+        check_eps_is_in_pixels(model, data.test, max(args.radii), args.norm)
+        if args.sigmas:
+            work = smoothing_work(args.max_test_samples or len(data.test), args.sigmas, args.n0, args.n)
+            accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)
+        report = certify(args, model, data, accelerator)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
     if accelerator.is_main_process:

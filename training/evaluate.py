@@ -18,42 +18,23 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.cli.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
+from hf_dualmoe.cli.cost import cost_text, evaluation_work
+from hf_dualmoe.cli.evaluating import SPLITS, add_evaluation_arguments, check_measurements, evaluate, load_data
+from hf_dualmoe.cli.script_arguments import add_run_arguments, load_model, model_parser, output_folder
 from hf_dualmoe.data.datasets import DataSplits
 from hf_dualmoe.evaluation.calibration import calibrate_robust_logits
-from hf_dualmoe.evaluation.environment import pixel_radius, print_in_any_encoding, write_text
-from hf_dualmoe.evaluation.evaluation import (
-    ALPHAS,
-    LEVELS,
-    PARTS,
-    RobustnessReport,
-    check_evaluation,
-    evaluate_robustness,
-)
+from hf_dualmoe.evaluation.environment import print_in_any_encoding, write_text
+from hf_dualmoe.evaluation.evaluation import RobustnessReport
 from hf_dualmoe.evaluation.plots import attack_examples, save_plots
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.hub.model_card import refresh_model_card
 from hf_dualmoe.models.loading import NormalizedClassifier, is_foreign
 
-SPLITS = ("train_split", "validation_split", "test_split")
-
 
 def create_parser() -> ArgumentParser:
     parser = model_parser(__doc__.splitlines()[0], SPLITS)
+    add_evaluation_arguments(parser)
     add = parser.add_argument
-    add("--validation_fraction", type=float, default=0.1, help="As in the training, where splits were cut from train.")
-    add("--split_seed", type=int, default=42, help="--seed of the training: keeps held-out images the same.")
-    add("--eps", type=pixel_radius, default=8 / 255, help="Radius in [0, 1] pixel units, such as 8/255.")
-    add("--norm", choices=("linf", "l2"), default="linf", help="Norm of the ball.")
-    add("--steps", type=int, default=20, help="PGD steps.")
-    add("--level", default="standard", help=f"{', '.join(LEVELS)}, or parts of {','.join(PARTS)} joined by commas.")
-    add("--worst_case_steps", type=int, help="Steps per member of the adaptive union; default: --steps.")
-    add("--union_restarts", type=int, default=1, help="Random starts per member of the adaptive union.")
-    add("--autoattack_version", help="standard, few_classes or fast; default: what the number of classes allows.")
-    add("--sanity_images", type=int, help="Images for the sanity checks; default: 64 at level quick, else 200.")
-    add("--alphas", type=float, nargs="+", default=list(ALPHAS), help="Positions of the dial, in [0, 1].")
-    add("--min_sa", type=float, help="Recommend the alpha of highest RA with at least this SA, in %%.")
-    add("--min_ra", type=float, help="Recommend the alpha of highest SA with at least this RA, in %%.")
     add("--write_alpha", action="store_true", help="Write the recommended alpha into the folder's config.json.")
     add(
         "--calibrate",
@@ -88,10 +69,14 @@ def main() -> None:
         model = load_model(args, dtype=torch.float32).to(accelerator.device)
         check_request(args, model)
         data = load_data(args, model)
-        check_measurements(args, model, data)
+        parts = check_measurements(args, model, data)
+        if args.write_alpha and "dial" not in parts:
+            raise ValueError(f"write_alpha needs the dial to be measured; level={args.level!r} leaves it out.")
         if args.calibrate and data.validation is None:
             raise ValueError(f"calibrate needs held-out images; {data.name} has test images only.")
         check_controls(controls, data.name, args.max_test_samples or len(data.test))
+        work = evaluation_work(args, model, data, parts)
+        accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
         earlier = read_earlier(Path(args.model, "results.json"))
         report = evaluate(args, model, data, accelerator)
@@ -99,6 +84,7 @@ def main() -> None:
         report.model |= {"calibration": calibration} if calibration else {}
         if earlier is not None:
             report.training, report.seeds = earlier.training, {**earlier.seeds, **report.seeds}
+            report.controls = {**comparable(earlier, report), **report.controls}
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
     if accelerator.is_main_process:
@@ -111,7 +97,7 @@ def main() -> None:
             write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
         if args.write_calibration:
             write_config(args.model, {name: calibration[name] for name in ("robust_logit_map", "alpha")})
-        if isinstance(model, NormalizedClassifier):
+        if isinstance(model, NormalizedClassifier) and (is_foreign(args.model) or not Path(args.model).is_dir()):
             print("No model card: it would speak for a model that hf_dualmoe did not make.")
         else:
             write_card(args, report)
@@ -129,27 +115,6 @@ def check_request(args: Namespace, model: nn.Module | None = None) -> None:
         raise ValueError(f"{asked[0]} needs a local folder; model={args.model!r} has no config.json.")
     if asked and model is not None and not hasattr(model, "set_alpha"):
         raise ValueError(f"{asked[0]} needs a dual model; {args.model!r} is a {type(model).__name__}.")
-
-
-def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> None:
-    """Raise a ValueError for what the evaluation would refuse, before a calibration that takes minutes."""
-    counts = ("batch_size", "sanity_images", "worst_case_steps", "union_restarts")
-    parts = check_evaluation(
-        model,
-        (data.test, data.validation),
-        **{name: getattr(args, name) for name in ("eps", "norm", "alphas", "autoattack_version")},
-        level=level_of(args),
-        floors={name: getattr(args, name) for name in ("min_sa", "min_ra")},
-        counts={**{name: getattr(args, name) for name in counts}, "num_images": args.max_test_samples},
-        check_names=not args.ignore_class_names,
-    )
-    if args.write_alpha and "dial" not in parts:
-        raise ValueError(f"write_alpha needs the dial to be measured; level={args.level!r} leaves it out.")
-
-
-def level_of(args: Namespace) -> str | list[str]:
-    """The level asked for, or the names of parts."""
-    return args.level if args.level in LEVELS else args.level.split(",")
 
 
 def read_controls(args: Namespace) -> dict[str, RobustnessReport]:
@@ -176,6 +141,12 @@ def check_controls(controls: dict[str, RobustnessReport], dataset: str, num_imag
     for name, control in controls.items():
         if (control.dataset["name"], control.dataset["num_images"]) != (dataset, num_images):
             raise ValueError(f"controls={name!r} was measured on other images than {num_images} of {dataset}.")
+
+
+def comparable(earlier: RobustnessReport, report: RobustnessReport) -> dict[str, Any]:
+    """The controls of an earlier report, such as the model before hardening, where it was made as this one was."""
+    same = [(r.dataset["name"], r.dataset["num_images"], r.threat["norm"], r.threat["eps"]) for r in (earlier, report)]
+    return earlier.controls if same[0] == same[1] else {}
 
 
 def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> dict[str, Any]:
@@ -208,31 +179,6 @@ def write_config(folder: str, changes: dict[str, Any]) -> None:
     config = Path(folder, "config.json")
     write_text(config, json.dumps(json.loads(config.read_text(encoding="utf-8")) | changes, indent=2) + "\n")
     print(f"Wrote {', '.join(f'{name} = {value}' for name, value in changes.items())} to {config}")
-
-
-def load_data(args: Namespace, model: nn.Module) -> DataSplits:
-    """Test images, and the held-out ones that the training left."""
-    options = {name: getattr(args, name) for name in ("train_split", "validation_split", "validation_fraction")}
-    return load_images(args, model, seed=args.split_seed, **options)
-
-
-def evaluate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> RobustnessReport:
-    """The report, written to results.json as the numbers come."""
-    names = "eps norm steps alphas batch_size seed min_sa min_ra worst_case_steps union_restarts autoattack_version"
-    return evaluate_robustness(
-        model,
-        data.test,
-        **{name: getattr(args, name) for name in (*names.split(), "sanity_images", "fresh")},
-        num_images=args.max_test_samples,
-        level=level_of(args),
-        held_out=data.validation,
-        dataset_name=data.name,
-        check_names=not args.ignore_class_names,
-        path=args.output_dir / "results.json",
-        resume_dir=args.output_dir / "measurements",
-        progress=not args.disable_tqdm,
-        accelerator=accelerator,
-    )
 
 
 def read_earlier(path: Path) -> RobustnessReport | None:

@@ -1,14 +1,14 @@
-"""Train a robust image classifier, report how robust it is, and save it for `AutoModel`.
+"""Train a robust image classifier, or harden a trained one, report how robust it is, and save it for `AutoModel`.
 
 accelerate launch training/run.py                                           # digits dual model, minutes on 2 CPU cores
 accelerate launch training/run.py --recipe cifar10_resnet18 --method rt_er  # a recipe with overrides
 accelerate launch training/run.py --dataset_name path/to/images             # your own images, one folder per class
+accelerate launch training/run.py --model_name_or_path microsoft/resnet-50 --dataset_name path/to/images  # harden it
 python training/run.py --help
 """
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,26 +16,38 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from torch import nn
 from transformers import set_seed
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.cli.arguments import DataArguments, ModelArguments, RecipeParser
+from hf_dualmoe.cli.eps_check import check_eps_is_in_pixels
+from hf_dualmoe.cli.hardening import (
+    BEFORE,
+    agree_on_classes,
+    check_hardening,
+    load_start,
+    measure_before,
+    start_facts,
+)
+from hf_dualmoe.cli.run_record import (
+    check_same_data,
+    find_checkpoint,
+    record_start,
+    recorded_settings,
+    settings_of,
+    shorter_before,
+)
 from hf_dualmoe.data.datasets import DataSplits, load_splits
 from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
-from hf_dualmoe.evaluation.environment import print_in_any_encoding, write_text
+from hf_dualmoe.evaluation.environment import print_in_any_encoding
 from hf_dualmoe.evaluation.evaluation import RobustnessReport, check_evaluation, evaluate_robustness
 from hf_dualmoe.evaluation.plots import save_plots
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.hub.model_card import PLOTS, write_model_card
 from hf_dualmoe.hub.publish import hide_tokens, publish_folder
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
-from hf_dualmoe.trainer.checkpoints import (
-    CheckpointError,
-    explain_failed_write,
-    last_good_checkpoint,
-    list_checkpoints,
-    remove_checkpoint,
-)
+from hf_dualmoe.trainer.checkpoints import CheckpointError, explain_failed_write
 from hf_dualmoe.trainer.time_estimate import estimate_time
 from hf_dualmoe.trainer.trainer import RobustTrainer
 
@@ -43,14 +55,12 @@ RECIPES = Path(__file__).parent / "recipes"
 ATTACK = ("eps", "norm", "training_attack", "attack_steps")
 SETTINGS = {  # what each method uses
     "standard": (),
-    "at": ATTACK,
+    "at": (*ATTACK, "clean_weight"),
     "trades": (*ATTACK, "trades_lambda"),
     "rt_er": (*ATTACK, "beta", "second_term", "second_attack"),
     "jtdmoe": (*ATTACK, "beta", "second_term", "second_attack", "train_alpha", "standard_eps"),
     "certified": ("certify_radius", "margin_weight", "route_weight", "gate_weight"),
 }
-# settings that may change when a run is gone on with
-FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter", "step_graph")
 
 
 def main() -> None:
@@ -61,33 +71,60 @@ def main() -> None:
         output_dir, settings = Path(args.output_dir), settings_of(data_args, model_args, args)
         recorded = recorded_settings(output_dir, settings, run.fresh)
         checkpoint = None if run.fresh else find_checkpoint(output_dir, recorded)
+        check_requests(model_args, args, run)
         set_seed(args.seed)
-        data = load_data(data_args, model_args, args.seed)
+        model, data, keeps_head = prepare(data_args, model_args, args)
         settings["data_digest"] = data.digest()
         check_same_data(output_dir, recorded, settings)
-        check_dial_request(args.method, run)
-        check_mixing(args.method, model_args)
-        model = create_model(model_args, args, data)
+        check_eps_is_in_pixels(model, data.test, args.eps, args.norm)
         if run.report != "none":
             datasets = (data.test, data.validation)
             check_evaluation(model.eval(), datasets, eps=args.eps, norm=args.norm, level=run.report)
         trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
         if run.estimate_time:
             tell_time(trainer)
-        if run.estimate_time != "only" and trainer.is_world_process_zero():
-            begin(output_dir, recorded, settings, checkpoint, run.fresh and not args.resume_from_checkpoint)
+        if run.estimate_time == "only":
+            return trainer.accelerator.end_training()
+        if trainer.is_world_process_zero():
+            clear = run.fresh and not args.resume_from_checkpoint
+            tell(args, record_start(output_dir, recorded, settings, checkpoint, clear))
+        before = {}
+        if keeps_head and run.report != "none":
+            before = {BEFORE: measure_before(trainer, data, run.report, output_dir / "before", run.fresh)}
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         parser.error(" ".join(hide_tokens(str(error)).split()))
-    if run.estimate_time == "only":
-        return trainer.accelerator.end_training()
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
-        save_and_report(trainer, data, data_args, model_args, args, run)
+        save_and_report(trainer, data, data_args, model_args, args, run, before)
     except (CheckpointError, FloatingPointError) as error:
         sys.exit(f"run.py: error: {hide_tokens(str(error), args.hub_token)}")
     Processes(trainer.accelerator).await_main()  # who alone measures the report
     trainer.accelerator.wait_for_everyone()  # or the main process could be gone before the others know
     trainer.accelerator.end_training()
+
+
+def prepare(
+    data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments
+) -> tuple[nn.Module, DataSplits, bool]:
+    """Load the images and make the model, a new one or a trained one to harden.
+
+    Returns:
+        The model, the images, and whether the model is a trained one that keeps its head.
+    """
+    start = load_start(model_args)
+    if start is None:
+        data = load_data(data_args, model_args.image_size, model_args.num_channels, args.seed)
+        return create_model(model_args, args, data), data, False
+    data = load_data(data_args, start.config.image_size, start.config.num_channels, args.seed)
+    model, data, done = agree_on_classes(start, data)
+    tell(args, f"{model_args.model_name_or_path} {done}.")
+    return model, data, model is start
+
+
+def tell(args: RobustTrainingArguments, text: str) -> None:
+    """Print on the main process, where there is something to say."""
+    if text and args.process_index == 0:
+        print(text, flush=True)
 
 
 def tell_time(trainer: RobustTrainer) -> None:
@@ -97,33 +134,6 @@ def tell_time(trainer: RobustTrainer) -> None:
         print(estimate.text(), flush=True)
 
 
-def begin(
-    output_dir: Path, recorded: dict[str, Any], settings: dict[str, Any], checkpoint: str | None, clear: bool
-) -> None:
-    """Record the settings in the output folder, and say so where a run is gone on with for longer.
-
-    Args:
-        recorded: Settings of the run that the folder holds, {} without one.
-        settings: Those of this start; it learns here at which lengths the run was started before.
-        checkpoint: Where this start goes on from, if anywhere.
-        clear: Whether to delete checkpoints, or a later start would go on from them.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for folder in list_checkpoints(output_dir).values() if clear else ():
-        remove_checkpoint(folder)
-    settings["shorter_before"] = recorded.get("shorter_before", [])
-    if lengths := differing_settings(recorded, settings) if recorded else {}:
-        settings["shorter_before"] += [{name: before for name, (before, _) in lengths.items()}]
-        changes = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in lengths.items())
-        print(
-            f"Going on for longer ({changes}) from {checkpoint or 'the start: there is no checkpoint'}. The schedule "
-            "of the learning rate, and of eps where it warms up, is computed anew for the whole new length: the rate "
-            "jumps to where that schedule is by now. So this is not the run that the new length would have been from "
-            "the start; --fresh trains that."
-        )
-    write_text(output_dir / "settings.json", json.dumps(settings, indent=2) + "\n")
-
-
 def save_and_report(
     trainer: RobustTrainer,
     data: DataSplits,
@@ -131,6 +141,7 @@ def save_and_report(
     model_args: ModelArguments,
     args: RobustTrainingArguments,
     run: argparse.Namespace,
+    controls: dict[str, Any],
 ) -> None:
     """Write the trained model, its report, plots and card into `model/` of the output folder; publish on request."""
     output_dir = Path(args.output_dir)
@@ -145,16 +156,23 @@ def save_and_report(
             model.eval().save_pretrained(folder)  # before the report: nothing trained is lost
         choice = turn_dial(model, data, args, run) if run.choose_alpha else {}
         model.save_pretrained(folder)
+        facts = start_facts(model_args)
         if run.report != "none":
-            report = write_report(
-                model, data, args, folder, trainer, choice, origins(data_args, model_args), level=run.report
-            )
+            sources = {**origins(data_args, model_args), **facts}
+            report = write_report(model, data, args, folder, trainer, choice, sources, run.report, controls)
             print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
             attempt("drawing the plots", lambda: save_plots(report, folder))
-        attempt("writing the model card", lambda: write_model_card(folder))
+        attempt("writing the model card", lambda: write_model_card(folder, license=facts.get("license")))
         print(f"\nSaved to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
         if args.push_to_hub:
             attempt("publishing", lambda: publish(folder, args, trainer.hub_model_id))
+
+
+def check_requests(model_args: ModelArguments, args: RobustTrainingArguments, run: argparse.Namespace) -> None:
+    """Raise a ValueError for what cannot be done, before anything is loaded."""
+    check_dial_request(args.method, run)
+    check_mixing(args.method, model_args)
+    check_hardening(model_args, args.method, Path(args.output_dir, "model"))
 
 
 def check_dial_request(method: str, run: argparse.Namespace) -> None:
@@ -190,83 +208,8 @@ def check_mixing(method: str, model_args: ModelArguments) -> None:
         )
 
 
-def settings_of(
-    data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments
-) -> dict[str, dict[str, Any]]:
-    """What makes two runs the same, fit for JSON; where they write and how they report is left out."""
-    ours = {name: getattr(args, name) for name in RobustTrainingArguments.__annotations__ if name not in FREE}
-    shared = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "optim", "seed")
-    shared += ("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "optim_args")
-    shared += ("warmup_steps", "lr_scheduler_kwargs", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
-    shared += ("bf16", "fp16", "tf32", "data_seed", "load_best_model_at_end")
-    if args.load_best_model_at_end:  # then it also matters when is evaluated, and for what
-        shared += ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps")
-    training = ours | {name: getattr(args, name) for name in shared}
-    settings = {"data": asdict(data_args), "model": asdict(model_args), "training": training}
-    return json.loads(json.dumps(settings, default=str))
-
-
-def recorded_settings(output_dir: Path, settings: dict[str, Any], fresh: bool) -> dict[str, Any]:
-    """Settings of the run that `output_dir` holds, which may differ in being shorter; {} where there is none.
-
-    Raises:
-        ValueError: They differ in more, and `fresh` does not say to start over; the message names in what.
-    """
-    path = output_dir / "settings.json"
-    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not fresh else {}
-    differing = differing_settings(recorded, settings) if recorded else {}
-    if not all(is_longer(name, *values) for name, values in differing.items()):
-        shown = ", ".join(f"{name}: {before!r} there, {now!r} here" for name, (before, now) in differing.items())
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds a run with other settings ({shown}); choose another --output_dir, "
-            "or start over in it with --fresh."
-        )
-    return recorded
-
-
-def differing_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Name -> (there, here) of the arguments that differ."""
-    found = {}
-    for group in ("data", "model", "training"):
-        there, here = recorded.get(group, {}), settings[group]
-        names = [name for name in {**there, **here} if name not in FREE]
-        found |= {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
-    return found
-
-
-def is_longer(name: str, before: Any, now: Any) -> bool:
-    """Whether an argument lets the same run go on for longer."""
-    return name in ("num_train_epochs", "max_steps") and 0 < before < now
-
-
-def check_same_data(output_dir: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise a ValueError where the run that the folder holds saw other images, labels or class names."""
-    if recorded.get("data_digest", settings["data_digest"]) != settings["data_digest"]:  # older runs noted none
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds a run on other data: images, labels or names of classes have "
-            f"changed since (digest {recorded.get('data_digest')} there, {settings['data_digest']} here); choose "
-            "another --output_dir, or start over in it with --fresh."
-        )
-
-
-def find_checkpoint(output_dir: Path, recorded: dict[str, Any]) -> str | None:
-    """The newest whole checkpoint to go on from, where `output_dir` holds a run.
-
-    Raises:
-        ValueError: The folder holds checkpoints of an unknown run.
-        CheckpointError: It holds checkpoints, none of which can be used.
-    """
-    if not recorded and list_checkpoints(output_dir):
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds checkpoints but no settings.json that says of which run; "
-            "choose another --output_dir, or start over in it with --fresh."
-        )
-    found = last_good_checkpoint(output_dir)
-    return str(found) if found else None
-
-
-def load_data(data_args: DataArguments, model_args: ModelArguments, seed: int) -> DataSplits:
-    """Load and decode the images, at the size and with the channels that the model arguments ask for.
+def load_data(data_args: DataArguments, image_size: int | None, num_channels: int | None, seed: int) -> DataSplits:
+    """Load and decode the images, at this size and with these channels; None = those of the data.
 
     Raises:
         ValueError: They are not there, cannot be reached or cannot be used; the message begins with `dataset_name`.
@@ -275,9 +218,9 @@ def load_data(data_args: DataArguments, model_args: ModelArguments, seed: int) -
 
     options = asdict(data_args)
     name, config_name = options.pop("dataset_name"), options.pop("dataset_config_name")
-    shape = {"image_size": model_args.image_size, "num_channels": model_args.num_channels}
+    options |= {"image_size": image_size, "num_channels": num_channels, "seed": seed}
     try:
-        return load_splits(name, config_name=config_name, **shape, **options, seed=seed)
+        return load_splits(name, config_name=config_name, **options)
     except (DatasetsError, OSError) as error:
         raise ValueError(f"dataset_name={name!r} cannot be loaded: {error}") from error
 
@@ -334,6 +277,7 @@ def write_report(
     alpha_choice: dict[str, Any],
     sources: dict[str, str],
     level: str,
+    controls: dict[str, Any],
 ) -> RobustnessReport:
     """Measure on the test images and write results.json as the numbers come."""
     path = folder / "results.json"
@@ -348,7 +292,7 @@ def write_report(
         path=path,
         level=level,
     )
-    report.seeds["training"] = args.seed
+    report.seeds["training"], report.controls = args.seed, controls
     report.alpha_choice = alpha_choice or report.alpha_choice
     used = [n for n in SETTINGS[args.method] if n != "attack_steps" or args.training_attack == "pgd"]
     report.training = {
@@ -359,7 +303,10 @@ def write_report(
         "steps": trainer.state.global_step,
         "skipped_images": data.skipped,
         **{name: getattr(args, name) for name in used},
-        **{name: getattr(args, name) for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay")},
+        **{
+            name: getattr(args, name)
+            for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay", "awp_gamma")
+        },
         **sources,
         **kept_weights(trainer),
         "train_runtime_s": round(trainer.train_seconds, 4),
@@ -373,13 +320,13 @@ def kept_weights(trainer: RobustTrainer) -> dict[str, Any]:
     found = {}
     if trainer.ema is not None:
         found["saved_weights"] = "moving average" if trainer.keeps_average else "trained (the average was worse)"
-    before = json.loads(Path(trainer.args.output_dir, "settings.json").read_text(encoding="utf-8"))["shorter_before"]
+    before = shorter_before(Path(trainer.args.output_dir))
     return found | ({"lengthened_from": before} if before else {})
 
 
 def origins(data_args: DataArguments, model_args: ModelArguments) -> dict[str, str]:
     """Hub ids of the training data and of the weights that training started from, where they are on the Hub."""
-    data, source = data_args.dataset_name, model_args.init_experts_from
+    data, source = data_args.dataset_name, model_args.model_name_or_path or model_args.init_experts_from
     if model_args.pretrained:
         source = timm.get_pretrained_cfg(model_args.backbone).hf_hub_id
     names = {"dataset_id": None if data == "digits" else data, "base_model": source}

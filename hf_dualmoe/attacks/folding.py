@@ -25,7 +25,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from ..models.modeling_dualmoe import values_are_trusted
+from ..models.inputs_dualmoe import values_are_trusted
 from ..models.outputs import find_logits
 
 PROBE_IMAGES = 2

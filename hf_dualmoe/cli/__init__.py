@@ -2,5 +2,5 @@
 
 In: words. Out: what a script does.
 
-Calls: data, losses, models, trainer.
+Calls: attacks, data, evaluation, hub, losses, models, trainer.
 """

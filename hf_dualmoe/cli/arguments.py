@@ -1,7 +1,6 @@
 """Command line of the training script: data and model arguments, recipes, and a `--help` that a person can read."""
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Callable
@@ -19,7 +18,11 @@ from ..data.datasets import DataSplits
 from ..losses.certified import LIPSCHITZ
 from ..models.configuration_dualmoe import DualMoEConfig, MoEConfig
 from ..trainer.arguments import PixelValue, RobustTrainingArguments
+from .help_text import grouped_help
+from .script_arguments import output_folder
 
+OF_A_TRAINED_MODEL = ("model_name_or_path", "model_revision", "trust_remote_code", "image_mean", "image_std")
+SIZE = ("image_size",)  # of any model
 TRAINER_OUTPUT = "trainer_output"  # what transformers fills in where no output_dir is given
 
 logger = logging.get_logger(__name__)
@@ -58,8 +61,25 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    """What to train; see `MoEConfig` and `DualMoEConfig`."""
+    """What to train: a network of ours (see `MoEConfig`, `DualMoEConfig`) or a trained one (see `load_classifier`)."""
 
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Harden this image classifier instead of training a new one: a saved folder or Hub id of any "
+            "architecture that transformers loads; method standard, at or trades."
+        },
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+    image_mean: list[float] | None = field(
+        default=None,
+        metadata={"help": "Mean that the model's images are normalised by; default: as its image processor does."},
+    )
+    image_std: list[float] | None = field(
+        default=None,
+        metadata={"help": "Standard deviation of that normalisation; default: as its image processor does."},
+    )
     backbone: str = field(default="resnet18", metadata={"help": "timm name of the experts' architecture."})
     backbone_kwargs: str | None = field(
         default=None, metadata={"help": "Further timm.create_model arguments as JSON, such as '{\"patch_size\": 4}'."}
@@ -76,7 +96,8 @@ class ModelArguments:
         metadata={"help": "Multiplier of a ResNet's channels (0.25), or its 4 stage channels (16,32,64,128)."},
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the images in pixels; default: that of the data."}
+        default=None,
+        metadata={"help": "Side of the images in pixels; default: that of the data, or of a trained model."},
     )
     backbone_image_size: int | None = field(
         default=None, metadata={"help": "Side to which the model up-samples; eps stays in the image's own pixels."}
@@ -112,6 +133,12 @@ class ModelArguments:
     alpha: float | None = field(
         default=None, metadata={"help": "Dial of the saved dual model, in [0, 1]; default: train_alpha."}
     )
+
+    def used(self) -> dict[str, Any]:
+        """The arguments that say what is trained: those of a trained model, or those of a new one."""
+        given = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        of_trained = self.model_name_or_path is not None
+        return {n: value for n, value in given.items() if n in SIZE or (n in OF_A_TRAINED_MODEL) == of_trained}
 
     def moe_config(self, data: DataSplits) -> MoEConfig:
         """The mixture's configuration for these data.
@@ -179,22 +206,6 @@ def parse_width(text: "str | float | list | None") -> float | list[int] | None:
         ) from error
 
 
-# What `--help` shows, in reading order. Everything else that transformers' Trainer takes is in `--help_all`.
-OBJECTIVE = (
-    "method beta second_term second_attack trades_lambda train_alpha standard_eps standard_learning_rate "
-    "certify_radius margin_weight route_weight gate_weight"
-)
-ATTACK = "eps norm training_attack attack_steps attack_step_size eps_warmup_ratio eval_attack_steps"
-IMAGES = "crop_padding horizontal_flip"
-TRAINING = (
-    "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim optim_args "
-    "label_smoothing_factor ema_decay per_device_train_batch_size per_device_eval_batch_size "
-    "gradient_accumulation_steps gradient_checkpointing max_grad_norm on_nan_loss max_skipped_steps seed"
-)
-OUTPUT = (
-    "output_dir eval_strategy save_strategy save_total_limit logging_steps metric_for_best_model report_to "
-    "disable_tqdm push_to_hub hub_model_id"
-)
 WITH_STAGES = (
     "resnet",
     "resnest",
@@ -204,7 +215,13 @@ WITH_STAGES = (
     "deit",
 )  # timm's modules
 REPORTS = ("none", "quick", "standard", "full")
-HARDWARE = "use_cpu bf16 channels_last torch_compile dataloader_num_workers ddp_find_unused_parameters"
+
+
+def default_recipe(dataset: str | None, start: str | None) -> str:
+    """The recipe where none is named, for a dataset and a model to start from; None = not given."""
+    if start is not None:
+        return "harden"
+    return "digits" if dataset in (None, "digits") else "own_images"
 
 
 def same_share(value: Any, *, of: Any, at: str) -> Any:
@@ -307,8 +324,9 @@ class RecipeParser(HfArgumentParser):
         first.add_argument("--dataset_name", "--dataset-name")
         first.add_argument("--eps")
         first.add_argument("--backbone")
+        first.add_argument("--model_name_or_path", "--model-name-or-path")
         known, _ = first.parse_known_args(args)
-        recipe = known.recipe or ("digits" if known.dataset_name in (None, "digits") else "own_images")
+        recipe = known.recipe or default_recipe(known.dataset_name, known.model_name_or_path)
         settings = self.read_recipe(recipe)
         if known.eps is not None and {"eps", "standard_eps"} <= set(settings):
             settings["standard_eps"] = same_share(settings["standard_eps"], of=settings["eps"], at=known.eps)
@@ -317,7 +335,9 @@ class RecipeParser(HfArgumentParser):
         self.set_defaults(recipe=recipe, **settings)
         data_args, model_args, training_args, run = self.parse_args_into_dataclasses(args, look_for_args_file=False)
         if training_args.output_dir == TRAINER_OUTPUT:
-            training_args.output_dir = f"outputs/{Path(recipe).stem}-{training_args.method}"
+            work, start = f"{Path(recipe).stem}-{training_args.method}", model_args.model_name_or_path
+            folder = output_folder(work, start, model_args.model_revision) if start else Path("outputs", work)
+            training_args.output_dir = folder.as_posix()
         return data_args, model_args, training_args, run
 
     def read_recipe(self, recipe: str) -> dict[str, Any]:
@@ -338,34 +358,7 @@ class RecipeParser(HfArgumentParser):
 
     def format_help(self) -> str:
         """Help in groups, ours and the most used of the Trainer's."""
-        by_name: dict[str, argparse.Action] = {}
-        for action in self._actions:  # the first of --flag / --no_flag; one spelling of each name
-            shown = copy.copy(action)
-            shown.option_strings = [o for o in action.option_strings if "-" not in o.lstrip("-")]
-            shown.metavar = None if action.choices or action.nargs == 0 else "VALUE"
-            by_name.setdefault(action.dest, shown)
-        groups = {
-            "recipe": ["recipe", "fresh", "help", "help_all"],
-            "data": list(DataArguments.__dataclass_fields__),
-            "model": [*ModelArguments.__dataclass_fields__, "choose_alpha", "min_sa", "min_ra"],
-            "objective": OBJECTIVE.split(),
-            "attack, in training and in the evaluations during training": ATTACK.split(),
-            "augmentation": IMAGES.split(),
-            "optimisation": TRAINING.split(),
-            "output": ["report", "estimate_time", *OUTPUT.split()],
-            "hardware": HARDWARE.split(),
-        }
-        if "--help_all" in sys.argv:
-            shown = {name for names in groups.values() for name in names}
-            groups["everything else of transformers.TrainingArguments"] = sorted(set(by_name) - shown)
-        formatter = self._get_formatter()
-        formatter.add_usage("%(prog)s [--recipe RECIPE] [--argument VALUE ...]", [], [], prefix="usage: ")
-        formatter.add_text(self.description)
-        for title, names in groups.items():
-            formatter.start_section(title)
-            formatter.add_arguments([by_name[name] for name in names if name in by_name])
-            formatter.end_section()
-        return formatter.format_help()
+        return grouped_help(self, everything="--help_all" in sys.argv)
 
 
 __all__ = ["DataArguments", "ModelArguments", "RecipeParser"]

@@ -36,6 +36,7 @@ COMMANDS = {
     "evaluate": Command(
         "evaluate.py", "Attack a saved model and report how robust it is: table, results.json, plots."
     ),
+    "join": Command("join.py", "Join an accurate and a robust model of any kind, with a dial between them."),
     "certify": Command("certify.py", "Prove, image by image, how far no attack can change the answer."),
     "publish": Command(
         "publish.py", "Upload a trained model with its card and results to the Hub (or list the files)."
@@ -48,6 +49,8 @@ EXAMPLES = """Examples:
   hf-dualmoe train                                              minutes on a laptop, nothing to download
   hf-dualmoe train --dataset_name path/to/images --image_size 64 --eps 4/255
   hf-dualmoe evaluate --model outputs/digits-jtdmoe/model --eps 0.15
+  hf-dualmoe train --model_name_or_path microsoft/resnet-50 --dataset_name path/to/images     harden a model
+  hf-dualmoe join --standard microsoft/resnet-50 --robust outputs/hardened/model --dataset_name path/to/images
   hf-dualmoe demo --model outputs/digits-jtdmoe/model
   accelerate launch -m hf_dualmoe train                         on all graphics cards"""
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..data.datasets import DataSplits, ImageTensorDataset, load_splits
+from ..models.class_names import are_generic, labels_of, match_names
 from ..models.loading import check_results_folder, load_classifier
 
 LONGEST_NAME = 80  # characters of the model's name in that of a folder
@@ -39,18 +40,28 @@ def model_parser(description: str, splits: Sequence[str]) -> ScriptParser:
     add("--model", required=True, help="Saved folder or Hub id of an image classifier, of any kind.")
     add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
     add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
-    texts = {"mean": "Mean", "std": "Standard deviation"}
-    for name, text in texts.items():
-        help_text = f"{text} that the model's images are normalised by; default: as its image processor does."
-        add(f"--image_{name}", type=float, nargs="+", help=help_text)
+    add_normalisation_arguments(parser)
     add("--image_size", type=int, help="Size of the images, where neither config nor image processor says it.")
+    add_data_arguments(parser, splits)
+    return parser
+
+
+def add_normalisation_arguments(parser: ArgumentParser, part: str = "") -> None:
+    """Add the normalisation of a model, or of one part, whose name goes before theirs: "standard_"."""
+    for name, text in {"mean": "Mean", "std": "Standard deviation"}.items():
+        help_text = f"{text} that the model's images are normalised by; default: as its image processor does."
+        parser.add_argument(f"--{part}image_{name}", type=float, nargs="+", help=help_text)
+
+
+def add_data_arguments(parser: ArgumentParser, splits: Sequence[str]) -> None:
+    """Add which images are looked at; `splits` as in `model_parser`."""
+    add = parser.add_argument
     add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
     for name in ("dataset_config_name", "image_column", "label_column", *splits):
         add(f"--{name}", help="As in training/run.py.")
     add("--max_test_samples", type=int, help="Test images to use, with the class shares of the whole; default: all.")
     add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
     add("--ignore_class_names", action="store_true", help="Compare the number of classes only, not their names.")
-    return parser
 
 
 def add_run_arguments(parser: ArgumentParser, work: str, results: str, *, batch: str, seed: str) -> None:
@@ -108,7 +119,7 @@ def load_model(args: Namespace, *, dtype: torch.dtype | str = torch.float32) -> 
 def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits:
     """The images, at the size and with the channels that the model takes; of train none are needed.
 
-    Labels are those of the model: where it knows all class names of the data, they are matched by name.
+    Labels are those of the model: classes are matched by name, and the match is said where names or order differ.
 
     Args:
         args: What a `model_parser` with "test_split" read.
@@ -117,7 +128,7 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
 
     Raises:
         ValueError: There are fewer test images than asked for, all have one label that the model does not know, or
-            what `load_splits` refuses.
+            what `load_splits` and `match_classes` refuse.
     """
     names = ("image_column", "label_column", "test_split", "on_bad_image")
     options |= {name: getattr(args, name) for name in names}
@@ -129,39 +140,69 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
             f"max_test_samples={asked!r}, but the dataset has {len(data.test)} test images; allowed is 1 to "
             f"{len(data.test)}."
         )
-    names = getattr(model.config, "id2label", None) or {}
-    names = [str(names[i]) for i in sorted(names)]
-    if len(data.class_names) == 1 and (args.ignore_class_names or data.class_names[0] not in names):
+    names = labels_of(model.config)
+    if len(data.class_names) == 1 and (args.ignore_class_names or None in match_names(data.class_names, names)):
         raise ValueError(
             f"all {len(data.test)} test images have one label, {data.class_names[0]!r}; that is enough only where the "
             f"model has a class of that name and names are compared. It has {len(names)}: {', '.join(names[:10])}."
         )
-    return data if args.ignore_class_names else match_classes(data, names)
+    if args.ignore_class_names or not names or are_generic(names):
+        return data
+    return match_classes(data, names)
 
 
 def match_classes(data: DataSplits, names: Sequence[str]) -> DataSplits:
-    """The data with the labels of a model, by the names of the classes.
+    """The data with the labels of a model, by the names of the classes; see `match_names`.
 
     Args:
-        data: Any data; where a class has no name among `names`, or a name stands twice, they come back as they are.
+        data: Any data. As many classes as the model has, some of which it does not know, come back as they are: the
+            evaluation will say where they differ.
         names: Name of each class of the model, in label order.
+
+    Raises:
+        ValueError: Some classes of the data are not among those of the model; the message names the first.
     """
-    if data.class_names == list(names) or not set(data.class_names) <= set(names) or len(set(names)) < len(names):
+    if data.class_names == list(names):
         return data
-    label_of = torch.tensor([list(names).index(name) for name in data.class_names])
-    sets = data.sets.items()
-    sets = {role: ImageTensorDataset(part.images, label_of[part.labels], names) for role, part in sets}
-    count = f"{len(label_of)} of {len(names)} classes"
-    logger.warning("%s has %s of the model, matched by name: %s", data.name, count, ", ".join(data.class_names[:10]))
-    return replace(data, **sets, name=data.name if len(label_of) == len(names) else f"{data.name} ({count})")
+    found = match_names(data.class_names, names)
+    unknown = [name for name, at in zip(data.class_names, found, strict=True) if at is None]
+    if unknown and len(names) == len(data.class_names):
+        return data
+    if unknown:
+        raise ValueError(
+            f"dataset has {len(found)} classes ({shortened(data.class_names)}) but the model has {len(names)} "
+            f"({shortened(names)}), and {len(unknown)} of the dataset's are not among them: {shortened(unknown)}."
+        )
+    return relabelled(data, found, names)
+
+
+def relabelled(data: DataSplits, found: Sequence[int], names: Sequence[str]) -> DataSplits:
+    """The data with the label `found[i]` for class i, in a model whose classes have these names; says the match."""
+    label_of, sets = torch.tensor(found), data.sets.items()
+    sets = {role: ImageTensorDataset(part.images, label_of[part.labels], names, part.rows) for role, part in sets}
+    count = f"{len(found)} of {len(names)} classes"
+    pairs = [
+        name if name == names[at] else f"{name} = {names[at]!r}"
+        for name, at in zip(data.class_names, found, strict=True)
+    ]
+    logger.warning("%s has %s of the model, matched by name: %s", data.name, count, "; ".join(pairs[:10]))
+    return replace(data, **sets, name=data.name if len(found) == len(names) else f"{data.name} ({count})")
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(map(str, names[:4])) + ", ..." * (len(names) > 4)
 
 
 __all__ = [
     "ScriptParser",
+    "add_data_arguments",
+    "add_normalisation_arguments",
     "add_run_arguments",
     "load_images",
     "load_model",
     "match_classes",
     "model_parser",
     "output_folder",
+    "relabelled",
 ]

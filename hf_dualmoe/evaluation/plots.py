@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ..attacks.base import frozen
 from ..attacks.pgd import PGD
-from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
 from ..models.outputs import logits_of
 from .report import RobustnessReport

@@ -221,7 +221,7 @@ def create_card_data(report: RobustnessReport | None, subject: CardSubject, **me
     tags = [*card_tags(report, config), *lists.pop("tags", [])]
     given.pop("tags", None)
     fields = {
-        "license": base_license(base_model),
+        "license": training.get("license") or base_license(base_model),
         "library_name": "transformers",
         "pipeline_tag": "image-classification",
         "tags": list(dict.fromkeys(tags)),

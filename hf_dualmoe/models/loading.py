@@ -8,6 +8,8 @@ it is shown pictures of one colour, and what it makes of them gives the size, th
 whatever its settings are called and whatever its rescale factor is.
 """
 
+import copy
+import json
 import logging
 import math
 import os
@@ -20,16 +22,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
-from .modeling_dualmoe import Normalize, create_image_processor
+from .inputs_dualmoe import Normalize, create_image_processor
 from .outputs import logits_of
 from .parts import has_dial, has_experts
 
 BLACK, WHITE, OTHER = (0, 0, 0), (255, 255, 255), (200, 30, 90)
 SIZES = ((96, 64), (64, 96), (96, 64))  # of the pictures: what is made of them must not depend on it
 FRAMING_TOLERANCE = 2 / 255  # of a picture of coordinates; another interpolation stays below it
+SMALLEST_REACH = 1 / 16  # from black to white, normalised: ImageNet's is above 4, that of 16 bits below 1 / 50
 GIVE_NORMALISATION = (
     "If it takes RGB images as (x - mean) / std for x in [0, 1], pass image_mean and image_std (--image_mean, "
     "--image_std; 0 and 1 where it normalises by itself)."
@@ -51,16 +54,22 @@ class NormalizedClassifier(nn.Module):
     """A classifier of normalised images as one of images in [0, 1]; made by `load_classifier`.
 
     Args:
-        network: Model of transformers that expects (x - mean) / std.
-        mean, std: Per channel.
+        network: Model of transformers that expects normalised images.
+        preprocessing: What it takes.
+        processor: Image processor that makes that of pictures; None = nobody knows one.
 
     Attributes:
-        config: That of the model, with `image_size`, `num_channels`, `image_mean` and `image_std` as they are here.
+        config: A copy of the network's, with `image_size`, `num_channels`, `image_mean` and `image_std` as they are
+            here.
     """
 
-    def __init__(self, network: nn.Module, mean: list[float], std: list[float]):
+    def __init__(self, network: PreTrainedModel, preprocessing: Preprocessing, processor: Any = None):
         super().__init__()
-        self.network, self.normalize, self.config = network, Normalize(mean, std), network.config
+        self.network, self.preprocessing, self.processor = network, preprocessing, processor
+        self.normalize = Normalize(preprocessing.mean, preprocessing.std)
+        self.config = copy.deepcopy(network.config)
+        self.config.image_size, self.config.num_channels = preprocessing.size, len(preprocessing.mean)
+        self.config.image_mean, self.config.image_std = preprocessing.mean, preprocessing.std
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """What the network returns for images (B, C, H, W) in [0, 1]."""
@@ -69,6 +78,22 @@ class NormalizedClassifier(nn.Module):
     def denormalize(self, pixel_values: Tensor) -> Tensor:
         """Images in [0, 1] from normalised ones."""
         return pixel_values * self.normalize.std.to(pixel_values) + self.normalize.mean.to(pixel_values)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Save the network as what it is, with its image processor: transformers alone loads and serves it again."""
+        self.network.save_pretrained(folder)
+        if self.processor is None:
+            logger.warning("%s: no image processor is saved, since none is known; pipeline needs one.", folder)
+        else:
+            self.processor.save_pretrained(folder)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in the backward pass, as the network does."""
+        self.network.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The older name of `activation_checkpointing_enable`, for transformers before 5.23."""
+        self.network.gradient_checkpointing_enable(**options)
 
 
 def load_classifier(
@@ -119,6 +144,7 @@ def load_classifier(
         size = image_size or size_of(network.config) or size_made_by(processor, name)
         mean, std = per_channel("image_mean", image_mean, channels), per_channel("image_std", image_std, channels)
         wanted = Preprocessing(size, mean, std)
+        processor = normalising_processor(wanted)
     elif processor is None:
         raise ValueError(f"model={name!r} has no image processor that can be loaded ({problem}). {GIVE_NORMALISATION}")
     else:
@@ -126,10 +152,10 @@ def load_classifier(
             raise ValueError(f"image_size={image_size!r}: the image processor of {name!r} decides; see image_mean.")
         wanted = what_is_made_by(processor, name)
         warn_of_other_framing(processor, wanted, name)
-    return normalized(network, wanted, name)
+    return tried(NormalizedClassifier(network, wanted, processor).eval(), name)
 
 
-def load_network(name: str, dtype: torch.dtype | str, options: dict[str, Any]) -> nn.Module:
+def load_network(name: str, dtype: torch.dtype | str, options: dict[str, Any]) -> PreTrainedModel:
     """The model as transformers loads it; a ValueError where there is none, or not all of one."""
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model={name!r}: there is no such folder.")
@@ -157,19 +183,17 @@ def load_network(name: str, dtype: torch.dtype | str, options: dict[str, Any]) -
     return network.eval()
 
 
-def normalized(network: nn.Module, wanted: Preprocessing, name: str) -> NormalizedClassifier:
-    """The model behind its normalisation, tried on one grey image."""
-    config, channels = network.config, len(wanted.mean)
-    config.image_size, config.num_channels = wanted.size, channels
-    config.image_mean, config.image_std = wanted.mean, wanted.std
-    model = NormalizedClassifier(network, wanted.mean, wanted.std).eval()
+def tried(model: NormalizedClassifier, name: str) -> NormalizedClassifier:
+    """The model, once it has classified a grey image; a ValueError where it cannot."""
+    config = model.config
+    shape = config.num_channels, config.image_size, config.image_size
     try:
         with torch.no_grad():
-            logits = logits_of(model, torch.full((1, channels, wanted.size, wanted.size), 0.5))
+            logits = logits_of(model, torch.full((1, *shape), 0.5))
     except Exception as error:
         raise ValueError(
-            f"model={name!r} takes no images of (channels, height, width) = {(channels, wanted.size, wanted.size)}: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"model={name!r} takes no images of (channels, height, width) = {shape}: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
     if logits.shape != (1, config.num_labels):
         raise ValueError(
@@ -193,11 +217,14 @@ def what_is_made_by(processor: Any, name: str) -> Preprocessing:
     """Size, mean and standard deviation of an image processor, from what it makes of pictures of one colour.
 
     Raises:
-        ValueError: It pads, tiles, swaps channels, or makes images that are not square.
+        ValueError: It pads, tiles, swaps channels, expects 16 bits per value, or makes images that are not square or
+            have no three channels.
     """
     colours = zip((BLACK, WHITE, OTHER), SIZES, strict=True)
     made = [process(processor, Image.new("RGB", size, colour), name) for colour, size in colours]
     shape, *others = [tuple(pixels.shape) for pixels in made]
+    if len(shape) == 4 and shape[1] != 3:
+        raise refusal(processor, name, f"of RGB pictures it makes images of {shape[1]} channels")
     if len(shape) != 4 or shape[:2] != (1, 3) or shape[2] != shape[3] or others != [shape, shape]:
         raise refusal(processor, name, f"of RGB pictures it makes {shape} and {others[0]}, not squares of one size")
     black, white, other = (pixels[0, :, 0, 0].double() for pixels in made)
@@ -207,6 +234,10 @@ def what_is_made_by(processor: Any, name: str) -> Preprocessing:
     flat = all(((p - p[:, :, :1, :1]).abs().amax(dim=(0, 2, 3)) <= tolerance).all() for p in made)
     if not (flat and (reach > 0).all() and ((other - expected).abs() <= tolerance).all()):
         raise refusal(processor, name, "it changes colours by more than a factor and an offset, or pads")
+    if (reach < SMALLEST_REACH).any():
+        low, high = float(black.min()), float(white.max())
+        reason = f"it maps black and white to {low:.3g} and {high:.3g}, as if pictures had 16 bits per value and not 8"
+        raise refusal(processor, name, reason)
     # seven digits are what float32 holds: 0.485, not 0.48500001
     mean, std = ([float(f"{value:.7g}") for value in values.tolist()] for values in (-black / reach, 1 / reach))
     return Preprocessing(shape[-1], mean, std)
@@ -239,6 +270,15 @@ def warn_of_other_framing(processor: Any, wanted: Preprocessing, name: str) -> N
             f"(shorter side to {size} pixels, centre cropped): where that changes the images, numbers may differ from "
             "those of pipeline."
         )
+
+
+def normalising_processor(wanted: Preprocessing) -> Any:
+    """Our image processor with a normalisation; None for grey images, which it does not make."""
+    if len(wanted.mean) != 3:
+        return None
+    processor = create_image_processor(wanted.size)
+    processor.do_normalize, processor.image_mean, processor.image_std = True, wanted.mean, wanted.std
+    return processor
 
 
 def size_of(config: PreTrainedConfig) -> int | None:
@@ -283,12 +323,18 @@ def first_line(error: Exception) -> str:
 
 
 def is_foreign(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a model that this project did not make: it is read, and nothing is written there."""
-    config = Path(folder, "config.json")
+    """Whether a folder holds a model that this project did not make: it is read, and nothing is written there.
+
+    Ours are of our two kinds, or of any other with a results.json that says how it was trained here.
+    """
+    config, results = Path(folder, "config.json"), Path(folder, "results.json")
     if not config.is_file():
         return False
     kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    return kind not in (MoEConfig.model_type, DualMoEConfig.model_type)
+    if kind in (MoEConfig.model_type, DualMoEConfig.model_type):
+        return False
+    report = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    return not (isinstance(report, dict) and "method" in report.get("training", {}))
 
 
 def check_results_folder(output_dir: str | os.PathLike) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_dualmoe.models import modeling_dualmoe
+from hf_dualmoe.models import lipschitz_dualmoe
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
 TINY = {
@@ -29,7 +29,7 @@ TINY = {
 
 
 needs_torchlip = pytest.mark.skipif(
-    modeling_dualmoe.bjorck_normalization is None, reason="training 1-Lipschitz backbones needs deel-torchlip"
+    lipschitz_dualmoe.bjorck_normalization is None, reason="training 1-Lipschitz backbones needs deel-torchlip"
 )
 
 

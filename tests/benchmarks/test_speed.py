@@ -161,7 +161,7 @@ def one_after_the_other(attack, model, images, labels):
         if logits_of(model, image).argmax() != label:
             continue
         for query in range(attack.queries):
-            side = window_size(max(query, 1), attack.queries, attack.p_init, images.shape, attack.norm)
+            side = window_size(max(query, 1), attack.queries, images.shape, attack.norm)
             if query == 0:
                 proposal = start(image, attack.eps, streams)
             else:

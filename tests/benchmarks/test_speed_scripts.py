@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dualmoe.attacks.apgd import APGD, PassCounter
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import foldable_pairs, folded
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import ce_objective, frozen, value_and_gradient
+from hf_dualmoe.attacks.steps import ce_objective, value_and_gradient
 from hf_dualmoe.models.outputs import logits_of
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
@@ -167,7 +168,7 @@ def test_all_experts_are_folded_and_the_trial_is_not_noticed(resnet_moe):
     assert len(foldable_pairs(PassCounter(model), images)) == len(norms) and not seen
     assert torch.equal(torch.get_rng_state(), random_state)
     labels = torch.zeros(2, dtype=torch.long)
-    attacks = (PGD(steps=3, seed=1), APGD(steps=3, stop_early=False))
+    attacks = (PGD(steps=3, seed=1), APGD(steps=3))
     attacked = [attack(model, images, labels) for attack in attacks]
     for module in norms:
         module.register_forward_hook(lambda *_: None)  # no folding any more

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import MoEConfig, MoEForImageClassification
-from hf_dualmoe.attacks.pgd import frozen
-from hf_dualmoe.models.modeling_dualmoe import create_backbone, gate_weights, load_balancing_loss
+from hf_dualmoe.attacks.base import frozen
+from hf_dualmoe.models.backbones_dualmoe import create_backbone
+from hf_dualmoe.models.routing_dualmoe import gate_weights, load_balancing_loss
 
 
 def normalize(model, images):

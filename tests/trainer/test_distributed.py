@@ -23,19 +23,33 @@ from hf_dualmoe.trainer.trainer import RobustTrainer
 
 TRAINING = Path(__file__).parents[2] / "training"
 # GroupNorm: BatchNorm statistics are those of each process's own images
-SETTINGS = (
-    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 10 --num_experts 2 --router_top_k 1 "
-    "--width 8,8,8,16 --training_attack pgd --shared_stages 0 --router linear --attack_steps 2 --eval_attack_steps 1 "
-    "--num_train_epochs 1 --optim sgd --learning_rate 0.05 --logging_steps 1 --disable_tqdm true --backbone_kwargs"
-).split() + ['{"norm_layer": "groupnorm1"}']
+SETTINGS = {
+    "max_train_samples": 64,
+    "max_validation_samples": 20,
+    "max_test_samples": 10,
+    "num_experts": 2,
+    "router_top_k": 1,
+    "width": "8,8,8,16",
+    "training_attack": "pgd",
+    "shared_stages": 0,
+    "router": "linear",
+    "attack_steps": 2,
+    "eval_attack_steps": 1,
+    "num_train_epochs": 1,
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "logging_steps": 1,
+    "disable_tqdm": "true",
+    "backbone_kwargs": '{"norm_layer": "groupnorm1"}',
+}
 
 
 def launch(output_dir, processes, method):
     config = TRAINING / "accelerate_configs" / "two_cpu_processes.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
     own = {"per_device_train_batch_size": 16 // processes, "output_dir": output_dir, "method": method}
-    options = [text for name, value in own.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, *launcher, str(TRAINING / "run.py"), *SETTINGS, *options]
+    options = [text for name, value in {**SETTINGS, **own}.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, *launcher, str(TRAINING / "run.py"), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # processes that share cores must not each use all of them
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -27,7 +27,7 @@ from transformers import AutoModelForImageClassification
 import hf_dualmoe  # registers the model classes
 from hf_dualmoe.attacks.apgd import PassCounter
 from hf_dualmoe.attacks.auto_attack import BACKENDS, VERSIONS, autoattack, make_attack
-from hf_dualmoe.attacks.steps import frozen
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset, load_splits, to_unit_range
 from hf_dualmoe.evaluation.environment import pixel_radius
 

@@ -20,13 +20,13 @@ from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.attacks.adaptive_union import worst_case
+from hf_dualmoe.attacks.base import percent
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.data.datasets import ImageTensorDataset, load_splits, to_unit_range
 from hf_dualmoe.evaluation.calibration import calibrate_robust_logits
 from hf_dualmoe.evaluation.dial import DialedModel
 from hf_dualmoe.evaluation.environment import describe_environment, pixel_radius
 from hf_dualmoe.evaluation.metrics import wilson_interval
-from hf_dualmoe.evaluation.processes import percent
 
 
 def create_parser() -> argparse.ArgumentParser:

@@ -100,15 +100,12 @@ ATTACKS = {
     },
     APGD: {
         **{"eps": EPS, "steps": cheap(1, 4), "norm": of("linf", "l2"), "restarts": cheap(1, 2), "seed": of(0)},
-        **{"objective": of("ce", "dlr", "dlr_targeted"), "target_classes": cheap(1, 2), "rho": of(0.75)},
+        **{"objective": of("ce", "dlr", "dlr_targeted"), "target_classes": cheap(1, 2)},
     },
     FGSM: {"eps": EPS, "norm": of("linf", "l2"), "objective": of("ce", "margin", "kl")},
     NFGSM: {"eps": EPS, "noise": of(0, 2.0), "objective": of("ce", "margin", "kl")},
-    FAB: {
-        **{"eps": EPS, "steps": cheap(1, 3), "norm": of("linf", "l2"), "target_classes": cheap(1, 2)},
-        **{"eta": of(1.05), "alpha_max": of(0.1), "beta": of(0.9)},
-    },
-    Square: {"eps": EPS, "queries": cheap(1, 9), "norm": of("linf", "l2"), "p_init": of(0.8), "seed": of(0)},
+    FAB: {"eps": EPS, "steps": cheap(1, 3), "norm": of("linf", "l2"), "target_classes": cheap(1, 2)},
+    Square: {"eps": EPS, "queries": cheap(1, 9), "norm": of("linf", "l2"), "seed": of(0)},
 }
 EVALUATION = {
     "eps": EPS,

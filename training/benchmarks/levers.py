@@ -1,28 +1,23 @@
 """Training levers that a study measures and the package does not have: each is a `RobustTrainer` with one change.
 
-python training/benchmarks/levers.py awp '{"gamma": 0.005}' --method at --num_experts 1   # else as training/run.py
+python training/benchmarks/levers.py z_loss '{"coef": 0.001}' --method rt_er   # else as training/run.py
 
-An arm of a study names its lever: `lever: awp`, `lever_args: {gamma: 0.005}`. `study_run.py` counts the arithmetic of
-a training step with the same class, so that a lever with passes of its own pays for them from the arm's budget. For
-one process: the penalties read the router outside of the wrapped model.
+An arm of a study names its lever: `lever: z_loss`, `lever_args: {coef: 0.001}`. For one process: the penalties read
+the router outside of the wrapped model.
 """
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hf_dualmoe.certification.route_radii import effective_router_weight
-from hf_dualmoe.losses.adversarial import Attack, LossOutput
+from hf_dualmoe.losses.adversarial import LossOutput
 from hf_dualmoe.losses.certified import route_margin_penalty
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.trainer import RobustTrainer
@@ -32,78 +27,6 @@ class Lever(RobustTrainer):
     """A trainer with one change. `options` are its numbers with their defaults, all finite and > 0."""
 
     options: ClassVar[dict[str, float]] = {}
-
-
-# --- adversarial weight perturbation ---------------------------------------------------------------------------------
-
-
-class AWP(Lever):
-    """Adversarial weight perturbation (Wu et al. 2020, https://arxiv.org/abs/2004.05884).
-
-    The gradient is taken at w + gamma * ||w|| * g / ||g||, layer by layer, where g is the gradient of the same loss on
-    the same attacked images at w. Costs one forward and backward more per step. The weights themselves never move:
-    the model is called with others in their place. Biases and normalisation layers keep theirs.
-
-    Options:
-        gamma: Length of the step in units of the norm of the layer's weight (paper: 5e-3).
-    """
-
-    options: ClassVar[dict[str, float]] = {"gamma": 5e-3}
-
-    def _create_objective(self) -> Callable[..., LossOutput]:
-        return partial(awp_loss, super()._create_objective(), gamma=self.options["gamma"])
-
-
-def awp_loss(
-    objective: Callable[..., LossOutput],
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    gamma: float,
-    forward: nn.Module | None = None,
-    attack: Attack | None = None,
-) -> LossOutput:
-    """`objective` at adversarially perturbed weights; arguments as in `losses.at_loss`."""
-    network, crafted = forward or model, []
-
-    def craft(*args) -> Tensor:
-        crafted.append(attack(*args))
-        return crafted[-1]
-
-    with held_buffers(network):  # BatchNorm's statistics are those of the second forward alone
-        loss = objective(model, images, labels, forward=network, **({"attack": craft} if attack else {})).loss
-        weights = {name: p for name, p in network.named_parameters() if p.requires_grad and p.ndim > 1}
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    perturbed = {
-        name: weight + ascent_step(weight.detach(), gradient, gamma)
-        for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
-        if gradient is not None
-    }
-
-    def elsewhere(*args, **kwargs) -> object:
-        return functional_call(network, perturbed, args, kwargs)
-
-    again = iter(crafted)
-    same_images = {"attack": lambda *args: next(again)} if attack else {}
-    return objective(model, images, labels, forward=elsewhere, **same_images)
-
-
-def ascent_step(weight: Tensor, gradient: Tensor, gamma: float) -> Tensor:
-    """A step up the gradient, `gamma` times as long as the weight; 0 where the gradient is 0."""
-    return gamma * weight.norm() / gradient.norm().clamp_min(1e-12) * gradient
-
-
-@contextmanager
-def held_buffers(module: nn.Module) -> Iterator[None]:
-    """Put all buffers back on exit, to the bit."""
-    kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                buffer.copy_(kept[name])
 
 
 # --- penalties on the router -----------------------------------------------------------------------------------------
@@ -129,8 +52,8 @@ class RouterPenalty(Lever):
         """A scalar >= 0 from the clean images (B, C, H, W) and the scores (N, E) that the loss was computed with."""
         raise NotImplementedError(f"{type(self).__name__} has no penalty.")
 
-    def _create_objective(self) -> Callable[..., LossOutput]:
-        plain = super()._create_objective()
+    def create_objective(self) -> Callable[..., LossOutput]:
+        plain = super().create_objective()
 
         def penalised(
             model: nn.Module, images: Tensor, labels: Tensor, *, forward: Callable | None = None, **attack
@@ -222,7 +145,6 @@ class RouteRadius(RouterPenalty):
 # --- by name ---------------------------------------------------------------------------------------------------------
 
 LEVERS: dict[str, type[Lever]] = {
-    "awp": AWP,
     "z_loss": ZLoss,
     "router_margin": RouterMargin,
     "route_radius": RouteRadius,

@@ -20,9 +20,10 @@ from speed_timing import compare, create_moe, create_parser, interleaved, random
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import folded
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import ce_objective, frozen, value_and_gradient
+from hf_dualmoe.attacks.steps import ce_objective, value_and_gradient
 
 
 def random_routes(num_images: int, num_experts: int, generator: torch.Generator) -> Tensor:

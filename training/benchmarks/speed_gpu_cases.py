@@ -24,10 +24,11 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from hf_dualmoe import MoEConfig, MoEForImageClassification
 from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.auto_attack import autoattack
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import folded
-from hf_dualmoe.attacks.steps import ce_objective, frozen, value_and_gradient
+from hf_dualmoe.attacks.steps import ce_objective, value_and_gradient
 from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset
-from hf_dualmoe.models.modeling_dualmoe import trusted_values
+from hf_dualmoe.models.inputs_dualmoe import trusted_values
 from hf_dualmoe.models.outputs import logits_of
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.time_estimate import StepClock, synchronize, why_eager

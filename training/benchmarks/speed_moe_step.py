@@ -14,8 +14,9 @@ import torch
 from speed_timing import compare, create_moe, create_parser, even_routes, interleaved, random_batch, run_script
 from torch import Tensor
 
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import folded
-from hf_dualmoe.attacks.steps import ce_objective, frozen, value_and_gradient
+from hf_dualmoe.attacks.steps import ce_objective, value_and_gradient
 from hf_dualmoe.models.outputs import logits_of
 
 

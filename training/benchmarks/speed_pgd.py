@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from speed_timing import compare, create_moe, create_parser, interleaved, random_batch, run_script
 
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import folded
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen
 
 
 class Logits(torch.nn.Module):

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_dualmoe.attacks.steps import ce_objective, frozen, value_and_gradient
+from hf_dualmoe.attacks.base import frozen
+from hf_dualmoe.attacks.steps import ce_objective, value_and_gradient
 from hf_dualmoe.evaluation.environment import describe_environment
 
 COPIES = 3  # of the parameters: weights, gradients, momentum

@@ -19,9 +19,9 @@ from speed_timing import compare, create_moe, create_parser, even_routes, interl
 from torch import Tensor, nn
 
 from hf_dualmoe import DualMoEForImageClassification
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import folded
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.losses.adversarial import jtdmoe_loss, rt_er_loss
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
@@ -101,9 +101,9 @@ def idle_share(args: argparse.Namespace) -> dict:
         batches = iter(trainer.get_train_dataloader())
         for _ in range(args.idle_batches):
             started = time.perf_counter(), time.process_time()
-            inputs = trainer._prepare_inputs(next(batches))
+            batch = next(batches)
+            images, right = trainer.to_images(batch["pixel_values"]), batch["labels"]
             waiting.append((time.perf_counter() - started[0], time.process_time() - started[1]))
-            images, right = inputs["pixel_values"], inputs["labels"]
             step = whole_step("rt_er", model, images, right, args)
             times = interleaved({"step": step}, 1, args.device, warmup=0)["step"]
             working.append((times["wall"][0], times["cpu"][0]))

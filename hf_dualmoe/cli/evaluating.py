@@ -1,0 +1,111 @@
+"""What `training/evaluate.py` and `training/join.py` share: what to measure on a model, its checks, and the report."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.datasets import DataSplits
+from ..evaluation.environment import pixel_radius
+from ..evaluation.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
+from .eps_check import check_eps_is_in_pixels
+from .script_arguments import load_images
+
+SPLITS = ("train_split", "validation_split", "test_split")
+
+
+def add_evaluation_arguments(parser: ArgumentParser) -> None:
+    """Add the attacks, what is measured with them, and which images are held out."""
+    add = parser.add_argument
+    add("--validation_fraction", type=float, default=0.1, help="As in the training, where splits were cut from train.")
+    add("--split_seed", type=int, default=42, help="--seed of the training: keeps held-out images the same.")
+    add("--eps", type=pixel_radius, default=8 / 255, help="Radius in [0, 1] pixel units, such as 8/255.")
+    add("--norm", choices=("linf", "l2"), default="linf", help="Norm of the ball.")
+    add("--steps", type=int, default=20, help="PGD steps.")
+    add("--level", default="standard", help=f"{', '.join(LEVELS)}, or parts of {','.join(PARTS)} joined by commas.")
+    add("--worst_case_steps", type=int, help="Steps per member of the adaptive union; default: --steps.")
+    add("--union_restarts", type=int, default=1, help="Random starts per member of the adaptive union.")
+    add("--autoattack_version", help="standard, few_classes or fast; default: what the number of classes allows.")
+    add("--sanity_images", type=int, help="Images for the sanity checks; default: 64 at level quick, else 200.")
+    add("--alphas", type=float, nargs="+", default=list(ALPHAS), help="Positions of the dial, in [0, 1].")
+    add("--min_sa", type=float, help="Recommend the alpha of highest RA with at least this SA, in %%.")
+    add("--min_ra", type=float, help="Recommend the alpha of highest SA with at least this RA, in %%.")
+
+
+def level_of(args: Namespace) -> str | list[str]:
+    """The level asked for, or the names of parts."""
+    return args.level if args.level in LEVELS else args.level.split(",")
+
+
+def load_data(args: Namespace, model: nn.Module) -> DataSplits:
+    """Test images, and the held-out ones that the training left."""
+    options = {name: getattr(args, name) for name in ("train_split", "validation_split", "validation_fraction")}
+    return load_images(args, model, seed=args.split_seed, **options)
+
+
+def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> list[str]:
+    """The parts that the evaluation will measure.
+
+    Raises:
+        ValueError: What it would refuse, before anything that takes minutes; or eps looks as if it was meant for
+            normalised images.
+    """
+    counts = ("batch_size", "sanity_images", "worst_case_steps", "union_restarts")
+    parts = check_evaluation(
+        model,
+        (data.test, data.validation),
+        eps=args.eps,
+        norm=args.norm,
+        level=level_of(args),
+        alphas=args.alphas,
+        floors={"min_sa": args.min_sa, "min_ra": args.min_ra},
+        counts={**{name: getattr(args, name) for name in counts}, "num_images": args.max_test_samples},
+        autoattack_version=args.autoattack_version,
+        check_names=not args.ignore_class_names,
+    )
+    check_eps_is_in_pixels(model, data.test, args.eps, args.norm)
+    return list(parts)
+
+
+def evaluate(
+    args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator, level: str | list[str] | None = None
+) -> RobustnessReport:
+    """The report, written to results.json of the output folder as the numbers come.
+
+    Args:
+        args: What a parser with `add_evaluation_arguments` read; `output_dir` is a path.
+        model: Classifier of [0, 1] images, on its device.
+        data: Test and held-out images.
+        accelerator: Of all processes.
+        level: What to measure; None = as asked for.
+    """
+    return evaluate_robustness(
+        model,
+        data.test,
+        eps=args.eps,
+        norm=args.norm,
+        steps=args.steps,
+        alphas=args.alphas,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        min_sa=args.min_sa,
+        min_ra=args.min_ra,
+        worst_case_steps=args.worst_case_steps,
+        union_restarts=args.union_restarts,
+        autoattack_version=args.autoattack_version,
+        sanity_images=args.sanity_images,
+        fresh=args.fresh,
+        num_images=args.max_test_samples,
+        level=level_of(args) if level is None else level,
+        held_out=data.validation,
+        dataset_name=data.name,
+        check_names=not args.ignore_class_names,
+        path=Path(args.output_dir, "results.json"),
+        resume_dir=Path(args.output_dir, "measurements"),
+        progress=not args.disable_tqdm,
+        accelerator=accelerator,
+    )
+
+
+__all__ = ["SPLITS", "add_evaluation_arguments", "check_measurements", "evaluate", "level_of", "load_data"]

@@ -1,0 +1,148 @@
+"""What the output folder of a training remembers: its settings and data, so that only the same run goes on in it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.environment import write_text
+from ..trainer.arguments import RobustTrainingArguments
+from ..trainer.checkpoints import last_good_checkpoint, list_checkpoints, remove_checkpoint
+from .arguments import DataArguments, ModelArguments
+
+SETTINGS_NAME = "settings.json"
+# settings that may change when a run is gone on with
+FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter", "step_graph", "hub_strategy")
+TRAINER_SETTINGS = (  # those of transformers that make two runs differ
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "weight_decay",
+    "optim",
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "label_smoothing_factor",
+    "optim_args",
+    "warmup_steps",
+    "lr_scheduler_kwargs",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "fp16",
+    "tf32",
+    "data_seed",
+    "load_best_model_at_end",
+)
+# with load_best_model_at_end it also matters when is evaluated, and for what
+SELECTION = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps")
+
+
+def settings_of(
+    data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments
+) -> dict[str, dict[str, Any]]:
+    """What makes two runs the same, fit for JSON; where they write and how they report is left out."""
+    ours = {name: getattr(args, name) for name in RobustTrainingArguments.__annotations__ if name not in FREE}
+    shared = TRAINER_SETTINGS + (SELECTION if args.load_best_model_at_end else ())
+    training = ours | {name: getattr(args, name) for name in shared}
+    settings = {"data": asdict(data_args), "model": model_args.used(), "training": training}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def recorded_settings(output_dir: Path, settings: dict[str, Any], fresh: bool) -> dict[str, Any]:
+    """Settings of the run that `output_dir` holds, which may differ in being shorter; {} where there is none.
+
+    Raises:
+        ValueError: They differ in more, and `fresh` does not say to start over; the message names in what.
+    """
+    path = output_dir / SETTINGS_NAME
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not fresh else {}
+    differing = differing_settings(recorded, settings) if recorded else {}
+    if not all(is_longer(name, *values) for name, values in differing.items()):
+        shown = ", ".join(f"{name}: {before!r} there, {now!r} here" for name, (before, now) in differing.items())
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds a run with other settings ({shown}); choose another --output_dir, "
+            "or start over in it with --fresh."
+        )
+    return recorded
+
+
+def differing_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (there, here) of the arguments that differ."""
+    found = {}
+    for group in ("data", "model", "training"):
+        there, here = recorded.get(group, {}), settings[group]
+        names = [name for name in {**there, **here} if name not in FREE]
+        found |= {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
+    return found
+
+
+def is_longer(name: str, before: Any, now: Any) -> bool:
+    """Whether an argument lets the same run go on for longer."""
+    return name in ("num_train_epochs", "max_steps") and 0 < before < now
+
+
+def check_same_data(output_dir: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise a ValueError where the run that the folder holds saw other images, labels or class names."""
+    there, here = recorded.get("data_digest"), settings["data_digest"]
+    if there not in (None, here):  # older runs noted none
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds a run on other data: images, labels or names of classes have "
+            f"changed since (digest {there} there, {here} here); choose another --output_dir, or start over in it "
+            "with --fresh."
+        )
+
+
+def find_checkpoint(output_dir: Path, recorded: dict[str, Any]) -> str | None:
+    """The newest whole checkpoint to go on from, where `output_dir` holds a run.
+
+    Raises:
+        ValueError: The folder holds checkpoints of an unknown run.
+        CheckpointError: It holds checkpoints, none of which can be used.
+    """
+    if not recorded and list_checkpoints(output_dir):
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds checkpoints but no {SETTINGS_NAME} that says of which run; "
+            "choose another --output_dir, or start over in it with --fresh."
+        )
+    found = last_good_checkpoint(output_dir)
+    return str(found) if found else None
+
+
+def record_start(
+    output_dir: Path, recorded: dict[str, Any], settings: dict[str, Any], checkpoint: str | None, clear: bool
+) -> str:
+    """Record the settings in the output folder; returns what to say where a run is gone on with for longer, else "".
+
+    Args:
+        recorded: Settings of the run that the folder holds, {} without one.
+        settings: Those of this start; it learns here at which lengths the run was started before.
+        checkpoint: Where this start goes on from, if anywhere.
+        clear: Whether to delete checkpoints, or a later start would go on from them.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for folder in list_checkpoints(output_dir).values() if clear else ():
+        remove_checkpoint(folder)
+    settings["shorter_before"], longer = recorded.get("shorter_before", []), ""
+    if lengths := differing_settings(recorded, settings) if recorded else {}:
+        settings["shorter_before"] += [{name: before for name, (before, _) in lengths.items()}]
+        changes = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in lengths.items())
+        longer = (
+            f"Going on for longer ({changes}) from {checkpoint or 'the start: there is no checkpoint'}. The schedule "
+            "of the learning rate, and of eps where it warms up, is computed anew for the whole new length: the rate "
+            "jumps to where that schedule is by now. So this is not the run that the new length would have been from "
+            "the start; --fresh trains that."
+        )
+    write_text(output_dir / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
+    return longer
+
+
+def shorter_before(output_dir: Path) -> list[dict[str, Any]]:
+    """The lengths at which the run in a folder was started before, if at others."""
+    return json.loads((output_dir / SETTINGS_NAME).read_text(encoding="utf-8"))["shorter_before"]
+
+
+__all__ = ["check_same_data", "find_checkpoint", "record_start", "recorded_settings", "settings_of", "shorter_before"]

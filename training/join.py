@@ -1,0 +1,181 @@
+"""Join a standard and a robust classifier of any kind into a dual model: set its dial, measure it, save it.
+
+python training/join.py --standard user/vit --robust outputs/hard/model --dataset_name path/to/images --min_sa 80
+python training/join.py --standard path/a --robust path/b --alpha 0.7 --level quick    # the dial where you want it
+python training/join.py --standard path/a --robust path/b --mixing weights             # one network, half the cost
+"""
+
+import json
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from hf_dualmoe import DualMoEForImageClassification
+from hf_dualmoe.attacks.pgd import PGD
+from hf_dualmoe.cli.cost import cost_text, evaluation_work
+from hf_dualmoe.cli.eps_check import check_eps_is_in_pixels
+from hf_dualmoe.cli.evaluating import SPLITS, add_evaluation_arguments, check_measurements, evaluate, load_data
+from hf_dualmoe.cli.hardening import licence_of, short_name
+from hf_dualmoe.cli.script_arguments import (
+    ScriptParser,
+    add_data_arguments,
+    add_normalisation_arguments,
+    add_run_arguments,
+    output_folder,
+)
+from hf_dualmoe.data.datasets import DataSplits
+from hf_dualmoe.evaluation.environment import print_in_any_encoding, write_text
+from hf_dualmoe.evaluation.evaluation import LEVELS, RobustnessReport
+from hf_dualmoe.evaluation.plots import attack_examples, save_plots
+from hf_dualmoe.hub.model_card import write_model_card
+from hf_dualmoe.models.joining import join_models
+from hf_dualmoe.models.loading import load_classifier
+
+PARTS = ("standard", "robust")
+START_ALPHA = 0.75  # of the dial until it is chosen
+
+
+def create_parser() -> ArgumentParser:
+    parser = ScriptParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    for name, what in zip(PARTS, ("accurate", "robust"), strict=True):
+        add(f"--{name}", required=True, help=f"Saved folder or Hub id of the {what} classifier, of any kind.")
+        add(f"--{name}_revision", default="main", help="Branch, tag or commit of it on the Hub.")
+        add_normalisation_arguments(parser, f"{name}_")
+    add("--trust_remote_code", action="store_true", help="Run model code that comes with a part.")
+    add("--alpha", type=float, help="Weight of the robust model in [0, 1]; default: chosen on held-out images.")
+    add("--mixing", choices=("probs", "logits", "weights"), default="probs", help="What alpha mixes.")
+    add("--image_size", type=int, help="Side of the images that the dual model takes; default: as the robust part.")
+    add_data_arguments(parser, SPLITS)
+    add_evaluation_arguments(parser)
+    texts = {"batch": "Images per forward.", "seed": "Seed of attacks and choices of images."}
+    add_run_arguments(parser, "join", "a joined model", **texts)
+    return parser
+
+
+def main() -> None:
+    print_in_any_encoding()
+    parser = create_parser()
+    args = parser.parse_args()
+    # launched on CPUs alone, accelerate would start unconnected processes unless told
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    args.output_dir = Path(args.output_dir or output_folder("join", f"{args.standard}+{args.robust}"))
+    folder = args.output_dir / "model"
+    try:
+        settings = check_request(args)
+        parts = load_parts(args)
+        model = join_models(
+            *parts.values(),
+            START_ALPHA if args.alpha is None else args.alpha,
+            mixing=args.mixing,
+            image_size=args.image_size,
+            check_names=not args.ignore_class_names,
+        ).to(accelerator.device)
+        data = load_data(args, model)
+        for part in parts.values():
+            check_eps_is_in_pixels(part, data.test, args.eps, args.norm)
+        work = evaluation_work(args, model, data, check_measurements(args, model, data))
+        accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)
+        if accelerator.is_main_process:
+            save(model, folder, settings)
+        if args.alpha is None:
+            choose_alpha(args, model, data, accelerator)
+        report = evaluate(args, model, data, accelerator)
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
+    if accelerator.is_main_process:
+        save(model, folder, settings)
+        finish(args, model, data, report)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    sys.exit(1 if report.failures else 0)
+
+
+def check_request(args: Namespace) -> dict[str, Any]:
+    """What makes two joined models the same, fit for JSON.
+
+    Raises:
+        ValueError: alpha is out of range or given twice over, a part would be overwritten, or the output folder holds
+            another joined model and --fresh does not say to start over.
+    """
+    if args.alpha is not None and not 0 <= args.alpha <= 1:
+        raise ValueError(f"alpha={args.alpha!r} must be in [0, 1].")
+    floors = [name for name in ("min_sa", "min_ra") if getattr(args, name) is not None]
+    if args.alpha is not None and floors:
+        raise ValueError(f"alpha={args.alpha:g} sets the dial, and {floors[0]} chooses it; give one.")
+    if args.alpha is None and args.level not in LEVELS and "dial" not in args.level.split(","):
+        args.level += ",dial"  # which chooses it
+    folder = args.output_dir / "model"
+    for name in PARTS:
+        if Path(getattr(args, name)).resolve() == folder.resolve():
+            raise ValueError(f"{name}={getattr(args, name)!r} would be overwritten; choose another --output_dir.")
+    names = [f"{part}{end}" for part in PARTS for end in ("", "_revision", "_image_mean", "_image_std")]
+    settings = {name: getattr(args, name) for name in (*names, "mixing", "image_size", "alpha")}
+    recorded = args.output_dir / "settings.json"
+    before = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() and not args.fresh else settings
+    if differing := [name for name in settings if before.get(name) != settings[name]]:
+        raise ValueError(
+            f"output_dir={str(args.output_dir)!r} holds another joined model ({differing[0]}: "
+            f"{before.get(differing[0])!r} there, {settings[differing[0]]!r} here); choose another --output_dir, or "
+            "start over in it with --fresh."
+        )
+    return settings
+
+
+def load_parts(args: Namespace) -> dict[str, torch.nn.Module]:
+    """Both classifiers, in float32."""
+    return {
+        name: load_classifier(
+            getattr(args, name),
+            image_mean=getattr(args, f"{name}_image_mean"),
+            image_std=getattr(args, f"{name}_image_std"),
+            revision=getattr(args, f"{name}_revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
+        for name in PARTS
+    }
+
+
+def save(model: DualMoEForImageClassification, folder: Path, settings: dict[str, Any]) -> None:
+    """Write the model, and beside its folder what it was joined from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder.parent / "settings.json", json.dumps(settings, indent=2) + "\n")
+    model.save_pretrained(folder)
+
+
+def choose_alpha(
+    args: Namespace, model: DualMoEForImageClassification, data: DataSplits, accelerator: Accelerator
+) -> None:
+    """Set the dial to the best position, or leave it and say why; the report finds these measurements finished."""
+    choice = evaluate(args, model, data, accelerator, level=["dial"])
+    args.fresh = False  # what was just measured is not to be deleted
+    if choice.alpha_choice:
+        model.set_alpha(choice.alpha_choice["alpha"])
+        return
+    reason = choice.failures.get("recommended alpha", "the dial could not be measured")
+    accelerator.print(f"The dial stays at alpha = {model.config.alpha:g}: {reason}")
+
+
+def finish(args: Namespace, model: DualMoEForImageClassification, data: DataSplits, report: RobustnessReport) -> None:
+    """Print the report, and put it, its plots and a card into the model's folder."""
+    folder = args.output_dir / "model"
+    licences = {licence_of(getattr(args, name)) for name in PARTS}
+    report.training = {name: short_name(getattr(args, name)) for name in PARTS}
+    report.training["license"] = licences.pop() if len(licences) == 1 else "other"
+    print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
+    report.save(args.output_dir / "results.json")
+    report.save(folder / "results.json")
+    attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
+    save_plots(report, folder, attack_examples(model, data.test, attack=attack))
+    write_model_card(folder, report)
+    print(
+        f"\nSaved to {folder}, alpha = {model.config.alpha:g}: {', '.join(sorted(p.name for p in folder.iterdir()))}"
+    )
+
+
+if __name__ == "__main__":
+    main()
