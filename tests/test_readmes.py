@@ -198,6 +198,7 @@ def workplace(_trained_digits, tmp_path_factory):
     report = evaluate_robustness(dual, load_digits_splits().test, **settings, dataset_name="digits", progress=False)
     report.save(saved / "results.json")
     shutil.copytree(saved, folder / "outputs" / "own_images-jtdmoe" / "model")
+    save_classifier(folder / "outputs" / "hardened" / "model")
     images = tmp_path_factory.mktemp("images")
     for i in range(140):
         path = images / "to" / "images" / ("cat", "dog")[i % 2] / f"{i}.png"
@@ -379,7 +380,8 @@ def check_script(command: str, arguments: list[str]) -> dict:
         assert data.dataset_name == "digits" or Path(data.dataset_name).is_dir()
         return {name: value for part in (data, model, args, run) for name, value in vars(part).items()}
     args = parser.parse_args(arguments)
-    assert Path(args.model, "config.json").is_file()
+    for model in [args.standard, args.robust] if command == "join" else [args.model]:
+        assert Path(model, "config.json").is_file()
     assert getattr(args, "dataset_name", "digits") == "digits" or Path(args.dataset_name).is_dir()
     if command == "evaluate":
         load_script("evaluate.py").check_request(args)
