@@ -7,7 +7,7 @@ Calls: attacks, data, models.
 """
 
 from .calibration import calibrate_robust_logits
-from .dial import AlphaChoice, choose_alpha, sweep_alpha
+from .dial import AlphaChoice, choose_alpha, dial_attack, sweep_alpha
 from .evaluation import evaluate_robustness
 from .metrics import robust_accuracy, wilson_interval
 from .outcomes import recount
@@ -21,6 +21,7 @@ __all__ = [
     "RobustnessReport",
     "calibrate_robust_logits",
     "choose_alpha",
+    "dial_attack",
     "evaluate_robustness",
     "recount",
     "robust_accuracy",

@@ -1,6 +1,6 @@
-"""The README: its numbers are those of results.json, its links lead somewhere, and every code block works.
+"""The READMEs: their numbers are those of results.json, their links lead somewhere, and every code block works.
 
-Python blocks run in order, one namespace per section, in a folder with a tiny trained model where the README has it.
+Python blocks run in order, one namespace per section, in a folder with a tiny trained model where the pages have it.
 Every command line of a bash block goes through the parser of the real script; `test_commands_run` (slow) runs them
 with small settings. A block or a command that no rule covers fails.
 """
@@ -25,6 +25,7 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.cli import main as cli
@@ -34,10 +35,12 @@ from hf_dualmoe.evaluation.environment import pixel_radius
 from hf_dualmoe.evaluation.evaluation import RobustnessReport, evaluate_robustness
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = (".", "training", "model_cards", "hf_dualmoe")  # of the pages that people write
+PAGES = {folder: (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
+README = PAGES["."]
 PROJECT = (ROOT / "pyproject.toml").read_text()
 EXTRAS = PROJECT.split("[project.optional-dependencies]\n")[1].split("\n\n")[0]
-CHECKOUT = ("training", "tests")  # folders whose files the README's commands name
+CHECKOUT = ("training", "tests", "model_cards")  # folders whose files the README's commands name
 SCRIPTS = {command.target: name for name, command in cli.COMMANDS.items()}
 TOOLS = {"foolbox", "onnxruntime", "robustbench", "torchattacks"}  # blocks that need them run where they are installed
 SMALLER = {"steps=20": "steps=2", '("digits").validation': '("digits").validation.take(50)'}  # in Python blocks
@@ -54,17 +57,19 @@ TOKEN = "hf_" + "n0tReal" * 5
 
 
 class Block(NamedTuple):
-    section: str
+    section: str  # "folder: title"
     language: str
     text: str
 
 
 def read_blocks() -> list[Block]:
-    """All fenced blocks, in order."""
+    """All fenced blocks of all pages, in order."""
     found = []
-    for section in re.split(r"^## ", README, flags=re.M)[1:]:
-        title = section.splitlines()[0]
-        found += [Block(title, *pair) for pair in re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.M | re.S)]
+    for folder, page in PAGES.items():
+        for section in re.split(r"^## ", f"\n{page}", flags=re.M):
+            title = f"{folder}: {section.splitlines()[0]}"
+            fenced = re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.M | re.S)
+            found += [Block(title, language, text) for language, text in fenced]
     return found
 
 
@@ -79,7 +84,8 @@ COMMANDS = [
     (block.section, command) for block in BLOCKS if block.language == "bash" for command in read_commands(block)
 ]
 PYTHON_SECTIONS = list(dict.fromkeys(block.section for block in BLOCKS if block.language == "python"))
-START, TUTORIAL, ON_A_HUB = "30-second start", "Five-minute tutorial: your own images", "The Hub"
+START, MAIN_JOB, DIAL = ".: Thirty seconds", "training: The main job", ".: The dial"
+TUTORIAL, ON_A_HUB = "training: Your own images", "training: The Hub"
 
 
 def python_blocks(section: str) -> list[str]:
@@ -89,30 +95,56 @@ def python_blocks(section: str) -> list[str]:
 # --- numbers, links, words -------------------------------------------------------------------------------------------
 
 
-def test_table_is_rendered_from_results():
-    report = RobustnessReport.load(ROOT / "model_cards" / "digits_dual" / "results.json")
-    assert report.table() in README
+def card(name: str) -> RobustnessReport:
+    return RobustnessReport.load(ROOT / "model_cards" / name / "results.json")
 
 
-def test_local_links_exist():
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README)
+def test_the_table_to_read_is_rendered_from_results():
+    assert card("digits_dual").table() in PAGES["model_cards"]
+
+
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 300
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_local_links_exist(folder):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGES[folder])
     assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    assert not [link for link in links if not (ROOT / folder / link).exists()]
 
 
-def test_links_inside_the_page_lead_to_a_heading():
-    titles = re.findall(r"^#+ (.*)$", README, flags=re.M)
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-    links = re.findall(r"\]\(#([^)]+)\)", README)
-    assert links
-    assert not set(links) - anchors
+def anchors(page: str) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page, flags=re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_links_to_headings_lead_to_one(folder):
+    for page, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", PAGES[folder]):
+        text = (ROOT / folder / page).read_text(encoding="utf-8") if page else PAGES[folder]
+        assert anchor in anchors(text), f"{page}#{anchor}"
 
 
 def test_the_two_commands():
-    assert [block.text.strip() for block in BLOCKS if block.section == "Two commands"] == [
-        'pip install -e ".[test]" && accelerate launch training/run.py',
+    assert [block.text.strip() for block in BLOCKS if block.section == ".: Install and run"] == [
+        "pip install -e . && accelerate launch training/run.py",
         'pip install -e ".[test]" && pytest',
     ]
+
+
+def test_every_model_of_the_repository_is_listed_with_its_saved_alpha():
+    folders = {path.parent.name for path in (ROOT / "model_cards").glob("*/config.json")}
+    rows = re.findall(r"^\| \[`(\w+)`\]\(\1/README.md\) \|.* ([\d.]+) \|$", PAGES["model_cards"], flags=re.M)
+    saved = {name: json.loads((ROOT / "model_cards" / name / "config.json").read_text())["alpha"] for name in folders}
+    assert {name: float(alpha) for name, alpha in rows} == saved
+
+
+@pytest.mark.parametrize("name", ["cifar10_dual", "digits_dual"])
+def test_one_alpha_is_saved_recommended_and_drawn(name):
+    report = card(name)
+    config = json.loads((ROOT / "model_cards" / name / "config.json").read_text())
+    assert config["alpha"] == report.model["alpha"] == report.alpha_choice["alpha"]
 
 
 def test_quoted_messages_are_in_the_code():
@@ -120,7 +152,7 @@ def test_quoted_messages_are_in_the_code():
     for path in [*(ROOT / "hf_dualmoe").rglob("*.py"), *(ROOT / "training").glob("*.py")]:
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         texts += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    section = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    section = PAGES["training"].split("## Troubleshooting")[1].split("\n## ")[0]
     quoted = re.findall(r"\*\*`([^`]+)`\*\*", section)
     assert len(quoted) > 5
     assert not [text for text in quoted if not any(text in known for known in texts)]
@@ -130,19 +162,27 @@ def test_flags_in_the_text_exist():
     """`--flag` in running text is one of our scripts'."""
     parsers = [RecipeParser(ROOT / "training" / "recipes", ""), *(create_parser(name) for name in cli.COMMANDS)]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    prose = re.sub(r"^```.*?^```$", "", "\n".join(PAGES.values()), flags=re.M | re.S)
     asked = {flag for code in re.findall(r"`([^`]+)`", prose) for flag in re.findall(r"--\w+", code)}
     of_accelerate = {"--cpu", "--num_processes"}
     assert asked and not asked - known - of_accelerate
 
 
 def test_every_block_has_a_rule():
-    assert README.count("```") == 2 * len(BLOCKS)
+    assert sum(page.count("```") for page in PAGES.values()) == 2 * len(BLOCKS)
     assert {block.language for block in BLOCKS} <= {"python", "bash", "text", "bibtex"}
     assert not [name for name in SMALLER if not any(name in block.text for block in BLOCKS)]
 
 
 # --- Python ----------------------------------------------------------------------------------------------------------
+
+
+def save_classifier(folder: Path) -> None:
+    """A model that transformers knows, with its image processor, as somebody else would save it."""
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    ViTForImageClassification(ViTConfig(**sizes, intermediate_size=16, **names)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +198,15 @@ def workplace(_trained_digits, tmp_path_factory):
     report = evaluate_robustness(dual, load_digits_splits().test, **settings, dataset_name="digits", progress=False)
     report.save(saved / "results.json")
     shutil.copytree(saved, folder / "outputs" / "own_images-jtdmoe" / "model")
+    save_classifier(folder / "outputs" / "hardened" / "model")
     images = tmp_path_factory.mktemp("images")
     for i in range(140):
         path = images / "to" / "images" / ("cat", "dog")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (30 + i, 35), (i, 90, 250 - i)).save(path)
     (folder / "path").symlink_to(images)
+    save_classifier(images / "to" / "classifier")
+    Image.new("L", (8, 8), 200).convert("RGB").save(folder / "digit.png")
     for name in CHECKOUT:
         (folder / name).symlink_to(ROOT / name)
     return folder
@@ -189,7 +232,7 @@ def run_python(section: str) -> tuple[dict, set[str]]:
     for number, code in enumerate(python_blocks(section)):
         for name, smaller in SMALLER.items():
             code = code.replace(name, smaller)
-        compiled = compile(code, f"README.md, {section}, Python block {number + 1}", "exec")
+        compiled = compile(code, f"{section}, Python block {number + 1}", "exec")
         if tools := missing_tools(code):
             missing |= tools
         else:
@@ -200,6 +243,8 @@ def run_python(section: str) -> tuple[dict, set[str]]:
 def check_alpha(names: dict, printed: str) -> None:
     choice = names["choice"]
     assert names["model"].config.alpha == choice.alpha and 0 <= choice.alpha <= 1
+    assert (names["dual"].config.mixing, names["dual"].config.alpha) == ("weights", 0.5)
+    assert not hasattr(names["one"], "standard") and Path("outputs", "one-network", "config.json").is_file()
     assert printed.strip() == f"{choice.alpha} {choice.sa} {choice.ra} {choice.rule}"
 
 
@@ -231,16 +276,40 @@ def check_parts(names: dict, printed: str) -> None:
     assert 0 <= float(accuracy) <= 100 and "SA %" in table and "RA PGD20 %" in table
 
 
+def check_quick_start(names: dict, printed: str) -> None:
+    """The shipped digits model falls at alpha 0 and stands at its own, as the text says."""
+    assert names["classify"]("digit.png")[0]["label"] in "0123456789"
+    lines = [line for line in printed.splitlines() if line.startswith("alpha")]
+    shares = [[int(share) for share in re.findall(r"(\d+)%", line)] for line in lines]
+    (clean, attacked), (dual_clean, dual_attacked) = shares
+    assert min(clean, dual_clean) > 90 and attacked + 5 < dual_attacked
+
+
+def check_dial(names: dict, printed: str) -> None:
+    one = AutoModelForImageClassification.from_pretrained("outputs/one-network")
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(one(images).logits, names["dual"](images, alpha=0.25).logits, rtol=1e-4, atol=1e-4)
+    assert names["dual"].config.alpha == 0.75
+
+
+def check_shipped(names: dict, printed: str) -> None:
+    assert names["model"].config.mixing == "weights" and not names["model"].training
+
+
 OUTCOMES = {
-    "Choosing alpha": check_alpha,
-    "Certificates": check_certificates,
-    "Other tools": check_tools,
-    "The parts alone": check_parts,
+    START: check_quick_start,
+    DIAL: check_dial,
+    "model_cards: ": check_shipped,
+    "model_cards: Choosing alpha": check_alpha,
+    "hf_dualmoe: Certificates": check_certificates,
+    "hf_dualmoe: Other tools": check_tools,
+    "hf_dualmoe: The parts alone": check_parts,
 }
 
 
 @pytest.mark.parametrize(
-    "section", [section for section in PYTHON_SECTIONS if section not in (ON_A_HUB, START, TUTORIAL)]
+    "section", [section for section in PYTHON_SECTIONS if section not in (ON_A_HUB, MAIN_JOB, TUTORIAL)]
 )
 def test_python_blocks_run(section, inside, capsys):
     """They raise nothing, and leave and print what the text around them says."""
@@ -251,10 +320,9 @@ def test_python_blocks_run(section, inside, capsys):
         pytest.skip(f"ran all but the blocks that need {', '.join(sorted(missing))}")
 
 
-def test_start_predicts_and_turns_the_dial(inside, capsys):
-    names, _ = run_python(START)
-    answer, scores = capsys.readouterr().out.strip().split("\n")
-    assert answer == ast.literal_eval(scores)[0]["label"] == "0"
+def test_the_main_job_predicts_and_turns_the_dial(inside, capsys):
+    names, _ = run_python(MAIN_JOB)
+    assert capsys.readouterr().out.strip() == "0"
     assert names["model"].config.alpha == 0.9
     standard, robust = (names["output"][f"{name}_logits"].softmax(dim=1) for name in ("standard", "robust"))
     assert (names["output"].logits.exp() - 0.4 * standard - 0.6 * robust).abs().max() < 1e-5
@@ -312,7 +380,8 @@ def check_script(command: str, arguments: list[str]) -> dict:
         assert data.dataset_name == "digits" or Path(data.dataset_name).is_dir()
         return {name: value for part in (data, model, args, run) for name, value in vars(part).items()}
     args = parser.parse_args(arguments)
-    assert Path(args.model, "config.json").is_file()
+    for model in [args.standard, args.robust] if command == "join" else [args.model]:
+        assert Path(model, "config.json").is_file()
     assert getattr(args, "dataset_name", "digits") == "digits" or Path(args.dataset_name).is_dir()
     if command == "evaluate":
         load_script("evaluate.py").check_request(args)
@@ -322,6 +391,8 @@ def check_script(command: str, arguments: list[str]) -> dict:
 def check_pip(words: list[str]) -> dict:
     """`pip install -e ".[extras]"` with extras that pyproject has."""
     assert words[:2] == ["install", "-e"] and len(words) == 3
+    if words[2] == ".":
+        return {"extras": "none"}
     extras = re.fullmatch(r"\.\[([\w,]+)\]", words[2])[1].split(",")
     assert set(extras) <= set(re.findall(r"^(\w+) = ", EXTRAS, flags=re.M))
     return {"extras": extras}
@@ -371,6 +442,8 @@ def test_commands_parse(command, inside):
     for name, value in given.items():
         arrived = read[name][0] if isinstance(read[name], list) else read[name]
         expected = True if value.startswith("--") or not value else value
+        if expected is True and isinstance(arrived, str):  # an option with a word of its own for no value
+            continue
         assert arrived == expected or float(arrived) == pixel_radius(value), name
 
 
