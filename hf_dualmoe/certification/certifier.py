@@ -65,11 +65,11 @@ class Certificates:
     reason: str = ""
 
     @classmethod
-    def not_applicable(cls, prediction: Tensor, norm: str, reason: str, confidence: float = 1.0) -> "Certificates":
+    def not_applicable(cls, prediction: Tensor, norm: str, reason: str) -> "Certificates":
         """Certificates that claim nothing."""
         count = len(prediction)
         radius = torch.full((count,), math.nan, dtype=torch.float64)
-        return cls(prediction.cpu(), radius, [NOT_APPLICABLE] * count, [""] * count, norm, confidence, reason)
+        return cls(prediction.cpu(), radius, [NOT_APPLICABLE] * count, [""] * count, norm, reason=reason)
 
     @classmethod
     def from_radii(

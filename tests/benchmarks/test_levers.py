@@ -261,7 +261,7 @@ def test_tables_show_the_differences_to_the_reference(tiny):
     assert rows["awp"][-4:] == ["30", "-", "-2.0", "+3.0"] and rows["single"][-2:] == ["-", "-"]
     assert rows["jtdmoe"][-2:] == ["+2.0", "+1.0"] and rows["F_R of jtdmoe"][-2:] == ["+1.0", "+4.0"]
     assert {len(row) for row in rows.values()} == {len(study_tables.header(summary))}
-    assert "| SA +- | RA +- |" in study_tables.render_table({"arms": summary})
+    assert "| SA +- | RA +- |" in study_tables.render_arms(summary)
     for entry in summary.values():
         entry.pop("against", None)
     assert len(study_tables.header(summary)) == len(study_tables.HEADER)

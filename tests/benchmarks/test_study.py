@@ -247,7 +247,7 @@ def test_images_to_confirm_with_were_drawn_by_no_seed(tiny, tmp_path, monkeypatc
     pixels = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
     whole = ImageTensorDataset(pixels, torch.arange(60) % 2, ["even", "odd"])
 
-    def load_data(data_args, model_args, seed):
+    def load_data(data_args, image_size, num_channels, seed):
         test = whole.take(data_args.max_test_samples, seed) if data_args.max_test_samples else whole
         return DataSplits(whole, whole, test, name="numbers")
 

@@ -213,14 +213,8 @@ def smoke(recipe: str, folder: Path, settings: dict[str, Any], test_images: torc
     finally:
         for path in (*folder.glob("checkpoint-*"), folder / "unfinished", folder / "model"):
             shutil.rmtree(path, ignore_errors=True)
-    return {
-        "steps": steps,
-        "killed_after_step": lines * every,
-        "resumed_from_step": resumed_from,
-        "seconds": round(seconds, 1),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-    }
+    told = {"steps": steps, "killed_after_step": lines * every, "resumed_from_step": resumed_from}
+    return {**told, "seconds": round(seconds, 1), "loss_first": losses[0], "loss_last": losses[-1]}
 
 
 def checked_losses(folder: Path, steps: int, count: int) -> list[float]:
@@ -250,7 +244,7 @@ def measure(recipe: str, args: argparse.Namespace) -> dict[str, Any]:
     hub_name = parse_recipe(recipe)[0].dataset_name
     local = {"uoft-cs/cifar10": args.cifar10, "zh-plus/tiny-imagenet": args.tinyimagenet}[hub_name]
     small, model_args, run_args, _ = parse_recipe(recipe, dataset_name=local or hub_name, **FEW)
-    data = load_data(small, model_args, run_args.seed)
+    data = load_data(small, model_args.image_size, model_args.num_channels, run_args.seed)
     own = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))
     known = read_results(args.output)["recipes"].get(recipe, {})
     counted = not args.estimate and known.get("recipe_settings") == own

@@ -29,7 +29,8 @@ class Comparison:
     aim: tuple[float, float] | None = None
 
 
-NO_WORSE = (0.0, 0.0)
+NO_WORSE = (0.0, 0.0)  # than one network of equal cost
+NEAR = (-1.0, -1.0)  # to one network that was trained as long in all
 HEADER = ["in points", "SA", "RA (union)", "aim", "reached"]
 COMPARISONS = (
     # --- mixtures
@@ -61,7 +62,9 @@ COMPARISONS = (
     Comparison("The dial of that pair behind MixedNUTS' logit map against its F_R", "pair_clean_mapped", None, GAIN),
     # --- dials against each other and against one network
     Comparison("The dial in the weights against that in the outputs", "dial_weights", "dial_outputs"),
-    Comparison("The dial in the weights against one network trained as long in all", "dial_weights", "single_long"),
+    Comparison("The dial in the weights against one network as long in all", "dial_weights", "single_long", NEAR),
+    Comparison("The dial in the outputs against one network as long in all", "dial_outputs", "single_long", NEAR),
+    Comparison("JTDMoE, warm start, against one network as long in all", "jtdmoe_warm", "single_long", NEAR),
     Comparison("A pair behind MixedNUTS' logit map against it without", "pair_clean_mapped", "pair_clean"),
     Comparison("JTDMoE, warm start, against the dial in the weights", "jtdmoe_warm", "dial_weights"),
     Comparison("Joint training against joining two models trained apart", "jtdmoe", "separate_dual"),
@@ -70,13 +73,17 @@ COMPARISONS = (
     Comparison("JTDMoE trained at alpha 0.25 against 0.5", "jtdmoe_quarter", "jtdmoe_quarter_0.5"),
     Comparison("F_S at eps / 2 against clean, trained apart", "separate_dual", "separate_clean"),
     Comparison("JTDMoE against one network, at twice the cost of an answer", "jtdmoe", "single"),
-    Comparison("JTDMoE against one network trained as long in all", "jtdmoe", "single_long"),
+    Comparison("JTDMoE against one network as long in all", "jtdmoe", "single_long", NEAR),
     Comparison("JTDMoE against one network trained as long with 3/4 of eps", "jtdmoe", "single_long_milder"),
     Comparison("JTDMoE against one network trained with half of eps", "jtdmoe", "single_half_eps"),
     Comparison("JTDMoE of heads, warm start, against JTDMoE of thin experts", "jtdmoe_heads_warm", "jtdmoe"),
     Comparison("The warm start alone: JTDMoE with it against without", "jtdmoe_warm", "jtdmoe"),
-    Comparison("JTDMoE of heads, warm start, against one network as long", "jtdmoe_heads_warm", "single_long"),
-    Comparison("A warm pair of single networks against one network as long", "separate_warm", "single_long"),
+    Comparison(
+        "JTDMoE of heads, warm start, against one network as long in all", "jtdmoe_heads_warm", "single_long", NEAR
+    ),
+    Comparison(
+        "A warm pair of single networks against one network as long in all", "separate_warm", "single_long", NEAR
+    ),
     Comparison("A warm pair against one network as long with 3/4 of eps", "separate_warm", "single_long_milder"),
     Comparison("The pair of heads and one network against one network", "separate_heads", "single"),
     Comparison("The pair of heads against two single networks", "separate_heads", "separate_single"),

@@ -57,7 +57,7 @@ class StudyRun:
     def load(self, seed: int, **changes: Any) -> DataSplits:
         """The images of a seed, with changed data arguments of `training/run.py`."""
         data_args, model_args, _, _ = self.parse(self.study["settings"])
-        return training.load_data(replace(data_args, **changes), model_args, seed)
+        return training.load_data(replace(data_args, **changes), model_args.image_size, model_args.num_channels, seed)
 
     # --- what an arm is ------------------------------------------------------------------------------------------
 
