@@ -14,7 +14,13 @@ PAGE = PACKAGE / "API.md"
 INNER = "Inner parts"
 LONGEST_VALUE = 100  # characters of a constant that are shown
 GROUPS = {  # what people do -> modules, in reading order; a module that is named nowhere is an inner part
-    "Models": ["models.configuration_dualmoe", "models.modeling_dualmoe", "models.loading", "models.converting"],
+    "Models": [
+        "models.configuration_dualmoe",
+        "models.modeling_dualmoe",
+        "models.loading",
+        "models.joining",
+        "models.converting",
+    ],
     "Data": ["data.datasets"],
     "Attacks": [
         "attacks.pgd",
