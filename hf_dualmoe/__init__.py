@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .models.configuration_dualmoe import DualMoEConfig, MoEConfig
-from .models.modeling_dualmoe import DualMoEForImageClassification, MoEForImageClassification, RobustPreTrainedModel
+from .models.modeling_dualmoe import DualMoEForImageClassification
+from .models.moe_dualmoe import MoEForImageClassification
+from .models.pretrained_dualmoe import RobustPreTrainedModel
 
 if TYPE_CHECKING:
     from .attacks import PGD, autoattack, worst_case
@@ -54,9 +56,6 @@ for _config, _model in ((MoEConfig, MoEForImageClassification), (DualMoEConfig, 
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageClassification.register(_config, _model, exist_ok=True)
-    # What `save_pretrained` copies beside the weights, for those who have not installed this package.
-    _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModelForImageClassification")
 
 
 def __getattr__(name: str) -> Any:
@@ -69,11 +68,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _push_to_hub(self, repo_id: str, **kwargs):
-    """Upload weights, config, code, image processor and card in one commit; see `hub.push_model`."""
-    from .hub import push_model  # not needed to load or run a model
+def _push_model(model: RobustPreTrainedModel, repo_id: str, **options: Any) -> Any:
+    """`hub.push_model`, imported when it is first used: nobody needs it to load or run a model."""
+    from .hub import push_model
 
-    return push_model(self, repo_id, **kwargs)
+    return push_model(model, repo_id, **options)
 
 
-RobustPreTrainedModel.push_to_hub = _push_to_hub  # here: the modeling file travels without the package
+RobustPreTrainedModel.register_publisher(_push_model)

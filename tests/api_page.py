@@ -16,7 +16,10 @@ LONGEST_VALUE = 100  # characters of a constant that are shown
 GROUPS = {  # what people do -> modules, in reading order; a module that is named nowhere is an inner part
     "Models": [
         "models.configuration_dualmoe",
+        "models.moe_dualmoe",
         "models.modeling_dualmoe",
+        "models.routing_dualmoe",
+        "models.mixing_dualmoe",
         "models.loading",
         "models.joining",
         "models.converting",
@@ -35,6 +38,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
     "Evaluation and the dial": [
         "evaluation.evaluation",
         "evaluation.report",
+        "evaluation.outcomes",
         "evaluation.dial",
         "evaluation.calibration",
         "evaluation.sanity",
@@ -43,6 +47,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
     ],
     "Certificates": [
         "certification.certifier",
+        "certification.theorems",
         "certification.report",
         "certification.smoothing",
         "certification.lipschitz",
@@ -50,7 +55,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
         "certification.margin_floors",
     ],
     "Losses": ["losses.adversarial", "losses.certified"],
-    "Training": ["trainer.arguments", "trainer.trainer", "trainer.time_estimate"],
+    "Training": ["trainer.arguments", "trainer.trainer", "trainer.validation", "trainer.time_estimate"],
     "The Hub, model cards, export": ["hub.publish", "hub.model_card", "hub.onnx"],
     "Command line and demo page": ["cli.main", "cli.arguments", "demo.scene", "demo.page", "demo.space"],
     INNER: [],

@@ -38,7 +38,7 @@ from hf_dualmoe import (  # noqa: E402
 torch.set_num_threads(1)  # tiny tensors: two threads that wait for each other are ten times slower on a busy machine
 logging.disable_progress_bar()
 
-STUDIES = Path(__file__).parents[1] / "training" / "benchmarks" / "studies"
+STUDIES = Path(__file__).parents[1] / "training" / "benchmarks" / "study" / "studies"
 BATCH, NUM_CHANNELS, IMAGE_SIZE, NUM_LABELS, NUM_EXPERTS = 13, 3, 30, 7, 4
 MEAN, STD = [0.48, 0.45, 0.4], [0.25, 0.3, 0.2]
 ARCHITECTURES = {

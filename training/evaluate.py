@@ -92,7 +92,7 @@ def main() -> None:
         attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
         report.save(args.output_dir / "results.json")
         plots = save_plots(report, args.output_dir, attack_examples(model, data.test, attack=attack))
-        print(f"\nSaved to {args.output_dir}: results.json, {', '.join(plots)}")
+        print(f"\nSaved to {args.output_dir}: results.json, {', '.join([report.outcomes, *plots])}")
         if args.write_alpha and report.alpha_choice:
             write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
         if args.write_calibration:

@@ -42,6 +42,7 @@ from hf_dualmoe.data.datasets import DataSplits, load_splits
 from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.evaluation.environment import print_in_any_encoding
 from hf_dualmoe.evaluation.evaluation import RobustnessReport, check_evaluation, evaluate_robustness
+from hf_dualmoe.evaluation.outcomes import OUTCOMES_NAME
 from hf_dualmoe.evaluation.plots import save_plots
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.hub.model_card import PLOTS, write_model_card
@@ -55,7 +56,7 @@ RECIPES = Path(__file__).parent / "recipes"
 ATTACK = ("eps", "norm", "training_attack", "attack_steps")
 SETTINGS = {  # what each method uses
     "standard": (),
-    "at": ATTACK,
+    "at": (*ATTACK, "clean_weight"),
     "trades": (*ATTACK, "trades_lambda"),
     "rt_er": (*ATTACK, "beta", "second_term", "second_attack"),
     "jtdmoe": (*ATTACK, "beta", "second_term", "second_attack", "train_alpha", "standard_eps"),
@@ -148,7 +149,7 @@ def save_and_report(
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     if trainer.is_world_process_zero():
         folder = output_dir / "model"
-        for name in ("results.json", *PLOTS):  # of earlier weights
+        for name in ("results.json", OUTCOMES_NAME, *PLOTS):  # of earlier weights
             (folder / name).unlink(missing_ok=True)
         if model_args.mixing == "weights":
             model.set_mixing("weights")
@@ -303,7 +304,10 @@ def write_report(
         "steps": trainer.state.global_step,
         "skipped_images": data.skipped,
         **{name: getattr(args, name) for name in used},
-        **{name: getattr(args, name) for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay")},
+        **{
+            name: getattr(args, name)
+            for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay", "awp_gamma")
+        },
         **sources,
         **kept_weights(trainer),
         "train_runtime_s": round(trainer.train_seconds, 4),

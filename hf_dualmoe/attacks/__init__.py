@@ -9,13 +9,13 @@ Calls: models.
 from .adaptive_union import WorstCaseResult, worst_case
 from .apgd import APGD
 from .auto_attack import AutoAttackResult, autoattack
+from .base import frozen
 from .components import attack_experts, attack_router
 from .fab import FAB
 from .nfgsm import NFGSM
 from .pgd import FGSM, PGD
 from .precision import full_precision
 from .square import Square
-from .steps import frozen
 
 __all__ = [
     "APGD",

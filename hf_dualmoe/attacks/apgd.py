@@ -10,16 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..models.outputs import logits_of
-from .steps import (
+from .base import (
     Attack,
     Classifier,
-    Objective,
-    ce_objective,
-    check_effort,
+    check_choice,
+    check_counts,
     check_eps,
     check_logits,
-    check_objective,
     check_seed,
+    numbered,
+)
+from .steps import (
+    RUN_SEED,
+    Objective,
+    ce_objective,
     margin_objective,
     per_image,
     project,
@@ -29,7 +33,7 @@ from .steps import (
 )
 
 MOMENTUM = 0.75  # alpha of the paper's Eq. 1
-RUN_SEED = 7919  # distance between the seeds of two runs on the same image
+RHO = 0.75  # share of steps that must raise the objective for the step size to stay (Sec. 3.1)
 
 
 # --- objectives ------------------------------------------------------------------------------------------------------
@@ -154,11 +158,36 @@ class Ascent:
     peak_before: Tensor
 
     @classmethod
-    def begin(cls, rows, images, labels, reference, start, gradient, value, step: float) -> "Ascent":
+    def begin(
+        cls,
+        rows: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        reference: Tensor,
+        *,
+        start: Tensor,
+        gradient: Tensor,
+        value: Tensor,
+        step: float,
+    ) -> "Ascent":
+        """A run at its `start` (n, ...), with the gradient (n, ...) and value (n,) there and the first step size."""
         zeros = torch.zeros_like(rows)
         return cls(
-            *(rows, images, labels, reference, start, start, gradient, value, start, gradient, value),
-            *(torch.full_like(value, step), zeros, zeros.bool(), value),
+            rows=rows,
+            images=images,
+            labels=labels,
+            reference=reference,
+            current=start,
+            previous=start,
+            gradient=gradient,
+            value=value,
+            peak=start,
+            peak_gradient=gradient,
+            peak_value=value,
+            step=torch.full_like(value, step),
+            rises=zeros,
+            halved=zeros.bool(),
+            peak_before=value,
         )
 
     def keep(self, kept: Tensor) -> None:
@@ -183,13 +212,13 @@ class Ascent:
         self.peak = torch.where(per_image(higher, proposal), proposal, self.peak)
         self.peak_gradient = torch.where(per_image(higher, gradient), gradient, self.peak_gradient)
 
-    def review(self, interval: int, rho: float) -> None:
+    def review(self, interval: int) -> None:
         """At a checkpoint, `interval` steps after the last: halve the step and go back to the peak where stuck.
 
-        Condition 1: fewer than rho * interval steps raised the value. Condition 2: the step was not halved last time
+        Condition 1: fewer than RHO * interval steps raised the value. Condition 2: the step was not halved last time
         and the highest value has not changed since.
         """
-        stuck = (self.rises < rho * interval) | (~self.halved & (self.peak_value <= self.peak_before))
+        stuck = (self.rises < RHO * interval) | (~self.halved & (self.peak_value <= self.peak_before))
         self.step = torch.where(stuck, self.step / 2, self.step)
         self.current = torch.where(per_image(stuck, self.current), self.peak, self.current)
         self.gradient = torch.where(per_image(stuck, self.gradient), self.peak_gradient, self.gradient)
@@ -233,11 +262,9 @@ class APGD(Attack):
         target_classes: For "dlr_targeted": how many wrong classes, most likely first by the clean prediction; no more
             than C - 1 are used.
         seed: Of the random starts.
-        rho: Share of steps that must raise the objective for the step size to stay; in [0, 1].
-        stop_early: An image leaves the work as soon as it is misclassified. False goes on to the highest objective.
 
-    Images come back misclassified where that was found, else with the highest objective; those that are misclassified
-    when clean as they are.
+    An image leaves the work as soon as it is misclassified, and comes back so; one that stands comes back with the
+    highest objective, one that is misclassified when clean as it is.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -250,56 +277,64 @@ class APGD(Attack):
     restarts: int = 1
     target_classes: int = 9
     seed: int = 0
-    rho: float = 0.75
-    stop_early: bool = True
 
     def __post_init__(self):
         check_eps(self.eps, self.norm)
-        check_objective(self.objective, APGD_OBJECTIVES)
+        check_choice("objective", self.objective, APGD_OBJECTIVES)
         check_seed(self.seed)
-        check_effort(steps=self.steps, restarts=self.restarts, target_classes=self.target_classes)
-        if not isinstance(self.rho, (int, float)) or not 0 <= self.rho <= 1:
-            raise ValueError(f"rho={self.rho!r} must be in [0, 1].")
+        counts = {"steps": self.steps, "restarts": self.restarts, "target_classes": self.target_classes}
+        check_counts(counts)
 
     def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         logits = logits_of(model, images)
         check_logits(logits, labels)
         check_classes(logits, MIN_CLASSES[self.objective], f"objective={self.objective!r}")
         outcome = _Outcome(images, logits.argmax(dim=1) != labels)
-        todo = ~outcome.wrong
         targets = labels[:, None]  # of no use to an untargeted objective
         if self.objective == "dlr_targeted":
             targets = wrong_classes(logits, labels, self.target_classes)
-        ids = torch.arange(len(images)) if ids is None else ids.cpu()
+        ids = numbered(ids, labels)
         for run in range(self.restarts * targets.shape[1] if self.eps > 0 else 0):
-            rows = (todo & ~outcome.wrong if self.stop_early else todo).nonzero().squeeze(1)
+            rows = (~outcome.wrong).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
             reference = targets[rows, run % targets.shape[1]]
-            self._run(model, outcome, rows, images[rows], labels[rows], reference, ids[rows.cpu()], run)
+            start = random_start(
+                images[rows], self.eps, self.norm, seed=self.seed + RUN_SEED * run, ids=ids[rows.cpu()]
+            )
+            self._run(model, outcome, rows, images[rows], labels[rows], reference, start)
         return outcome.images
 
-    def _run(self, model, outcome, rows, images, labels, reference, ids, run: int) -> None:
-        """One ascent from one random point; `run` numbers it among the runs on the same image."""
+    def _run(
+        self,
+        model: Classifier,
+        outcome: "_Outcome",
+        rows: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        reference: Tensor,
+        start: Tensor,
+    ) -> None:
+        """One ascent on the images (n, ...) at `rows` of the caller's batch, from `start` (n, ...)."""
         objective = APGD_OBJECTIVES[self.objective]
-        start = random_start(images, self.eps, self.norm, seed=self.seed + RUN_SEED * run, ids=ids)
         gradient, logits, value = value_and_gradient(model, start, labels, objective, reference)
-        ascent = Ascent.begin(rows, images, labels, reference, start, gradient, value, 2 * self.eps)
+        ascent = Ascent.begin(
+            rows, images, labels, reference, start=start, gradient=gradient, value=value, step=2 * self.eps
+        )
         reviews, last_review = checkpoints(self.steps), 0
         for step in range(1, self.steps + 1):
             wrong = logits.argmax(dim=1) != ascent.labels
             outcome.update(ascent.rows, ascent.current, wrong, ascent.value)
-            if self.stop_early:
-                ascent.keep((~wrong).nonzero().squeeze(1))
-                if len(ascent.rows) == 0:
-                    return
+            ascent.keep((~wrong).nonzero().squeeze(1))
+            if len(ascent.rows) == 0:
+                return
             proposal = ascent.proposal(self.eps, self.norm, MOMENTUM if step > 1 else 1.0)
             if step == self.steps:  # the last point needs no gradient
                 break
             gradient, logits, value = value_and_gradient(model, proposal, ascent.labels, objective, ascent.reference)
             ascent.accept(proposal, gradient, value)
             if step in reviews:
-                ascent.review(step - last_review, self.rho)
+                ascent.review(step - last_review)
                 last_review = step
         logits = logits_of(model, proposal)
         value = objective(logits, ascent.labels, ascent.reference)

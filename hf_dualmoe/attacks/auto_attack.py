@@ -8,33 +8,21 @@ the difference of logits ratio, targeted FAB, and Square. An image is robust if 
 classified correctly.
 """
 
-import json
 import os
-import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from .apgd import PassCounter, check_classes
+from .apgd import check_classes
+from .auto_attack_run import DTYPES, AutoAttackRun
 from .backends import BACKENDS, backend_name, make_attack
-from .flags import Flag, digest, probe_model, rounding, square_flag, weights_digest
+from .base import Classifier, check_batch, check_choice, check_counts, check_eps, frozen, numbered
+from .flags import Flag
+from .kept_state import remove_state
 from .precision import full_precision
-from .steps import (
-    Classifier,
-    check_batch,
-    check_eps,
-    check_logits,
-    frozen,
-    project,
-)
 
 _FULL = {
     "apgd-ce": {"steps": 100},
@@ -48,8 +36,6 @@ VERSIONS = {
     "fast": {"apgd-ce": {"steps": 20}, "apgd-t": {"steps": 20, "target_classes": 3}, "square": {"queries": 200}},
 }
 
-PROBE_IMAGES = 64  # of the first batch, for the sanity checks
-
 
 @dataclass
 class AutoAttackResult:
@@ -59,6 +45,8 @@ class AutoAttackResult:
         adversarial: (N, C, H, W) images: a misclassified version where one was found, else the clean image.
         robust: (N,) bool: classified correctly when clean and under every attack.
         clean_correct: (N,) bool: classified correctly when clean.
+        broken_by: (N,) int64: number, in the order of `accuracy`, of the attack that broke an image; 0 where it is
+            wrong when clean, -1 where it stands.
         accuracy: Share of all N images that stand after "clean" and after each attack, in [0, 1].
         passes: Mean "forward" and "gradient" passes per image over all N, sanity checks included.
         flags: The five sanity checks: "random_output", "probability_output", "zero_gradients", "square_stronger",
@@ -69,12 +57,18 @@ class AutoAttackResult:
         eps: Radius in [0, 1] pixel units.
         norm: "linf" or "l2".
         seed: Seed.
+        attack_dtype: Precision of the search, "fp32" or "bf16".
+        sources: After a search in half precision, numbers of images. "confirmed": broken by what it found, as the fp32
+            model confirmed; "again_in_fp32": fell in half precision alone, and then to the same attack in fp32;
+            "survivors_in_fp32": withstood all that, and fell to the last attack, in fp32; "not_confirmed": stand,
+            though they fell in half precision. The first three add up to all that were broken. {} for "fp32".
         seconds: Wall time over all sessions of a resumed run.
     """
 
     adversarial: Tensor
     robust: Tensor
     clean_correct: Tensor
+    broken_by: Tensor
     accuracy: dict[str, float]
     passes: dict[str, float]
     flags: dict[str, Flag]
@@ -84,15 +78,20 @@ class AutoAttackResult:
     eps: float
     norm: str
     seed: int
+    attack_dtype: str
+    sources: dict[str, int]
     seconds: float
 
     @property
     def name(self) -> str:
         """What was run, in words that do not claim more than it was."""
-        union = ", ".join(self.budgets)
+        union, search = ", ".join(self.budgets), ""
+        if self.attack_dtype != "fp32":
+            last = list(self.accuracy)[-1]
+            search = f", searched in {self.attack_dtype}; each success confirmed in fp32, survivors attacked by {last}"
         if self.version == "standard":
-            return f"AutoAttack standard ({union})"
-        return f"AutoAttack-style union, version {self.version!r}, not AutoAttack standard ({union})"
+            return f"AutoAttack standard ({union}){search}"
+        return f"AutoAttack-style union, version {self.version!r}, not AutoAttack standard ({union}){search}"
 
     @property
     def clean_accuracy(self) -> float:
@@ -109,10 +108,9 @@ class AutoAttackResult:
         """Names and messages of the sanity checks that were raised; robust accuracy is in doubt if there are any."""
         return {name: flag.message for name, flag in self.flags.items() if flag.raised}
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, fit for JSON."""
-        tensors = ("adversarial", "robust", "clean_correct")
-        kept = {name: value for name, value in vars(self).items() if name not in tensors and name != "flags"}
+        kept = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
         summary = {"clean_accuracy": self.clean_accuracy, "robust_accuracy": self.robust_accuracy}
         flags = {name: asdict(flag) for name, flag in self.flags.items()}
         return {"name": self.name, "num_images": len(self.robust), **summary, **kept, "flags": flags}
@@ -129,6 +127,7 @@ def autoattack(
     batch_size: int = 128,
     seed: int = 0,
     ids: Tensor | None = None,
+    attack_dtype: str = "fp32",
     state_file: str | os.PathLike | None = None,
     progress: bool = True,
     backend: str = "hf_dualmoe",
@@ -148,6 +147,10 @@ def autoattack(
         seed: Of the random starts and of Square.
         ids: (N,) int64 numbers of the images in their dataset, so that a subset gets the noise of the whole; None = 0
             .. N-1.
+        attack_dtype: "fp32", or "bf16" to search in half precision, which is faster on GPUs with tensor cores and on
+            CPUs with AMX. An image counts as broken only where the fp32 model is wrong on what was found. One that
+            falls in half precision alone is attacked by the same attack in fp32, and what survives all of them by a
+            last one in fp32, see `final_attack`.
         state_file: Where to keep what is done (safetensors), after each batch; broken images go to the end of a file
             of the same name with ".images" behind. A later call with the same settings, images and model goes on from
             there; the batch size may differ. See `remove_state`.
@@ -162,213 +165,37 @@ def autoattack(
     """
     check_eps(eps, norm)
     check_batch(images, labels)
-    for name, value, allowed in (("version", version, VERSIONS), ("backend", backend, BACKENDS)):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be at least 1.")
+    check_choice("version", version, VERSIONS)
+    check_choice("backend", backend, BACKENDS)
+    check_choice("attack_dtype", attack_dtype, DTYPES)
+    check_counts({"batch_size": batch_size})
     if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
         warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=2)
-    common = {"backend": backend, "eps": eps, "norm": norm, "seed": seed}
-    stages = {name: make_attack(name, budget, **common) for name, budget in VERSIONS[version].items()}
-    settings = {**common, "version": version, "budgets": VERSIONS[version], "backend": backend_name(backend)}
-    ids = torch.arange(len(images)) if ids is None else ids.cpu()
-    if ids.shape != labels.shape:
-        raise ValueError(f"ids has shape {tuple(ids.shape)}; expected one number per image, ({len(images)},).")
+    budgets = VERSIONS[version]
+    attacks = {
+        name: make_attack(name, budget, backend=backend, eps=eps, norm=norm, seed=seed)
+        for name, budget in budgets.items()
+    }
+    settings = {"eps": eps, "norm": norm, "seed": seed, "version": version, "budgets": budgets}
+    settings |= {"backend": backend_name(backend), "attack_dtype": attack_dtype}
     with torch.inference_mode(False), full_precision(), frozen(model):
-        run = _Run(model, images, labels, ids, settings, state_file)
+        run = AutoAttackRun(model, images, labels, numbered(ids, labels), settings, state_file)
         run.prepare(batch_size)
-        if "apgd-t" in stages:
+        if "apgd-t" in attacks:
             check_classes(run.probe_logits, 4, f"version={version!r} (version='few_classes' does not)")
-        run.attack(stages, batch_size, progress)
-        return run.result(settings)
-
-
-# --- the run ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _State:
-    """What a resumed run needs beside the tensors; kept as JSON."""
-
-    key: dict
-    weights: str = ""
-    stage: int = 0
-    accuracy: dict[str, float] = field(default_factory=dict)
-    flags: dict[str, dict] = field(default_factory=dict)
-    forward_rows: int = 0
-    gradient_rows: int = 0
-    seconds: float = 0.0
-    broken: int = 0  # images in the file of broken images; what lies behind them was never finished
-
-
-def remove_state(state_file: str | os.PathLike) -> None:
-    """Delete what `autoattack` kept, where it is."""
-    for path in (Path(state_file), _images_file(Path(state_file))):
-        path.unlink(missing_ok=True)
-
-
-def _images_file(state_file: Path) -> Path:
-    return state_file.with_name(state_file.name + ".images")
-
-
-class _Run:
-    """One evaluation: which images stand, which are pending in the present stage, and its file."""
-
-    def __init__(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor, settings: dict, state_file):
-        self.model, self.images, self.labels, self.ids = model, images, labels, ids
-        self.file = None if state_file is None else Path(state_file)
-        self.counter = PassCounter(model)
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self.device = images.device if parameter is None else parameter.device
-        data = "" if self.file is None else digest({"images": images, "labels": labels, "ids": ids})
-        self.state = _State(key={**settings, "data": data})
-        self.adversarial = images.detach().clone()
-        self.robust = torch.ones(len(images), dtype=torch.bool)
-        self.clean_correct, self.pending = self.robust.clone(), self.robust.clone()
-        self.probe_logits = torch.empty(0)
-        self.started = time.perf_counter()
-
-    def prepare(self, batch_size: int) -> None:
-        """Take up the state file if there is one, else check the model's sanity on a few images."""
-        if self.file is not None and self.file.exists():
-            self._load()
-            # weights alone would not tell two settings of one model apart, such as the alpha of a dual model
-            if self.state.weights != weights_digest(self.model) or not self._same_outputs():
-                raise ValueError(f"state_file={str(self.file)!r} belongs to another model, or the output is random.")
-            return
-        if self.file is not None:
-            _images_file(self.file).write_bytes(b"")
-        probe = min(PROBE_IMAGES, batch_size, len(self.images))
-        # clones leave inference mode, if it was on
-        images, labels = (x[:probe].clone().to(self.device) for x in (self.images, self.labels))
-        self.state.weights = weights_digest(self.model)
-        self.probe_logits, flags = probe_model(self.counter, images, labels)
-        self.state.flags = {name: asdict(flag) for name, flag in flags.items()}
-
-    def _same_outputs(self) -> bool:
-        """Whether the first images still get the logits (B, C) that they got before the attacks."""
-        with torch.no_grad():
-            logits = self.counter(self.images[: len(self.probe_logits)].to(self.device)).cpu()
-        same_shape = logits.shape == self.probe_logits.shape
-        return same_shape and bool((logits - self.probe_logits).abs().max() <= rounding(self.probe_logits))
-
-    def attack(self, stages: dict[str, Callable], batch_size: int, progress: bool) -> None:
-        """Run the stages that are left, batch by batch."""
-        names = ["clean", *stages]
-        while self.state.stage < len(names):
-            name = names[self.state.stage]
-            total = int(self.pending.sum())
-            with tqdm(total=total, desc=name, unit="img", disable=not progress) as bar:
-                while self.pending.any():
-                    rows = self.pending.nonzero().squeeze(1)[:batch_size]
-                    self._attack_batch(name, stages.get(name), rows)
-                    self._save()
-                    bar.update(len(rows))
-                    bar.set_postfix(robust=f"{self.robust.double().mean():.2%}")
-            self.state.accuracy[name] = self.robust.double().mean().item()
-            if name == "clean":
-                self.clean_correct = self.robust.clone()
-            self.state.stage, self.pending = self.state.stage + 1, self.robust.clone()
-        self._save()
-
-    def _attack_batch(self, name: str, attack: Callable | None, rows: Tensor) -> None:
-        """Attack the images at `rows`; what counts as broken is a fresh look at the attacked images."""
-        at = rows.to(self.images.device)
-        images, labels = self.images[at].to(self.device), self.labels[at].to(self.device)
-        attacked = images
-        if attack is not None:
-            attacked = attack(self.counter, images, labels, ids=self.ids[rows])
-            attacked = project(attacked, images, self.state.key["eps"], self.state.key["norm"])
-        with torch.no_grad():
-            logits = self.counter(attacked)
-        if attack is None:
-            check_logits(logits, labels)
-        elif not torch.isfinite(logits).all():
-            raise ValueError(f"model returned logits that are NaN or infinite on images attacked by {name}.")
-        broken = (logits.argmax(dim=1) != labels).cpu()
-        self.robust[rows[broken]] = False
-        self.pending[rows] = False
-        if broken.any():
-            self.adversarial[at[broken.to(at.device)]] = attacked[broken.to(self.device)].to(self.adversarial)
-            self._append(rows[broken] if attack is not None else rows[:0])
-
-    def result(self, settings: dict) -> AutoAttackResult:
-        """The result, with the checks that look back on the whole run."""
-        flags = {name: Flag(**flag) for name, flag in self.state.flags.items()}
-        flags["square_stronger"] = square_flag(self.state.accuracy, len(self.robust))
-        if weights_digest(self.model) != self.state.weights:
-            flags["changing_model"] = Flag(True, "parameters or buffers changed during the evaluation")
-        elif not flags["random_output"].raised and not self._same_outputs():
-            flags["changing_model"] = Flag(True, "predictions of the same images changed during the evaluation")
-        state, count = self._count(), len(self.robust)
-        passes = {"forward": state.forward_rows / count, "gradient": state.gradient_rows / count}
+        run.attack(attacks, batch_size, progress)
         return AutoAttackResult(
-            *(self.adversarial, self.robust, self.clean_correct, dict(state.accuracy), passes, flags),
+            adversarial=run.adversarial,
+            robust=run.robust,
+            clean_correct=run.broken_by != 0,
+            broken_by=run.broken_by,
+            accuracy=dict(run.progress.accuracy),
+            flags=run.flags(),
+            sources=run.sources(),
+            passes=run.passes(),
+            seconds=run.progress.seconds,
             **settings,
-            seconds=state.seconds,
         )
 
-    def _count(self) -> _State:
-        """Move the passes and the time since the last call into the state."""
-        now = time.perf_counter()
-        self.state.seconds += now - self.started
-        self.state.forward_rows += self.counter.forward_rows
-        self.state.gradient_rows += self.counter.gradient_rows
-        self.started, self.counter.forward_rows, self.counter.gradient_rows = now, 0, 0
-        return self.state
 
-    def _append(self, rows: Tensor) -> None:
-        """Write the broken images at `rows` behind those of before, each once: the state alone is written anew."""
-        if self.file is None:
-            return
-        found = self.adversarial[rows.to(self.adversarial.device)].cpu()
-        records = np.empty(len(rows), self._record)
-        records["row"], records["image"] = rows.numpy(), found.flatten(1).contiguous().view(torch.uint8).numpy()
-        with open(_images_file(self.file), "r+b") as file:
-            file.seek(self.state.broken * self._record.itemsize)
-            file.write(records.tobytes())
-        self.state.broken += len(rows)
-
-    @property
-    def _record(self) -> np.dtype:
-        """One entry in the file of broken images."""
-        image = self.adversarial[0]
-        return np.dtype([("row", "<i8"), ("image", np.uint8, (image.numel() * image.element_size(),))])
-
-    def _save(self) -> None:
-        """Write the state beside its file and move it there, so that a kill never leaves half a file."""
-        if self.file is None:
-            return
-        tensors = {name: getattr(self, name) for name in ("robust", "clean_correct", "pending", "probe_logits")}
-        partial = self.file.with_name(self.file.name + ".partial")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            partial,
-            metadata={"autoattack": json.dumps(asdict(self._count()))},
-        )
-        os.replace(partial, self.file)
-
-    def _load(self) -> None:
-        with safe_open(self.file, framework="pt") as file:
-            state = _State(**json.loads((file.metadata() or {}).get("autoattack", '{"key": {}}')))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        differing = [name for name, value in self.state.key.items() if state.key.get(name) != value]
-        if differing:
-            found = ", ".join(
-                f"{name}: {state.key.get(name)!r} there, {self.state.key[name]!r} here" for name in differing
-            )
-            raise ValueError(f"state_file={str(self.file)!r} belongs to another run ({found}); give another file.")
-        self.state = state
-        self.robust, self.clean_correct, self.pending = (tensors[n] for n in ("robust", "clean_correct", "pending"))
-        self.probe_logits = tensors["probe_logits"]
-        kept = _images_file(self.file)
-        if not kept.is_file() or kept.stat().st_size < state.broken * self._record.itemsize:
-            raise ValueError(f"state_file={str(self.file)!r} has lost images that belong in {kept.name}; delete both.")
-        records = np.fromfile(kept, self._record, state.broken)
-        rows = torch.from_numpy(records["row"].astype(np.int64)).to(self.adversarial.device)
-        images = torch.from_numpy(np.ascontiguousarray(records["image"])).view(self.adversarial.dtype)
-        self.adversarial[rows] = images.view(len(rows), *self.adversarial.shape[1:]).to(self.adversarial.device)
-
-
-__all__ = ["BACKENDS", "VERSIONS", "AutoAttackResult", "Flag", "autoattack", "make_attack", "remove_state"]
+__all__ = ["BACKENDS", "DTYPES", "VERSIONS", "AutoAttackResult", "Flag", "autoattack", "make_attack", "remove_state"]

@@ -7,12 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.parts import answering, has_experts, is_dual, mixture_of
+from .base import check_batch, frozen, numbered
 from .pgd import PGD, Best
-from .steps import (
-    check_batch,
-    frozen,
-    margin_objective,
-)
+from .steps import margin_objective
 
 SHARPNESS = 10  # of `soft_margin`: the scores' range in nats
 
@@ -87,16 +84,15 @@ def attack_experts(
     routed = [mixture_of(model)]
     routed += [model.standard] if is_dual(model) and has_experts(model.standard) else []
     check_batch(images, labels)
-    ids = torch.arange(len(images)) if ids is None else ids.cpu()
+    ids = numbered(ids, labels)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         images, labels = images.detach().clone(), labels.clone()  # clones leave inference mode, if it was on
         routes = torch.stack([moe.route(images).argmax(dim=1) for moe in routed], dim=1)
         attacked = images.clone()
         for route in routes.unique(dim=0):  # in groups: attacks drop rows, and would lose a route per image
             rows = (routes == route).all(dim=1).nonzero().squeeze(1)
-            fixed = partial(
-                fixed_expert, model, **dict(zip(("expert", "standard_expert"), route.tolist(), strict=False))
-            )
+            expert, *others = route.tolist()
+            fixed = partial(fixed_expert, model, expert=expert, standard_expert=others[0] if others else None)
             attacked[rows] = attack(fixed, images[rows], labels[rows], ids=ids[rows.cpu()])
     return attacked
 

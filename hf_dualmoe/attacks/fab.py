@@ -14,7 +14,12 @@ from torch import Tensor
 
 from ..models.outputs import logits_of
 from .apgd import check_classes, wrong_classes
-from .steps import Attack, Classifier, check_effort, check_eps, check_logits, per_image, project, value_and_gradient
+from .base import Attack, Classifier, check_counts, check_eps, check_logits
+from .steps import per_image, project, value_and_gradient
+
+PULL = 0.1  # largest pull back towards the original image: alpha_max of Sec. 3
+OVERSHOOT = 1.05  # across the linearised boundary: eta
+KEPT = 0.9  # share of the distance that is left when stepping back from a misclassified point: beta
 
 
 def target_gap(logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
@@ -33,8 +38,8 @@ def box_projection(points: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Te
     """Shortest step from points in the box [0, 1] to the hyperplane <normal, step> = gap that stays in the box.
 
     The projection problem of Sec. 2: each coordinate moves by min(t * s, room) towards the hyperplane, with s = 1
-    (L-inf) or |normal| (L2). The progress <normal, step> is concave and piecewise linear in t, so Newton's iteration
-    from t = 0 never overshoots and ends at the exact t after a few rounds, without the sorting that it usually takes.
+    (L-inf) or |normal| (L2). The progress <normal, step> is concave and piecewise linear in t, with a kink where a
+    coordinate meets the box: sorting the kinks gives the exact t without a loop that waits for the device.
 
     Args:
         points: (B, ...) in [0, 1].
@@ -53,14 +58,12 @@ def box_projection(points: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Te
     speed = torch.ones_like(size) if norm == "linf" else size
     hits = (room / speed.clamp_min(1e-300)).where(size > 0, torch.zeros_like(room))  # t at which the box is met
     rate, held, aim = size * speed, size * room, gap.abs()[:, None]
-    t = torch.zeros_like(aim)
-    while True:
-        moving = hits > t
-        slope, stopped = (rate * moving).sum(dim=1, keepdim=True), (held * ~moving).sum(dim=1, keepdim=True)
-        further = torch.where(slope > 0, (aim - stopped) / slope.clamp_min(1e-300), t)
-        if not (further > t).any():  # exact, or no coordinate can move any more; also false for NaN
-            break
-        t = torch.maximum(t, further)
+    kinks, order = hits.sort(dim=1)
+    rate, held = rate.gather(1, order), held.gather(1, order)
+    slope = rate.flip(1).cumsum(dim=1).flip(1)  # progress per t before each kink: of what still moves there
+    stopped = held.cumsum(dim=1) - held  # progress of what stands still by then
+    last = (stopped + slope * kinks < aim).sum(dim=1, keepdim=True).clamp_max(kinks.shape[1] - 1)
+    t = (aim - stopped.gather(1, last)) / slope.gather(1, last).clamp_min(1e-300)
     step = weight.sign() * torch.minimum(t * speed, room)
     return step.to(points).view_as(points)
 
@@ -76,9 +79,6 @@ class FAB(Attack):
         norm: "linf" or "l2".
         steps: Steps of two forward passes and one gradient pass, per target class.
         target_classes: How many wrong classes, most likely first by the clean prediction; no more than C - 1 are used.
-        alpha_max: Largest pull back towards the original image, in [0, 1).
-        eta: Overshoot across the linearised boundary, >= 1.
-        beta: Share of the distance kept when stepping back from a misclassified point, in (0, 1).
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -88,20 +88,10 @@ class FAB(Attack):
     norm: str = "linf"
     steps: int = 100
     target_classes: int = 9
-    alpha_max: float = 0.1
-    eta: float = 1.05
-    beta: float = 0.9
 
     def __post_init__(self):
         check_eps(self.eps, self.norm)
-        check_effort(steps=self.steps, target_classes=self.target_classes)
-        for name in ("eta", "alpha_max", "beta"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number.")
-        if not self.eta >= 1:
-            raise ValueError(f"eta={self.eta!r} must be at least 1.")
-        if not (0 <= self.alpha_max < 1 and 0 < self.beta < 1):
-            raise ValueError(f"alpha_max={self.alpha_max!r} must be in [0, 1) and beta={self.beta!r} in (0, 1).")
+        check_counts({"steps": self.steps, "target_classes": self.target_classes})
 
     def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         images = images.clamp(0, 1)
@@ -117,7 +107,16 @@ class FAB(Attack):
             self._run(model, images[rows], labels[rows], target[rows], rows, attacked, standing)
         return attacked
 
-    def _run(self, model, images, labels, targets, rows, attacked, standing) -> None:
+    def _run(
+        self,
+        model: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        rows: Tensor,
+        attacked: Tensor,
+        standing: Tensor,
+    ) -> None:
         """One run towards `targets` (n,); writes what it finds into `attacked` and `standing` at `rows`."""
         current, closest, nearest = images, images, torch.full(labels.shape, torch.inf).to(images)
         for step in range(self.steps + 1):
@@ -143,7 +142,7 @@ class FAB(Attack):
                 images, labels, targets, rows, current, closest, nearest, wrong = (
                     x[kept] for x in (images, labels, targets, rows, current, closest, nearest, wrong)
                 )
-            current = torch.where(per_image(wrong, current), images + self.beta * (current - images), current)
+            current = torch.where(per_image(wrong, current), images + KEPT * (current - images), current)
 
     def _move(self, current: Tensor, images: Tensor, gradient: Tensor, gap: Tensor) -> Tensor:
         """The paper's biased step: a step across the linearised boundary, biased towards the original image."""
@@ -151,9 +150,9 @@ class FAB(Attack):
         step = box_projection(current, gradient, -gap, self.norm)
         step_from_image = box_projection(images, gradient, -(gap + back), self.norm)
         length, length_from_image = norm_of(step, self.norm), norm_of(step_from_image, self.norm)
-        alpha = (length / (length + length_from_image).clamp_min(1e-12)).clamp_max(self.alpha_max)
+        alpha = (length / (length + length_from_image).clamp_min(1e-12)).clamp_max(PULL)
         alpha = per_image(alpha, current)
-        blend = (1 - alpha) * (current + self.eta * step) + alpha * (images + self.eta * step_from_image)
+        blend = (1 - alpha) * (current + OVERSHOOT * step) + alpha * (images + OVERSHOOT * step_from_image)
         return torch.where(torch.isfinite(blend), blend, images).clamp(0, 1)
 
 

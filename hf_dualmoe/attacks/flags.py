@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..models.outputs import logits_of
 from .apgd import PassCounter
-from .steps import Classifier, ce_objective, check_logits
+from .base import Classifier, check_logits
+from .steps import ce_objective
 
 RANDOM_TOLERANCE = 1e-4  # in units of the range of the logits; above what hardware does to equal inputs
 ZERO_GRADIENT_SHARE = 0.1  # of the correctly classified probe images
@@ -126,8 +127,15 @@ def _gradient_flag(model: PassCounter, images: Tensor, labels: Tensor) -> Flag:
 
 
 def square_flag(accuracy: dict[str, float], count: int) -> Flag:
-    """Square may find what gradients missed in no more than 1 % of the images, or in one image."""
-    before, after = list(accuracy.values())[-2:]
+    """Square may find what gradients missed in no more than 1 % of the images, or in one image.
+
+    Args:
+        accuracy: Share of the images that stand after each attack, in [0, 1]; "square" is not the first of them.
+        count: Number of images.
+    """
+    names = list(accuracy)
+    after = accuracy["square"]
+    before = accuracy[names[names.index("square") - 1]]
     found = round((before - after) * count)
     raised = found >= 2 and found > SQUARE_SHARE * count
     return Flag(raised, f"Square broke {found} of {count} images that the gradient attacks had left standing")

@@ -25,7 +25,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from ..models.modeling_dualmoe import values_are_trusted
+from ..models.inputs_dualmoe import values_are_trusted
 from ..models.outputs import find_logits
 
 PROBE_IMAGES = 2
@@ -321,8 +321,8 @@ def _applied(found: Holdable, dtype: torch.dtype | None) -> Iterator[None]:
     silenced: list[nn.Module] = []
     casts = set(found.casts) if dtype is not None else set()
 
-    def swap(layer: nn.Module, **tensors: Tensor | None) -> None:
-        for name, tensor in tensors.items():
+    def swap(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        for name, tensor in (("weight", weight), ("bias", bias)):
             taken.append((layer, name, layer._parameters[name]))
             layer._parameters[name] = tensor
 
@@ -331,13 +331,13 @@ def _applied(found: Holdable, dtype: torch.dtype | None) -> Iterator[None]:
             for conv, norm in found.pairs:
                 if _can_fold(conv, norm):
                     weight, bias = _folded_weights(conv, norm, dtype if conv in casts else None)
-                    swap(conv, weight=weight, bias=bias)
+                    swap(conv, weight, bias)
                     silenced.append(norm)
                     norm.forward = partial(_drop_and_act, norm) if isinstance(norm, BatchNormAct2d) else _pass_on
             for layer in casts:
                 if _is_plain(layer):
                     bias = None if layer.bias is None else layer.bias.to(dtype)
-                    swap(layer, weight=layer.weight.to(dtype), bias=bias)
+                    swap(layer, layer.weight.to(dtype), bias)
         yield
     finally:
         for layer, name, tensor in reversed(taken):

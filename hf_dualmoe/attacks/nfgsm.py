@@ -9,18 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..models.outputs import logits_of
-from .steps import (
-    OBJECTIVES,
-    Attack,
-    Classifier,
-    check_eps,
-    check_objective,
-    checked,
-    image_noise,
-    input_gradient,
-    may_flush_gradients,
-    round_inwards,
-)
+from .base import Attack, Classifier, check_choice, check_eps
+from .steps import OBJECTIVES, checked, image_noise, input_gradient, may_flush_gradients, round_inwards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +39,7 @@ class NFGSM(Attack):
         check_eps(self.eps, "linf")
         if not isinstance(self.noise, (int, float)) or not 0 <= self.noise < float("inf"):
             raise ValueError(f"noise={self.noise!r} must be finite and >= 0, in units of eps.")
-        check_objective(self.objective, OBJECTIVES)
+        check_choice("objective", self.objective, OBJECTIVES)
         if self.objective == "kl" and self.noise == 0 and self.eps > 0:
             raise ValueError("objective='kl' has no gradient at the image itself; it needs noise > 0.")
 

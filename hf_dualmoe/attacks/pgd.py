@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from ..models.outputs import logits_of
+from .base import Attack, Classifier, check_choice, check_counts, check_eps, check_logits, check_seed
 from .steps import (
     OBJECTIVES,
-    Attack,
-    Classifier,
-    check_effort,
-    check_eps,
-    check_logits,
-    check_objective,
-    check_seed,
+    RUN_SEED,
     checked,
-    frozen,
     input_gradient,
     may_flush_gradients,
     per_image,
@@ -73,8 +67,8 @@ class PGD(Attack):
 
     def __post_init__(self):
         check_eps(self.eps, self.norm)
-        check_objective(self.objective, OBJECTIVES)
-        check_effort(steps=self.steps, restarts=self.restarts)
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_counts({"steps": self.steps, "restarts": self.restarts})
         check_seed(self.seed)
         allowed = self.step_size is None or isinstance(self.step_size, (int, float, Tensor))
         if not allowed or (isinstance(self.step_size, (int, float)) and not 0 < self.step_size < float("inf")):
@@ -109,7 +103,7 @@ class PGD(Attack):
     def _start(self, images: Tensor, ids: Tensor | None, restart: int) -> Tensor:
         if not self.random_start:
             return images
-        seed = None if self.seed is None else self.seed + 7919 * restart
+        seed = None if self.seed is None else self.seed + RUN_SEED * restart
         return random_start(images, self.eps, self.norm, seed=seed, ids=ids, shard=self.shard)
 
     def _iterates(
@@ -196,4 +190,4 @@ class FGSM(Attack):
         return self._as_pgd()._attack(model, images, labels, ids)
 
 
-__all__ = ["FGSM", "PGD", "frozen"]
+__all__ = ["FGSM", "PGD"]

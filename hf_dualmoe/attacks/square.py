@@ -15,22 +15,11 @@ import torch
 from torch import Tensor
 
 from ..models.outputs import logits_of
-from .steps import (
-    Attack,
-    Classifier,
-    check_effort,
-    check_eps,
-    check_logits,
-    check_seed,
-    l2_norm,
-    margin_objective,
-    per_image,
-    project,
-    round_inwards,
-)
+from .base import Attack, Classifier, check_counts, check_eps, check_logits, check_seed, numbered
+from .steps import l2_norm, margin_objective, per_image, project, round_inwards
 
 PATIENCE = 8  # refusals in a row after which an image may be shown one more proposal at once
-RUN_SEED = 7919  # distance between the seeds of two restarts on the same image
+LARGEST = 0.8  # share of the image that the first squares cover: p of Sec. 5
 CHUNK = 512  # queries whose random numbers are drawn at once
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, in queries out of 10,000 (Sec. 5)
 SHORTEST = 1000  # queries for which the schedule is made where there are fewer: small squares have no time to add up
@@ -58,24 +47,25 @@ def signs(uniform: Tensor, like: Tensor) -> Tensor:
     return (uniform < 0.5).to(like) * 2 - 1
 
 
-def window_size(query: int, queries: int, p_init: float, shape: torch.Size, norm: str) -> int:
+def window_size(query: int, queries: int, shape: torch.Size, norm: str) -> int:
     """Side of the changed square in pixels at a query (from 1): area p * H * W; odd and at least 3 for L2.
 
-    p starts at `p_init` and halves at fixed points, rescaled from the paper's 10,000 to `queries`. The first square is
-    always of the largest size: a shift of nearly the whole image breaks many, and small budgets would skip it.
+    p starts at `LARGEST` and halves at fixed points, rescaled from the paper's 10,000 to `queries`. The first
+    square is always of the largest size: a shift of nearly the whole image breaks many, and small budgets would skip
+    it.
     """
     height, width = shape[-2:]
     position = (query - 1) / max(queries, SHORTEST) * 10_000
-    p = p_init / 2 ** sum(position > halving for halving in HALVINGS)
+    p = LARGEST / 2 ** sum(position > halving for halving in HALVINGS)
     side = max(1, round((p * height * width) ** 0.5))
     if norm == "l2":
         side = max(3, side) // 2 * 2 + 1
     return min(side, height, width)
 
 
-def blocks(queries: int, p_init: float, shape: torch.Size, norm: str) -> Iterator[tuple[int, int]]:
+def blocks(queries: int, shape: torch.Size, norm: str) -> Iterator[tuple[int, int]]:
     """(side, count) of the queries after the first, in their order: no more than CHUNK of one size at once."""
-    sides = (window_size(query, queries, p_init, shape, norm) for query in range(1, queries))
+    sides = (window_size(query, queries, shape, norm) for query in range(1, queries))
     for side, group in groupby(sides):
         left = sum(1 for _ in group)
         while left > 0:
@@ -286,16 +276,14 @@ class Square(Attack):
 
     Random numbers come from the seed and the image's id alone, so that a result depends neither on the batch size nor
     on the other images in the batch. An image leaves the work as soon as it is misclassified. One that stands comes
-    back as the last search left it, one that is misclassified when clean as it is. Images need a height and a width.
+    back as the search left it, one that is misclassified when clean as it is. Images need a height and a width.
 
     Args:
         eps: Radius in [0, 1] pixel units.
         norm: "linf" or "l2".
-        queries: Proposals per image and restart. One that leaves the image as it is, or that it has refused before
+        queries: Proposals per image. One that leaves the image as it is, or that it has refused before
             and would again (L-inf), costs no forward pass.
-        p_init: Share of the image that the first squares cover, in (0, 1].
         seed: Of the random search.
-        restarts: Independent searches.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -304,16 +292,12 @@ class Square(Attack):
     eps: float = 8 / 255
     norm: str = "linf"
     queries: int = 5000
-    p_init: float = 0.8
     seed: int = 0
-    restarts: int = 1
 
     def __post_init__(self):
         check_eps(self.eps, self.norm)
-        check_effort(queries=self.queries, restarts=self.restarts)
+        check_counts({"queries": self.queries})
         check_seed(self.seed)
-        if not isinstance(self.p_init, (int, float)) or not 0 < self.p_init <= 1:
-            raise ValueError(f"p_init={self.p_init!r} must be in (0, 1].")
 
     def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         if images.ndim != 4:
@@ -321,21 +305,19 @@ class Square(Attack):
         logits = logits_of(model, images)
         check_logits(logits, labels)
         attacked, standing = images.clone(), logits.argmax(dim=1) == labels
-        ids = torch.arange(len(images)) if ids is None else ids.cpu()
-        for restart in range(self.restarts if self.eps > 0 else 0):
-            rows = standing.nonzero().squeeze(1)
-            if len(rows) == 0:
-                break
-            streams = _Streams(ids[rows.cpu()], self.seed + RUN_SEED * restart, images.device)
-            self._search(model, images[rows], labels[rows], rows, streams, attacked, standing)
+        rows = standing.nonzero().squeeze(1)
+        if len(rows) and self.eps > 0:
+            streams = _Streams(numbered(ids, labels)[rows.cpu()], self.seed, images.device)
+            search = _Search(rows, images[rows], labels[rows], streams, self)
+            self._run(model, search, attacked, standing)
         return attacked
 
-    def _search(self, model, images, labels, rows, streams, attacked, standing) -> None:
-        """One random search; writes what it finds into `attacked` and `standing` at `rows`."""
-        search, start = _Search(rows, images, labels, streams, self), start_linf if self.norm == "linf" else start_l2
-        search.begin(model, start(images, self.eps, streams))
+    def _run(self, model: Classifier, search: _Search, attacked: Tensor, standing: Tensor) -> None:
+        """One random search; writes what it finds into `attacked` (N, ...) and `standing` (N,) at its rows."""
+        start, shape = start_linf if self.norm == "linf" else start_l2, search.images.shape
+        search.begin(model, start(search.images, self.eps, search.streams))
         search.leave(attacked, standing)
-        for side, count in blocks(self.queries, self.p_init, images.shape, self.norm):
+        for side, count in blocks(self.queries, shape, self.norm):
             if len(search.rows) == 0:
                 return
             search.load(side, count)

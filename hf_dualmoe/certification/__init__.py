@@ -6,10 +6,12 @@ of a dataset a `CertificationReport`.
 Calls: attacks, data, evaluation, models.
 """
 
-from .certifier import Certificates, Certifier, certify, dual_radius, hard_gate_radius, margin_radius
+from .certifier import Certificates, Certifier, certify
 from .lipschitz import LipschitzBound, NotApplicableError, lipschitz_bound
 from .report import CertificationReport, certify_dataset, plot_certificates
+from .route_radii import route_radii
 from .smoothing import smoothed_certificates, smoothed_radius
+from .theorems import dual_radius, hard_gate_radius, margin_radius
 
 __all__ = [
     "Certificates",

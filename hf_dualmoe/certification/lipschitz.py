@@ -99,8 +99,15 @@ def linear_norm(layer: nn.Module, norm: str, shape: Shape, channel_scale: Tensor
         return matrix_norm(weight, norm)
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise NotApplicableError(f"a convolution with padding={layer.padding!r}, {layer.padding_mode!r} has no bound.")
-    names = ("stride", "padding", "dilation", "groups")
-    return conv_norm(weight, norm, shape[-2:], **{name: getattr(layer, name) for name in names})
+    return conv_norm(
+        weight,
+        norm,
+        shape[-2:],
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+    )
 
 
 def average_pool_norm(layer: nn.AvgPool2d, norm: str, shape: Shape) -> float:

@@ -96,14 +96,18 @@ def conv_norm(
     return min(torus_norm(phases, places), math.sqrt(row_sum * column_sum)) * OUTWARD
 
 
-def conv_matrix(weight: Tensor, size: Sequence[int], **settings: Sequence[int]) -> Tensor | None:
+def conv_matrix(
+    weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor | None:
     """The matrix (inputs, outputs) of a convolution; None where it is larger than `DENSE_LIMIT`."""
     inputs = weight.shape[1] * math.prod(size)
     if inputs > DENSE_LIMIT:
         return None
     pixels = torch.eye(inputs, dtype=weight.dtype).view(inputs, weight.shape[1], *size)
-    places = F.conv2d(pixels[:1], weight[:1], **settings).numel()
-    return F.conv2d(pixels, weight, **settings).flatten(1) if places * len(weight) <= DENSE_LIMIT else None
+    places = F.conv2d(pixels[:1], weight[:1], None, stride, padding, dilation).numel()
+    if places * len(weight) > DENSE_LIMIT:
+        return None
+    return F.conv2d(pixels, weight, None, stride, padding, dilation).flatten(1)
 
 
 def gram_norm(matrices: Tensor) -> float:

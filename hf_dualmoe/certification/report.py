@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..attacks.base import check_alphas, check_counts, device_of, frozen, percent
 from ..attacks.precision import check_no_autocast, full_precision
-from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset
-from ..evaluation.environment import check_class_names, check_counts, describe_environment, describe_model, write_text
+from ..evaluation.environment import (
+    check_class_names,
+    check_image_shape,
+    check_num_images,
+    describe_environment,
+    describe_model,
+    write_text,
+)
 from ..evaluation.metrics import wilson_interval
-from ..evaluation.processes import Found, Measurer, Processes, device_of, measurer_of
-from ..models.parts import at_alpha, has_dial, is_dual, mixes_weights
+from ..evaluation.processes import Measurer, Processes, open_measurer
+from ..evaluation.report import aligned
+from ..evaluation.store import Found
+from ..evaluation.work import Work
+from ..models.parts import at_alpha, has_dial, is_dual, mixes_weights, part_of
 from .certifier import Certificates, Certifier
 from .lipschitz import check_eval_mode
 from .operator_norms import check_norm
-from .smoothing import Votes, certify_votes, check_confidence, check_sigma, robust_part, sample_votes
+from .smoothing import Votes, certify_votes, check_confidence, check_sigma, sample_votes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,13 +88,7 @@ class CertificationReport:
         for entry in self.entries:
             values = [entry["sa"], *(entry["certified"] or [None] * len(self.radii))]
             rows.append([entry["name"], *("-" if value is None else f"{value:.2f}" for value in values)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join(lines)
+        return aligned(rows)
 
     def notes(self) -> list[str]:
         """Lines to read with the table: what kind of certificate each is, what is not applicable, what failed."""
@@ -101,18 +105,27 @@ class CertificationReport:
         return lines + [f"FAILED: {name}: {reason}" for name, reason in self.failures.items()]
 
 
-class Certification(Measurer):
-    """Certifies one model on one dataset and writes each entry into the report."""
+class Certification:
+    """Certifies one model on one dataset and writes each entry into the report.
 
-    def __init__(self, model: nn.Module, report: CertificationReport, path: str | os.PathLike | None, **measurer: Any):
-        super().__init__(**measurer)
-        self.model, self.report, self.path, self.started = model, report, path, time.perf_counter()
-        report.failures = self.failures
+    Args:
+        model: The model, frozen.
+        report: Where the entries go.
+        measurer: Takes the measurements.
+        path: Where to write the report; None = nowhere.
+    """
+
+    def __init__(
+        self, model: nn.Module, report: CertificationReport, measurer: Measurer, path: str | os.PathLike | None
+    ):
+        self.model, self.report, self.measurer, self.path = model, report, measurer, path
+        self.dataset, self.started = measurer.dataset, time.perf_counter()
+        report.failures = measurer.failures
 
     def write(self) -> None:
         """Bring the report's file up to date."""
         self.report.environment["wall_time_s"] = round(time.perf_counter() - self.started, 2)
-        if self.path is not None and self.processes.is_main:
+        if self.path is not None and self.measurer.processes.is_main:
             self.report.save(self.path)
 
     def all_proofs(self, alphas: Sequence[float]) -> None:
@@ -134,25 +147,28 @@ class Certification(Measurer):
         certifier = Certifier(model, self.report.norm, shape)  # constants once for all alphas
         for alpha in alphas:
             title = name if alpha is None else f"{name}, alpha = {alpha:g}"
-            found = self.measure(f"{title} {self.report.norm}", certify_batch(certifier, alpha), model)
+            found = self.measurer.measure(f"{title} {self.report.norm}", certify_batch(certifier, alpha), model)
             if found is not None:
                 self.add(title, found, {"alpha": alpha, "kind": "proof", "confidence": 1.0})
 
-    def smoothing(self, sigma: float, alphas: Sequence[float | None], settings: dict[str, Any]) -> None:
+    def smoothing(
+        self, sigma: float, alphas: Sequence[float], *, n0: int, n: int, confidence: float, seed: int
+    ) -> None:
         """Smoothing certificates at one level of noise; all alphas share the votes."""
-        n0, n, confidence, seed = (settings[name] for name in ("n0", "n", "confidence", "seed"))
         dual = is_dual(self.model)
-        classifier = robust_part(self.model) if dual else self.model
+        classifier = part_of(self.model, "robust") if dual else self.model
 
         def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
-            sizes = {"n0": n0, "n": n, "batch_size": self.batch_size}
-            votes = sample_votes(classifier, images, sigma=sigma, seed=seed, ids=ids, **sizes)
+            batch_size = self.measurer.batch_size
+            votes = sample_votes(
+                classifier, images, sigma=sigma, n0=n0, n=n, batch_size=batch_size, seed=seed, ids=ids
+            )
             return {"right": votes.selected == labels.cpu(), "selected": votes.selected, "counts": votes.counts}
 
         counted = self.model.robust if dual else self.model
         voter = f"merged at alpha = {self.model.config.alpha!r}" if mixes_weights(self.model) else "model"
         title = f"{'F_R' if dual else voter} smoothed, sigma = {sigma:g}"
-        found = self.measure(f"{title}, n0 = {n0}, n = {n}, seed = {seed}", work, counted)
+        found = self.measurer.measure(f"{title}, n0 = {n0}, n = {n}, seed = {seed}", work, counted)
         if found is None:
             return
         failed = found.failed | (found.tensors["counts"] < 0)
@@ -170,7 +186,7 @@ class Certification(Measurer):
             entry = {"alpha": alpha, "kind": "smoothing", "confidence": confidence}
             name = title if alpha in (None, 1.0) else f"dual over {title}, alpha = {alpha:g}"
             part = Found(found.rows, tensors=tensors, failed=failed, sums=rules)
-            sa = 100 * float(found.tensors["right"].double().mean()) if alpha in (None, 1.0) else None
+            sa = percent(found.tensors["right"]) if alpha in (None, 1.0) else None
             self.add(name, part, entry, sa=sa)
 
     def add(self, name: str, found: Found, entry: dict[str, Any], sa: float | None = math.nan) -> None:
@@ -187,7 +203,7 @@ class Certification(Measurer):
             {
                 "name": name,
                 **entry,
-                "sa": 100 * float(right.double().mean()) if sa is not None and math.isnan(sa) else sa,
+                "sa": percent(right) if sa is not None and math.isnan(sa) else sa,
                 "certified": None if reason else [100 * count / len(radius) for count in counts],
                 "intervals": None if reason else [wilson_interval(count, len(radius)) for count in counts],
                 "median_radius": float(good.median()) if len(good) else None,
@@ -203,7 +219,7 @@ class Certification(Measurer):
 NOT_RULES = ("forward", "gradient", "seconds")
 
 
-def certify_batch(certifier: Certifier, alpha: float | None) -> Callable[..., dict[str, Any]]:
+def certify_batch(certifier: Certifier, alpha: float | None) -> Work:
     """Work that certifies a batch."""
 
     def work(images: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Any]:
@@ -271,11 +287,13 @@ def certify_dataset(
 
     Raises:
         ValueError: An argument is out of range, the model is in train mode, autocast is on, dataset and model have
-            other classes, or `resume_dir` belongs to other settings.
+            other classes or other image shapes, or `resume_dir` belongs to other settings.
     """
-    check_settings(norm, radii, alphas, sigmas, confidence)
-    check_counts({"n0": n0, "n": n, "batch_size": batch_size, "num_images": num_images}, len(dataset))
+    check_certification(norm, radii, alphas, sigmas, confidence)
+    check_counts({"n0": n0, "n": n, "batch_size": batch_size, "num_images": num_images})
+    check_num_images(num_images, len(dataset))
     check_class_names(model, dataset.class_names, check_names)
+    check_image_shape(model, dataset.images)
     check_eval_mode(model)
     check_no_autocast()
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
@@ -289,27 +307,35 @@ def certify_dataset(
         seeds={"certification": seed},
         environment={**describe_environment(device_of(model)), "processes": processes.count},
     )
-    storing = {"batch_size": batch_size, "progress": progress, "resume_dir": resume_dir, "fresh": fresh}
     with frozen(model), full_precision():
-        run = Certification(model, report, path, **measurer_of(model, dataset, processes, **storing))
+        measurer = open_measurer(
+            model,
+            dataset,
+            processes,
+            settings={},
+            batch_size=batch_size,
+            progress=progress,
+            resume_dir=resume_dir,
+            fresh=fresh,
+        )
+        run = Certification(model, report, measurer, path)
         run.all_proofs(alphas)
         for sigma in sigmas:
-            options = {"n0": n0, "n": n, "confidence": confidence, "seed": seed}
-            run.smoothing(sigma, [*dict.fromkeys((1.0, *alphas))], options)
+            positions = [*dict.fromkeys((1.0, *alphas))]
+            run.smoothing(sigma, positions, n0=n0, n=n, confidence=confidence, seed=seed)
         run.write()
     return report
 
 
-def check_settings(
+def check_certification(
     norm: str, radii: Sequence[float], alphas: Sequence[float], sigmas: Sequence[float], confidence: float
 ) -> None:
     """Raise a ValueError that names the first setting that is out of range."""
     check_norm(norm)
     check_confidence(confidence)
-    for name, values, low, high in (("radii", radii, 0, math.inf), ("alphas", alphas, -1e-300, 1)):
-        if len(values) == 0 or not all(low < value <= high and math.isfinite(value) for value in values):
-            allowed = "> 0" if name == "radii" else "in [0, 1]"
-            raise ValueError(f"{name}={list(values)!r} must hold at least one value, all {allowed}.")
+    if len(radii) == 0 or not all(0 < radius < math.inf for radius in radii):
+        raise ValueError(f"radii={list(radii)!r} must hold at least one value, all > 0.")
+    check_alphas(alphas)
     for sigma in sigmas:
         check_sigma(sigma)
     if sigmas and norm != "l2":

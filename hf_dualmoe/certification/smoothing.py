@@ -16,12 +16,13 @@ import torch
 from scipy.stats import beta
 from torch import Tensor, nn
 
+from ..attacks.base import Classifier, check_counts
 from ..attacks.precision import check_no_autocast, full_precision
-from ..attacks.steps import Classifier
 from ..models.outputs import logits_of
-from ..models.parts import at_alpha, is_dual, mixes_weights
-from .certifier import Certificates, check_alpha_certifies
+from ..models.parts import at_alpha, is_dual, mixes_weights, part_of
+from .certifier import Certificates
 from .lipschitz import check_eval_mode
+from .theorems import check_alpha_certifies
 
 OUTWARD = 1 + 1e-9
 DRAWS = 100  # noisy copies per generator: part of what makes the noise of an image, whatever the batch size
@@ -172,9 +173,7 @@ def sample_votes(
         ValueError: An argument is out of range, the model is in train mode, or autocast is on.
     """
     check_sigma(sigma)
-    for name, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    check_counts({"n0": n0, "n": n, "batch_size": batch_size})
     check_no_autocast()
     if isinstance(classifier, nn.Module):
         check_eval_mode(classifier)
@@ -251,14 +250,9 @@ def smoothed_certificates(
     alpha = (model.config.alpha if alpha is None else alpha) if dual else 1.0
     check_alpha_certifies(alpha)
     check_eval_mode(model)
-    classifier = robust_part(model) if dual else model
+    classifier = part_of(model, "robust") if dual else model
     votes = sample_votes(classifier, images, sigma=sigma, n0=n0, n=n, batch_size=batch_size, seed=seed, ids=ids)
     return certify_votes(votes, alpha=alpha, confidence=confidence)
-
-
-def robust_part(dual: nn.Module) -> Classifier:
-    """F_R of a dual model, with the normalisation that it gets there."""
-    return lambda images: dual.robust(dual.normalize_robust(images))
 
 
 def check_sigma(sigma: float) -> None:

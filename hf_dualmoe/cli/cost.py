@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..attacks.adaptive_union import member_names
 from ..attacks.auto_attack import VERSIONS
+from ..attacks.base import frozen
+from ..attacks.members import member_names
 from ..attacks.precision import full_precision
-from ..attacks.steps import frozen
 from ..data.datasets import DataSplits, ImageTensorDataset, to_unit_range
 from ..evaluation.environment import describe_environment
 from ..evaluation.evaluation import sanity_effort

@@ -6,6 +6,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
+from ..attacks.auto_attack import DTYPES
 from ..data.datasets import DataSplits
 from ..evaluation.environment import pixel_radius
 from ..evaluation.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
@@ -27,6 +28,7 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     add("--worst_case_steps", type=int, help="Steps per member of the adaptive union; default: --steps.")
     add("--union_restarts", type=int, default=1, help="Random starts per member of the adaptive union.")
     add("--autoattack_version", help="standard, few_classes or fast; default: what the number of classes allows.")
+    add("--attack_dtype", choices=DTYPES, default="fp32", help="Precision of AutoAttack's search; fp32 confirms.")
     add("--sanity_images", type=int, help="Images for the sanity checks; default: 64 at level quick, else 200.")
     add("--alphas", type=float, nargs="+", default=list(ALPHAS), help="Positions of the dial, in [0, 1].")
     add("--min_sa", type=float, help="Recommend the alpha of highest RA with at least this SA, in %%.")
@@ -62,6 +64,7 @@ def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> l
         floors={"min_sa": args.min_sa, "min_ra": args.min_ra},
         counts={**{name: getattr(args, name) for name in counts}, "num_images": args.max_test_samples},
         autoattack_version=args.autoattack_version,
+        attack_dtype=args.attack_dtype,
         check_names=not args.ignore_class_names,
     )
     check_eps_is_in_pixels(model, data.test, args.eps, args.norm)
@@ -101,6 +104,7 @@ def evaluate(
         worst_case_steps=args.worst_case_steps,
         union_restarts=args.union_restarts,
         autoattack_version=args.autoattack_version,
+        attack_dtype=args.attack_dtype,
         sanity_images=args.sanity_images,
         fresh=args.fresh,
         num_images=args.max_test_samples,

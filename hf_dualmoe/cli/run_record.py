@@ -12,7 +12,7 @@ from .arguments import DataArguments, ModelArguments
 
 SETTINGS_NAME = "settings.json"
 # settings that may change when a run is gone on with
-FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter", "step_graph")
+FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter", "step_graph", "hub_strategy")
 TRAINER_SETTINGS = (  # those of transformers that make two runs differ
     "num_train_epochs",
     "max_steps",

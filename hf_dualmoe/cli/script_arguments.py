@@ -179,7 +179,7 @@ def match_classes(data: DataSplits, names: Sequence[str]) -> DataSplits:
 def relabelled(data: DataSplits, found: Sequence[int], names: Sequence[str]) -> DataSplits:
     """The data with the label `found[i]` for class i, in a model whose classes have these names; says the match."""
     label_of, sets = torch.tensor(found), data.sets.items()
-    sets = {role: ImageTensorDataset(part.images, label_of[part.labels], names) for role, part in sets}
+    sets = {role: ImageTensorDataset(part.images, label_of[part.labels], names, part.rows) for role, part in sets}
     count = f"{len(found)} of {len(names)} classes"
     pairs = [
         name if name == names[at] else f"{name} = {names[at]!r}"

@@ -7,7 +7,6 @@ test sets. Images stay uint8 until `to_unit_range` makes them float in [0, 1]; n
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .doubts import with_doubts
 from .image_folders import text_of
 from .splits import assign_roles, choose_rows, decode_part, hold_out, load_source, read_labels, stratified
 
@@ -29,7 +29,6 @@ __all__ = [
     "ImageTensorDataset",
     "augment",
     "collate",
-    "count_duplicates",
     "load_digits_splits",
     "load_splits",
     "to_unit_range",
@@ -37,7 +36,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-LOOK = 1024  # bytes of an image that a search for duplicates looks at first
 MOST_FOR_STATISTICS = 10_000  # images that mean and std are taken from
 AT_ONCE = 256  # images whose values are counted or hashed at once
 ROLES = ("train", "validation", "test")
@@ -52,12 +50,13 @@ class ImageTensorDataset(Dataset):
         images: uint8 (0..255), shape (N, C, H, W), N >= 1.
         labels: int64, shape (N,), each in [0, len(class_names)).
         class_names: name of each class, in label order.
+        rows: int64, shape (N,): number of each image in the split that it was taken from; None: 0 .. N-1.
 
     Raises:
         ValueError: an argument has another dtype, shape or range.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, class_names: Sequence[str]):
+    def __init__(self, images: Tensor, labels: Tensor, class_names: Sequence[str], rows: Tensor | None = None):
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"images is {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, C, H, W)")
         if len(images) == 0:
@@ -67,7 +66,10 @@ class ImageTensorDataset(Dataset):
         for label in (labels.min().item(), labels.max().item()):
             if not 0 <= label < len(class_names):
                 raise ValueError(f"labels contains {label}; allowed is 0 <= label < {len(class_names)} (class_names)")
-        self.images, self.labels, self.class_names = images, labels, list(class_names)
+        rows = torch.arange(len(images)) if rows is None else rows
+        if rows.dtype != torch.int64 or rows.shape != labels.shape:
+            raise ValueError(f"rows is {rows.dtype} {tuple(rows.shape)}; expected torch.int64 ({len(images)},)")
+        self.images, self.labels, self.class_names, self.rows = images, labels, list(class_names), rows
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,9 +98,9 @@ class ImageTensorDataset(Dataset):
         return mean.tolist(), np.sqrt(squares / max(total - 1, 1)).tolist()
 
     def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> "ImageTensorDataset":
-        """Copies the images at `indices`, in that order, into a new dataset with the same class names."""
+        """Copies the images at `indices`, in that order, into a new dataset; class names and `rows` go with them."""
         index = torch.as_tensor(indices)
-        return ImageTensorDataset(self.images[index], self.labels[index], self.class_names)
+        return ImageTensorDataset(self.images[index], self.labels[index], self.class_names, self.rows[index])
 
     def take(self, n: int, seed: int = 0) -> "ImageTensorDataset":
         """Copies a seeded random choice of `n` images with the class shares of the whole, in their original order."""
@@ -139,7 +141,6 @@ def augment(
     *,
     crop_padding: int = 4,
     flip: bool = True,
-    generator: torch.Generator | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Pads each image with zeros (black) and crops it at random, then mirrors it left-right with probability 1/2.
@@ -148,7 +149,6 @@ def augment(
         images: shape (B, C, H, W), any dtype and device.
         crop_padding: pixels of padding on each side, >= 0: the largest shift of an image. 0: no crop.
         flip: whether to mirror.
-        generator: on the device of `images`; default: the global generator of that device.
         shard: (rank, processes): draw for the whole batch of all processes and take this one's part, so that several
             processes with equal generators do together what one process does.
 
@@ -165,12 +165,11 @@ def augment(
     b, c, h, w = images.shape
     rank, processes = shard
     own = slice(rank * b, (rank + 1) * b)
-    options = {"device": images.device, "generator": generator}
-    top, left = torch.randint(2 * crop_padding + 1, (2, processes * b, 1), **options)[:, own]  # (B, 1) each
+    top, left = torch.randint(2 * crop_padding + 1, (2, processes * b, 1), device=images.device)[:, own]  # (B, 1) each
     rows = top + torch.arange(h, device=images.device)  # (B, H)
     columns = torch.arange(w, device=images.device).expand(b, w)  # (B, W)
     if flip:
-        columns = torch.where(torch.rand(processes * b, 1, **options)[own] < 0.5, w - 1 - columns, columns)
+        columns = torch.where(torch.rand(processes * b, 1, device=images.device)[own] < 0.5, w - 1 - columns, columns)
     # One gather of flat pixel numbers is 4 times faster than indexing by image, channel, row and column.
     flat = rows[:, :, None] * (w + 2 * crop_padding) + (left + columns)[:, None, :]  # (B, H, W)
     padded = F.pad(images, (crop_padding,) * 4).flatten(2)
@@ -338,63 +337,20 @@ def load_splits(
     choose_rows(parts, validation_fraction, limits, seed)
     sets, skipped = dict.fromkeys(ROLES), {}
     for role in (role for role in ROLES if role in parts):
-        images, labels, bad = decode_part(parts[role], image_column, image_size, num_channels, on_bad_image)
-        sets[role] = ImageTensorDataset(images, labels, class_names)
+        images, rows, bad = decode_part(parts[role], image_column, image_size, num_channels, on_bad_image)
+        labels = torch.from_numpy(parts[role].labels[rows])
+        sets[role] = ImageTensorDataset(images, labels, class_names, torch.from_numpy(rows))
         if bad:
             skipped[role] = bad
         if images.shape[1] == 3:
             num_channels = 3  # a later split may begin with a grey image
-    return _with_doubts(DataSplits(**sets, name=shown_name(name), skipped=skipped), limits)
-
-
-def count_duplicates(train: Tensor, others: Tensor) -> int:
-    """Counts the images of `others` whose pixels are, all of them, those of an image of `train`.
-
-    A first look at the middle `LOOK` bytes of each image leaves few to be hashed as a whole.
-
-    Args:
-        train, others: uint8, shapes (N, C, H, W) and (M, C, H, W).
-    """
-    train_rows, other_rows = train.flatten(1).numpy(), others.flatten(1).numpy()
-    start = max(0, (train_rows.shape[1] - LOOK) // 2)
-    looks = [[hash(row[start : start + LOOK].tobytes()) for row in rows] for rows in (train_rows, other_rows)]
-    alike = set(looks[0]) & set(looks[1])
-    whole = [
-        [
-            blake2b(row.tobytes(), digest_size=16).digest()
-            for row, look in zip(rows, seen, strict=True)
-            if look in alike
-        ]
-        for rows, seen in zip((train_rows, other_rows), looks, strict=True)
-    ]
-    return sum(Counter(whole[1])[digest] for digest in set(whole[0]))
+    return with_doubts(DataSplits(**sets, name=shown_name(name), skipped=skipped), limits)
 
 
 def shown_name(name: str) -> str:
     """What reports, plots and cards call a dataset: a folder or file here by its own name, not its place."""
     path = Path(name).expanduser()
     return text_of(path.resolve().name if path.exists() else name)
-
-
-def _with_doubts(splits: DataSplits, limits: Mapping[str, int | None]) -> DataSplits:
-    """Notes, in place, which classes a set lacks and how many images it shares with train, and warns of both.
-
-    A set that the caller limited to fewer images than there are classes lacks some by that: no warning.
-    """
-    for role, data in splits.sets.items():
-        counts = torch.bincount(data.labels, minlength=splits.num_labels).tolist()
-        missing = [name for name, count in zip(splits.class_names, counts, strict=True) if count == 0]
-        if missing and (limits[role] or splits.num_labels) >= splits.num_labels:
-            splits.missing_classes[role] = missing
-            shown = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
-            text = "%s has no image of %d of the %d classes: %s"
-            logger.warning(text, role, len(missing), splits.num_labels, shown)
-        shared = 0 if splits.train in (None, data) else count_duplicates(splits.train.images, data.images)
-        if shared:
-            splits.duplicates[role] = shared
-            text = "%d of the %d %s images are in train too, to the pixel: accuracy on them says nothing of new images"
-            logger.warning(text, shared, len(data), role)
-    return splits
 
 
 def _limited_digits(given: Mapping[str, Any], limits: Mapping[str, int | None], seed: int) -> DataSplits:
@@ -411,4 +367,4 @@ def _limited_digits(given: Mapping[str, Any], limits: Mapping[str, int | None], 
         if limit is not None:
             data = getattr(splits, role)
             setattr(splits, role, data.subset(stratified(data.labels.numpy(), limit, seed, f"max_{role}_samples")))
-    return _with_doubts(splits, limits)
+    return with_doubts(splits, limits)

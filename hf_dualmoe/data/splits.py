@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .decoding import decode_images
@@ -203,8 +202,8 @@ def choose_rows(parts: dict[str, Part], fraction: float, limits: Mapping[str, in
 
 def decode_part(
     part: Part, image_column: str | None, image_size: int | None, num_channels: int | None, on_bad_image: str
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Returns the decodable images of the part, their labels, and the rows of the undecodable ones."""
+) -> tuple[Tensor, np.ndarray, list[int]]:
+    """Returns the decodable images of the part, their rows (int64), and the rows of the undecodable ones."""
     import datasets
 
     column = _find_column(part.source.features, image_column, "image", datasets.Image, IMAGE_COLUMNS)
@@ -224,7 +223,7 @@ def decode_part(
         if on_bad_image == "raise":
             raise ValueError(f"{message}; on_bad_image='skip' leaves them out")
         logger.warning("%s; skipped", message)
-    return images, torch.from_numpy(part.labels[np.setdiff1d(part.rows, bad)]), bad
+    return images, np.setdiff1d(part.rows, bad), bad
 
 
 # --- choices of rows -------------------------------------------------------------------------------------------------

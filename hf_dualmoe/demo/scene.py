@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from ..attacks.base import NORMS, check_eps
 from ..attacks.pgd import PGD
-from ..attacks.steps import NORMS, check_eps
 from ..data.decoding import open_upright
 from ..data.image_folders import scan
 from ..hub.onnx import LogitsModel
+from ..models.inputs_dualmoe import create_image_processor, luminance
 from ..models.loading import NormalizedClassifier, load_classifier
-from ..models.modeling_dualmoe import create_image_processor, luminance
 from ..models.parts import has_dial, has_experts, mixes_weights
 
 logger = logging.getLogger(__name__)

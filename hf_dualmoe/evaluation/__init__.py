@@ -1,14 +1,16 @@
 """Evaluation: how often a classifier is right on clean and on attacked images, and where its dial should stand.
 
-In: a model and a dataset. Out: a `RobustnessReport`, which is results.json, a table and plots.
+In: a model and a dataset. Out: a `RobustnessReport`, which is results.json, a table and plots; and beside it
+outcomes.parquet, which says of each image what became of it.
 
 Calls: attacks, data, models.
 """
 
 from .calibration import calibrate_robust_logits
-from .dial import AlphaChoice, choose_alpha, sweep_alpha
+from .dial import AlphaChoice, choose_alpha, dial_attack, sweep_alpha
 from .evaluation import evaluate_robustness
 from .metrics import robust_accuracy, wilson_interval
+from .outcomes import recount
 from .plots import save_plots
 from .report import RobustnessReport
 from .sanity import Check, run_sanity_checks
@@ -19,7 +21,9 @@ __all__ = [
     "RobustnessReport",
     "calibrate_robust_logits",
     "choose_alpha",
+    "dial_attack",
     "evaluate_robustness",
+    "recount",
     "robust_accuracy",
     "run_sanity_checks",
     "save_plots",

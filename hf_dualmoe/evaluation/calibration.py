@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..attacks.base import check_alphas, device_of, frozen, percent
 from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
-from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
-from ..models.modeling_dualmoe import apply_logit_map, mix_logits
+from ..models.mixing_dualmoe import apply_logit_map, mix_logits
 from ..models.outputs import logits_of
-from .processes import percent
+from ..models.parts import part_of
 
 # F_R can only hold its own against any F_S where alpha > 1/2; confident maps need alphas close to that
 CALIBRATION_ALPHAS = (0.51, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.995, 1.0)
@@ -33,12 +33,6 @@ POWERS = (1.0, 2.0, 3.0, 4.0)
 ROUNDING = 1e-4  # in points: a floor of 70 is met by the 69.9999988 that float32 makes of it
 
 LogitMap = dict[str, float] | None
-
-
-def check_alphas(alphas: Sequence[float]) -> None:
-    """Raise a ValueError unless there are alphas and all lie in [0, 1]."""
-    if len(alphas) == 0 or not all(0 <= alpha <= 1 for alpha in alphas):
-        raise ValueError(f"alphas={alphas!r} must hold at least one value, each in [0, 1].")
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,6 @@ def calibrate_robust_logits(
     alphas: Sequence[float] = CALIBRATION_ALPHAS,
     ra_share: float = 0.985,
     batch_size: int = 256,
-    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Search the logit map of F_R and the alpha that give the highest SA at almost F_R's own RA.
@@ -85,7 +78,6 @@ def calibrate_robust_logits(
         alphas: Grid of alpha, each in [0, 1]; those up to 1/2 guarantee no robustness. 1 is always among them.
         ra_share: RA to keep, as a share of F_R's under attack, in (0, 1].
         batch_size: Images per forward.
-        device: Where the model is; None = where its parameters are.
         progress: Whether to show progress bars.
 
     Returns:
@@ -101,7 +93,7 @@ def calibrate_robust_logits(
     check_alphas(alphas)
     if not 0 < ra_share <= 1:
         raise ValueError(f"ra_share={ra_share!r} must be in (0, 1].")
-    run = _Calibration(model, dataset, attack, batch_size, device, progress)
+    run = _Calibration(model, dataset, attack, batch_size, progress)
     run.attack_robust()
     robust = run.robust_accuracies()
     floor = ra_share * robust["ra"]
@@ -134,27 +126,16 @@ def _grid(model: nn.Module, scales: Sequence, clamps: Sequence, powers: Sequence
     return [model.config.robust_logit_map, *maps]
 
 
-class Component(nn.Module):
-    """F_S or F_R of a dual model, with its normalisation and without its logit map: images -> logits (B, C)."""
-
-    def __init__(self, model: nn.Module, name: str):
-        super().__init__()
-        self.classifier, self.normalize = getattr(model, name), getattr(model, f"normalize_{name}")
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.normalize(images).to(self.classifier.dtype)).logits
-
-
 class _Mixture(nn.Module):
     """What the dual model would be with another logit map of F_R and another alpha: images -> logits (B, C)."""
 
     def __init__(self, model: nn.Module, candidate: _Candidate):
         super().__init__()
-        self.standard, self.robust = Component(model, "standard"), Component(model, "robust")
+        self.standard, self.robust = part_of(model, "standard"), part_of(model, "robust")
         self.standard_map, self.candidate = model.config.standard_logit_map, candidate
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.mix(self.standard(images), self.robust(images))
+        return self.mix(logits_of(self.standard, images), logits_of(self.robust, images))
 
     def mix(self, standard_logits: Tensor, robust_logits: Tensor) -> Tensor:
         robust_logits = apply_logit_map(robust_logits, self.candidate.robust_logit_map)
@@ -164,10 +145,10 @@ class _Mixture(nn.Module):
 class _Calibration:
     """The images of one calibration, with the logits (N, C) of their clean and attacked versions."""
 
-    def __init__(self, model: nn.Module, dataset: ImageTensorDataset, attack: PGD, batch_size: int, device, progress):
+    def __init__(self, model: nn.Module, dataset: ImageTensorDataset, attack: PGD, batch_size: int, progress: bool):
         self.model, self.dataset, self.attack = model, dataset, attack
         self.batch_size, self.progress = batch_size, progress
-        self.device = next(model.parameters()).device if device is None else device
+        self.device = device_of(model)
         self.labels = dataset.labels
         self.attacked: list[Tensor] = []  # images as F_R alone was attacked, by batch, on the CPU
 
@@ -182,7 +163,7 @@ class _Calibration:
     @torch.no_grad()
     def attack_robust(self) -> None:
         """Attack F_R alone and remember what the search needs."""
-        standard, robust = Component(self.model, "standard"), Component(self.model, "robust")
+        standard, robust = part_of(self.model, "standard"), part_of(self.model, "robust")
         attack = replace(self.attack, objective="margin", keep_best=True)
         rows = {"standard": [], "robust": [], "attacked": []}
         with full_precision(), frozen(self.model):

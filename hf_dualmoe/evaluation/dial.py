@@ -9,19 +9,19 @@ The images must be those of neither training nor test: a choice made on test ima
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..attacks.adaptive_union import worst_case
 from ..attacks.apgd import MIN_CLASSES
-from ..attacks.steps import Attack, check_eps
+from ..attacks.base import Attack, check_alphas, check_eps, percent
 from ..data.datasets import ImageTensorDataset
 from ..models.parts import mixes_weights
-from .calibration import ROUNDING, calibrate_robust_logits, check_alphas
-from .processes import correct_mask, percent
+from .batches import correct_mask
+from .calibration import ROUNDING
 
 ALPHAS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 OTHER_ALPHAS = (0.5, 0.9)  # positions of the dial that `DialAttack` attacks beside the model's own
+RA_TOLERANCE = 1.5  # points of RA that may be given away for SA where no floor is asked for
 SOFT = 1.0  # temperature of its soft routes
 
 
@@ -77,17 +77,29 @@ class DialAttack(Attack):
 
     def __init__(self, *, eps: float, objective: str = "dlr", norm: str = "linf", steps: int = 20, seed: int = 0):
         check_eps(eps, norm)
-        self.settings = {"eps": eps, "norm": norm, "steps": steps, "seed": seed}
+        self.eps, self.norm, self.steps, self.seed = eps, norm, steps, seed
         self.members = (f"whole {objective}", *(f"alpha={alpha:g}" for alpha in OTHER_ALPHAS), f"soft T={SOFT:g}")
 
     def _attack(self, model: DialedModel, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         """An image that breaks the model at its position of the dial where one was found, else the clean image."""
         dual, before = model.model, model.model.config.alpha
         dual.set_alpha(model.alpha)
-        surrogates = {"alphas": OTHER_ALPHAS, "temperatures": (SOFT,), "members": self.members}
-        run = {"own_accuracy": False, "batch_size": len(images), "ids": ids}
         try:
-            found = worst_case(dual, images, labels, **self.settings, **surrogates, **run)
+            found = worst_case(
+                dual,
+                images,
+                labels,
+                eps=self.eps,
+                norm=self.norm,
+                steps=self.steps,
+                seed=self.seed,
+                ids=ids,
+                alphas=OTHER_ALPHAS,
+                temperatures=(SOFT,),
+                members=self.members,
+                own_accuracy=False,
+                batch_size=len(images),
+            )
         finally:
             dual.set_alpha(before)
         return found.adversarial.to(images.device)
@@ -112,7 +124,6 @@ def sweep_alpha(
     attack: Attack,
     alphas: Sequence[float] = ALPHAS,
     batch_size: int = 256,
-    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> list[dict[str, float]]:
     """Measure SA and RA along the dial of a dual model; each alpha is attacked at that alpha.
@@ -123,7 +134,6 @@ def sweep_alpha(
         attack: Attack on the mixture; give it a seed, so that alphas differ in nothing else. See `dial_attack`.
         alphas: Positions to measure, each in [0, 1].
         batch_size: Images per forward.
-        device: Where the model is; None = where its parameters are.
         progress: Whether to show progress bars.
 
     Returns:
@@ -134,13 +144,11 @@ def sweep_alpha(
         ValueError: `alphas` is empty or leaves [0, 1].
     """
     check_alphas(alphas)
-    device = next(model.parameters()).device if device is None else device
-    settings = {"batch_size": batch_size, "device": device}
     sweep = []
     for alpha in alphas:
         dialed, title = DialedModel(model, alpha), f"alpha = {alpha:g}" if progress else None
-        clean = correct_mask(dialed, dataset, **settings)
-        attacked = correct_mask(dialed, dataset, attack=attack, description=title, **settings)
+        clean = correct_mask(dialed, dataset, batch_size=batch_size)
+        attacked = correct_mask(dialed, dataset, attack=attack, batch_size=batch_size, description=title)
         sweep.append({"alpha": float(alpha), "sa": percent(clean), "ra": percent(clean & attacked)})
     return sweep
 
@@ -150,7 +158,6 @@ def choose_alpha(
     *,
     min_sa: float | None = None,
     min_ra: float | None = None,
-    ra_tolerance: float = 1.5,
 ) -> AlphaChoice:
     """Choose a position of the dial; of equally good ones the largest alpha.
 
@@ -158,20 +165,19 @@ def choose_alpha(
         sweep: Points {"alpha", "sa", "ra"} of `sweep_alpha`; accuracies in %.
         min_sa: "At least this SA", in %: the point of highest RA among those that reach it.
         min_ra: "At least this RA", in %: the point of highest SA among those that reach it.
-        ra_tolerance: Without a floor: the point of highest SA among those whose RA is at most this many points below
-            the highest of the sweep. That is often found in the middle of the dial, where attacks meet more resistance
-            than they should; measured against F_R alone (alpha = 1), such a sweep would give away too much RA.
+
+    Without a floor: the point of highest SA among those whose RA is at most `RA_TOLERANCE` points below the highest of
+    the sweep. That is often found in the middle of the dial, where attacks meet more resistance than they should;
+    measured against F_R alone (alpha = 1), such a sweep would give away too much RA.
 
     Raises:
-        ValueError: The sweep is empty, both floors are given, one cannot be reached (the message names the best that
-            can be), or `ra_tolerance` is negative.
+        ValueError: The sweep is empty, both floors are given, or one cannot be reached (the message names the best
+            that can be).
     """
     if not sweep:
         raise ValueError("sweep is empty; expected the points of sweep_alpha.")
     if min_sa is not None and min_ra is not None:
         raise ValueError(f"min_sa={min_sa!r} and min_ra={min_ra!r} were both given; give one floor.")
-    if not ra_tolerance >= 0:  # also true for NaN
-        raise ValueError(f"ra_tolerance={ra_tolerance!r} must be >= 0 points.")
     if min_sa is not None:
         points, goal = _reaching(sweep, "sa", min_sa), "ra"
         rule = f"highest RA with SA of at least {min_sa:g} %"
@@ -179,8 +185,8 @@ def choose_alpha(
         points, goal = _reaching(sweep, "ra", min_ra), "sa"
         rule = f"highest SA with RA of at least {min_ra:g} %"
     else:
-        points, goal = _reaching(sweep, "ra", max(point["ra"] for point in sweep) - ra_tolerance), "sa"
-        rule = f"highest SA with RA at most {ra_tolerance:g} points below the highest of the dial"
+        points, goal = _reaching(sweep, "ra", max(point["ra"] for point in sweep) - RA_TOLERANCE), "sa"
+        rule = f"highest SA with RA at most {RA_TOLERANCE:g} points below the highest of the dial"
     best = max(points, key=lambda point: (point[goal], point["alpha"]))
     return AlphaChoice(best["alpha"], best["sa"], best["ra"], rule)
 
@@ -201,7 +207,6 @@ __all__ = [
     "AlphaChoice",
     "DialAttack",
     "DialedModel",
-    "calibrate_robust_logits",
     "choose_alpha",
     "dial_attack",
     "sweep_alpha",

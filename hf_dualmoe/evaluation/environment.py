@@ -90,15 +90,11 @@ def pixel_radius(text: str) -> float:
     return float(numerator) / divisor
 
 
-def check_counts(counts: dict[str, int | None], num_available: int) -> None:
-    """Raise a ValueError unless all are None or integers >= 1, and `num_images` no more than there are."""
-    for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-    if (counts["num_images"] or 1) > num_available:
+def check_num_images(num_images: int | None, num_available: int) -> None:
+    """Raise a ValueError where more images are asked for than there are."""
+    if (num_images or 1) > num_available:
         raise ValueError(
-            f"num_images={counts['num_images']!r}, but the dataset has {num_available} images; allowed is 1 to "
-            f"{num_available}."
+            f"num_images={num_images!r}, but the dataset has {num_available} images; allowed is 1 to {num_available}."
         )
 
 

@@ -6,21 +6,26 @@ each other and all noise is seeded by their numbers, so that several processes f
 
 import os
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..attacks.auto_attack import VERSIONS
+from ..attacks.auto_attack import DTYPES, VERSIONS
+from ..attacks.base import check_alphas, check_choice, check_counts, check_eps, device_of, frozen
 from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
-from ..attacks.steps import check_eps, frozen
 from ..data.datasets import ImageTensorDataset
 from ..models.parts import has_dial
-from .dial import DialedModel
-from .environment import check_class_names, check_counts, check_image_shape, describe_environment, describe_model
+from .environment import (
+    check_class_names,
+    check_image_shape,
+    check_num_images,
+    describe_environment,
+    describe_model,
+)
 from .measurements import Evaluation
-from .processes import Processes, correct_mask, device_of, measurer_of, percent
+from .processes import Processes, open_measurer
 from .report import RobustnessReport
 
 if TYPE_CHECKING:
@@ -34,7 +39,7 @@ LEVELS = {
     "full": PARTS,
 }
 SANITY = {"quick": {"num_images": 64, "square_queries": 100}}  # what the sanity checks spend, by level
-SANITY_DEFAULT = {"num_images": 200}
+SANITY_DEFAULT = {"num_images": 200, "square_queries": 200}
 
 
 def evaluate_robustness(
@@ -58,6 +63,7 @@ def evaluate_robustness(
     worst_case_steps: int | None = None,
     union_restarts: int = 1,
     autoattack_version: str | None = None,
+    attack_dtype: str = "fp32",
     sanity_images: int | None = None,
     check_names: bool = True,
     accelerator: "Accelerator | None" = None,
@@ -79,7 +85,8 @@ def evaluate_robustness(
         batch_size: Images per forward.
         seed: Seed of the attacks and of the choice of `num_images`.
         dataset_name: Name to report.
-        path: Where to write the report after every measurement; None = nowhere.
+        path: Where to write the report after every measurement, and beside it the record of what became of each image
+            (`outcomes`); None = nowhere.
         progress: Whether to show progress bars.
         level: "quick" (SA and PGD of the model, its components, the dial, small sanity checks), "standard" (adds
             RA-E, RA-R, the adaptive worst case, accuracy against eps, larger checks), "full" (adds AutoAttack), or
@@ -91,6 +98,8 @@ def evaluate_robustness(
         union_restarts: Random starts per member of the worst case. A plain network has 2 members where a dual model of
             mixtures has a dozen or more: give it as many restarts where the two are compared.
         autoattack_version: "standard", "few_classes" or "fast"; None = the first that the number of classes allows.
+        attack_dtype: Precision in which AutoAttack searches, "fp32" or "bf16"; every success is confirmed in fp32, and
+            what survives is attacked again there, see `autoattack`. All other attacks are in fp32.
         sanity_images: Images for the sanity checks; None = 64 at level "quick", else 200.
         check_names: Whether the dataset's class names must be those of the model's `id2label`.
         accelerator: Share the images among its processes, all of which call this function and get the same report;
@@ -109,7 +118,6 @@ def evaluate_robustness(
     """
     floors = {"min_sa": min_sa, "min_ra": min_ra}
     counts = {"batch_size": batch_size, "sanity_images": sanity_images, "worst_case_steps": worst_case_steps}
-    counts["union_restarts"] = union_restarts
     parts = check_evaluation(
         model,
         (dataset, held_out),
@@ -118,31 +126,55 @@ def evaluate_robustness(
         level=level,
         alphas=alphas,
         floors=floors,
-        counts={**counts, "num_images": num_images},
+        counts={**counts, "union_restarts": union_restarts, "num_images": num_images},
         autoattack_version=autoattack_version,
+        attack_dtype=attack_dtype,
         check_names=check_names,
     )
-    effort = sanity_effort(level, sanity_images)
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
     attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)
-    storing = {"batch_size": batch_size, "progress": progress, "resume_dir": resume_dir, "fresh": fresh}
     with full_precision(), frozen(model):
-        run = start(model, dataset, attack, dataset_name, path, accelerator, **storing)
-        union = (worst_case_steps or steps, union_restarts)
-        measure(run, parts, (alphas, held_out, floors), union, autoattack_version, effort)
+        run = begin(
+            model,
+            dataset,
+            attack,
+            dataset_name=dataset_name,
+            path=path,
+            batch_size=batch_size,
+            progress=progress,
+            accelerator=accelerator,
+            resume_dir=resume_dir,
+            fresh=fresh,
+        )
+        measure(
+            run,
+            parts,
+            alphas=alphas,
+            held_out=held_out,
+            floors=floors,
+            union_steps=worst_case_steps or steps,
+            union_restarts=union_restarts,
+            autoattack_version=autoattack_version,
+            attack_dtype=attack_dtype,
+            sanity=sanity_effort(level, sanity_images),
+        )
     return run.report
 
 
-def start(
+def begin(
     model: nn.Module,
     dataset: ImageTensorDataset,
     attack: PGD,
+    *,
     dataset_name: str,
     path: str | os.PathLike | None,
+    batch_size: int,
+    progress: bool,
     accelerator: "Accelerator | None",
-    **storing: Any,
+    resume_dir: str | os.PathLike | None,
+    fresh: bool,
 ) -> Evaluation:
-    """An evaluation that has measured nothing yet; `storing` as in `measurer_of`."""
+    """An evaluation that has measured nothing yet; arguments as in `evaluate_robustness`."""
     processes = Processes(accelerator)
     report = RobustnessReport(
         model=describe_model(model),
@@ -151,32 +183,49 @@ def start(
         seeds={"evaluation": attack.seed},
         environment={**describe_environment(device_of(model)), "processes": processes.count},
     )
-    measurer = measurer_of(model, dataset, processes, **storing, attack=repr(attack))
-    return Evaluation(model, report, attack, path, **measurer)
+    measurer = open_measurer(
+        model,
+        dataset,
+        processes,
+        settings={"attack": repr(attack)},
+        batch_size=batch_size,
+        progress=progress,
+        resume_dir=resume_dir,
+        fresh=fresh,
+    )
+    return Evaluation(model, report, attack, measurer, path)
 
 
 def measure(
     run: Evaluation,
     parts: Sequence[str],
-    dial: tuple[Sequence[float], ImageTensorDataset | None, dict[str, float | None]],
-    union: tuple[int, int],
+    *,
+    alphas: Sequence[float],
+    held_out: ImageTensorDataset | None,
+    floors: Mapping[str, float | None],
+    union_steps: int,
+    union_restarts: int,
     autoattack_version: str | None,
-    sanity: dict[str, int],
+    attack_dtype: str,
+    sanity: Mapping[str, int],
 ) -> None:
-    """Measure the whole model, then `parts` in the order of `PARTS`; `dial` and `union` are arguments of methods."""
+    """Measure the whole model, then `parts` in the order of `PARTS`; arguments as in `evaluate_robustness`."""
     run.whole()
-    for name, take in {
-        "components": run.components,
-        "routing": run.routing,
-        "dial": lambda: run.dial(*dial),
-        "component_attacks": run.component_attacks,
-        "eps_curve": run.eps_curve,
-        "worst_case": lambda: run.worst_case(*union),
-        "autoattack": lambda: run.autoattack(autoattack_version),
-        "sanity": lambda: run.sanity(**sanity),
-    }.items():
-        if name in (*parts, "routing"):
-            take()
+    if "components" in parts:
+        run.components()
+    run.routing()  # was seen on the way
+    if "dial" in parts:
+        run.dial(alphas, held_out, **floors)
+    if "component_attacks" in parts:
+        run.component_attacks()
+    if "eps_curve" in parts:
+        run.eps_curve()
+    if "worst_case" in parts:
+        run.worst_case(union_steps, union_restarts)
+    if "autoattack" in parts:
+        run.autoattack(autoattack_version, attack_dtype)
+    if "sanity" in parts:
+        run.sanity(**sanity)
     run.finish()
 
 
@@ -191,12 +240,13 @@ def check_evaluation(
     floors: dict[str, float | None] | None = None,
     counts: dict[str, int | None] | None = None,
     autoattack_version: str | None = None,
+    attack_dtype: str = "fp32",
     check_names: bool = True,
 ) -> Sequence[str]:
     """Check what `evaluate_robustness` is asked for, before anything is measured; returns the parts to measure.
 
     Args:
-        model, eps, norm, level, alphas, autoattack_version, check_names: As there.
+        model, eps, norm, level, alphas, autoattack_version, attack_dtype, check_names: As there.
         datasets: Test images, and held-out images or None.
         floors, counts: Its arguments `min_sa` and `min_ra`, and those that count something, by name; None = not given.
 
@@ -204,9 +254,20 @@ def check_evaluation(
         ValueError: An argument is out of range, or does not fit the model or the images.
     """
     parts = parts_of(level, eps)
-    check_settings(model, eps, norm, alphas, parts, floors or {}, autoattack_version)
-    if counts is not None:
-        check_counts(counts, len(datasets[0]))
+    check_eps(eps, norm)
+    if eps == 0 and {"eps_curve", "sanity"} & set(parts):
+        raise ValueError("eps=0 leaves nothing to check; give eps > 0, or level='quick'.")
+    has_sweep = has_dial(model) and "dial" in parts
+    if has_sweep:
+        check_alphas(alphas)
+    check_floors(floors or {}, has_sweep)
+    if autoattack_version is not None:
+        check_choice("autoattack_version", autoattack_version, VERSIONS)
+    check_choice("attack_dtype", attack_dtype, DTYPES)
+    if attack_dtype != "fp32" and "autoattack" not in parts:
+        raise ValueError(f"attack_dtype={attack_dtype!r} is for AutoAttack; level={level!r} leaves it out.")
+    check_counts(counts or {})
+    check_num_images((counts or {}).get("num_images"), len(datasets[0]))
     check_model(model, datasets, check_names)
     return parts
 
@@ -238,30 +299,16 @@ def check_model(model: nn.Module, datasets: Sequence[ImageTensorDataset | None],
         warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=4)
 
 
-def check_settings(model, eps, norm, alphas, parts, floors, autoattack_version) -> None:
-    """Raise a ValueError that names the first argument that is out of range or does not fit the model."""
-    check_eps(eps, norm)
-    if eps == 0 and {"eps_curve", "sanity"} & set(parts):
-        raise ValueError("eps=0 leaves nothing to check; give eps > 0, or level='quick'.")
-    if has_dial(model) and "dial" in parts:
-        check_alphas(alphas)
+def check_floors(floors: Mapping[str, float | None], has_sweep: bool) -> None:
+    """Raise a ValueError unless there is at most one floor of "min_sa" and "min_ra", in %, and a dial to choose."""
     given = {name: floor for name, floor in floors.items() if floor is not None}
     for name, floor in given.items():
         if not isinstance(floor, (int, float)) or not 0 <= floor <= 100:
             raise ValueError(f"{name}={floor!r} must be an accuracy in %, in [0, 100].")
-        if not (has_dial(model) and "dial" in parts):
+        if not has_sweep:
             raise ValueError(f"{name}={floor!r} chooses the dial of a dual model; there is none to measure here.")
     if len(given) > 1:
         raise ValueError(f"min_sa={floors['min_sa']!r} and min_ra={floors['min_ra']!r} were both given; give one.")
-    if autoattack_version not in (None, *VERSIONS):
-        allowed = ", ".join(map(repr, VERSIONS))
-        raise ValueError(f"autoattack_version={autoattack_version!r} is not one of {allowed}.")
 
 
-def check_alphas(alphas: Sequence[float]) -> None:
-    """Raise a ValueError unless there are alphas and all lie in [0, 1]."""
-    if len(alphas) == 0 or not all(0 <= alpha <= 1 for alpha in alphas):
-        raise ValueError(f"alphas={alphas!r} must hold at least one value, each in [0, 1].")
-
-
-__all__ = ["LEVELS", "PARTS", "DialedModel", "RobustnessReport", "correct_mask", "evaluate_robustness", "percent"]
+__all__ = ["ALPHAS", "LEVELS", "PARTS", "RobustnessReport", "check_evaluation", "evaluate_robustness"]

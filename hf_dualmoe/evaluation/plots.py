@@ -9,13 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ..attacks.base import device_of, frozen
 from ..attacks.pgd import PGD
-from ..attacks.steps import frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
 from ..models.outputs import logits_of
 from .report import RobustnessReport
 
 BLUE, RED, GREEN, ORANGE, GREY = "#3b6fb6", "#d1495b", "#2e8b57", "#e08e0b", "#555555"
+EXAMPLES = 6  # images in the strip
+LONGEST_NAME = 14  # characters of a class name under its picture
 
 
 def radius_text(eps: float, norm: str) -> str:
@@ -198,26 +200,22 @@ class AttackExamples:
 
 
 @torch.no_grad()
-def attack_examples(
-    model: nn.Module, dataset: ImageTensorDataset, *, attack: PGD, count: int = 6, seed: int = 0
-) -> AttackExamples:
-    """Attack a seeded choice of images for `plot_examples`, not picked by outcome.
+def attack_examples(model: nn.Module, dataset: ImageTensorDataset, *, attack: PGD) -> AttackExamples:
+    """Attack a few images for `plot_examples`, chosen by chance and not by outcome.
 
     Args:
         model: Classifier of images in [0, 1]; held in eval mode.
         dataset: Images to choose from.
         attack: Attack to show.
-        count: Number of images; fewer where the dataset is smaller.
-        seed: Of the choice.
     """
-    sample = dataset.take(count, seed=seed) if count < len(dataset) else dataset
-    device = next(model.parameters(), torch.zeros(0)).device
+    sample = dataset.take(EXAMPLES) if len(dataset) > EXAMPLES else dataset
+    device = device_of(model)
     clean, labels = to_unit_range(sample.images).to(device), sample.labels.to(device)
     with frozen(model):
         attacked = attack(model, clean, labels)
-        predictions = [logits_of(model, images).argmax(dim=1).cpu() for images in (clean, attacked)]
+        seen, fooled = (logits_of(model, images).argmax(dim=1).cpu() for images in (clean, attacked))
     title = f"PGD-{attack.steps}, {radius_text(attack.eps, attack.norm)}"
-    return AttackExamples(clean.cpu(), attacked.cpu(), sample.labels, *predictions, sample.class_names, title)
+    return AttackExamples(clean.cpu(), attacked.cpu(), sample.labels, seen, fooled, sample.class_names, title)
 
 
 def plot_examples(examples: AttackExamples, path: str | os.PathLike) -> None:
@@ -271,9 +269,9 @@ def save_plots(report: RobustnessReport, folder: Path, examples: AttackExamples 
     return drawn
 
 
-def shorten(name: str, length: int = 14) -> str:
+def shorten(name: str) -> str:
     """A class name that fits under its picture."""
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 __all__ = [

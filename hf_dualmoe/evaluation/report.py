@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ class RobustnessReport:
             `components` has `sa` and `ra_pgd<steps>` for F_S and F_R; `expert_load` the mean weight of each expert in
             the outputs, in %, on clean and attacked images (with top-1 routing, the share of images that it gets), and
             `route_flip_rate` the share of first choices that differ between them, in %; `eps_curve` one {"eps",
-            "ra_pgd<steps>"} per radius.
+            "ra_pgd<steps>"} per radius; `autoattack` what stands after each of its attacks, in %, and after a search
+            in half precision `autoattack_sources` how many images each precision broke (see `AutoAttackResult`).
         alpha_sweep: One {"alpha", "sa", "ra_<attack>"} per position of the dial, each attacked at that position.
         controls: Results of other models for comparison, by name.
         sanity: Name of a check -> {"passed", "message"}.
@@ -34,6 +35,7 @@ class RobustnessReport:
         alpha_choice: Recommended `alpha`, its `sa` and `ra` in %, the `rule`, and the images it was `chosen_on`.
         failures: Name of a measurement -> why it is missing, or which images failed and count as wrong.
         cost: Measurement -> mean `forward` and `gradient` passes per image, and `seconds`; their sum is `total`.
+        outcomes: Name of the file beside the report that says what became of each image; "" = there is none.
     """
 
     model: dict[str, Any]
@@ -50,6 +52,7 @@ class RobustnessReport:
     alpha_choice: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    outcomes: str = ""
 
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON, replacing the file in one step: a reader or a crash never meets half a report."""
@@ -63,7 +66,10 @@ class RobustnessReport:
         return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
     def table(self) -> str:
-        """A table for the terminal: whole model with its intervals, components and dial; "-" = not measured."""
+        """A table for the terminal: whole model with its intervals, components and dial; "-" = not measured.
+
+        Below it stands in which precision AutoAttack searched, where that was not fp32.
+        """
         attacks = [name for name in self.metrics if name.startswith("ra_")]
         titles = [name.removeprefix("ra_").replace("_", " ").upper() for name in attacks]
         rows = [["", "SA %", *(f"RA {title} %" for title in titles)]]
@@ -78,13 +84,19 @@ class RobustnessReport:
             add(f"  {name} alone", values)
         for values in self.alpha_sweep:
             add(f"  dial at alpha = {values['alpha']:g}", values)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join(lines)
+        precision = self.autoattack_precision()
+        return "\n".join([aligned(rows), *([precision] if precision else [])])
+
+    def autoattack_precision(self) -> str:
+        """In which precision AutoAttack searched and what each found, in a sentence; empty where it was fp32."""
+        found = self.metrics.get("autoattack_sources")
+        if not found:
+            return ""
+        return (
+            f"AutoAttack searched in half precision. Images broken: {found['confirmed']} there, confirmed in fp32; "
+            f"{found['again_in_fp32']} by the same attacks again in fp32; {found['survivors_in_fp32']} survivors by "
+            f"the last attack, in fp32. Not counted: {found['not_confirmed']} that fell in half precision alone."
+        )
 
     def notes(self) -> list[str]:
         """Lines to read with the table: the recommended alpha, the checks, what failed, the cost."""
@@ -105,4 +117,14 @@ class RobustnessReport:
         return lines
 
 
-__all__ = ["RobustnessReport"]
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a table for the terminal: a line below the first row, all columns but one to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+__all__ = ["RobustnessReport", "aligned"]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks.apgd import APGD, MIN_CLASSES, PassCounter
+from ..attacks.base import check_batch, check_counts, check_eps, device_of, frozen, percent
 from ..attacks.flags import Flag, NoGradientError, gradient_counts, probe_model, square_flag, weights_digest
 from ..attacks.pgd import PGD
 from ..attacks.precision import full_precision
 from ..attacks.square import Square
-from ..attacks.steps import check_batch, check_eps, frozen
 from ..data.datasets import ImageTensorDataset, to_unit_range
 from ..models.outputs import logits_of
 from .metrics import wilson_interval
@@ -63,11 +63,8 @@ def run_sanity_checks(
     steps: int = 50,
     seed: int = 0,
     batch_size: int = 256,
-    device: str | torch.device | None = None,
     num_images: int = 200,
     square_queries: int = 200,
-    stronger_ra: float | None = None,
-    worst_case: Mapping[str, float] | None = None,
     progress: bool = True,
 ) -> dict[str, Check]:
     """Run all checks on a sample of a dataset, in eval mode.
@@ -80,40 +77,36 @@ def run_sanity_checks(
         steps: PGD steps.
         seed: Of the choice of images and of the attacks.
         batch_size: Images per forward.
-        device: Where the model is; None = where its parameters are.
         num_images: Images to use, drawn with the class shares of the whole; all where there are fewer.
         square_queries: Queries per image of the gradient-free attack.
-        stronger_ra: RA in %, under a stronger attack on the same images; None = APGD-CE and APGD-DLR are run.
-        worst_case: Member -> RA in % of an adaptive worst case, and its "union"; None = no such check.
         progress: Whether to show a progress bar.
 
     Returns:
-        Name -> check: "batch_size", "eps_monotone", "steps_monotone", "large_eps", "stronger_attack", "worst_case"
-        (where given), and AutoAttack's "random_output", "probability_output", "zero_gradients", "square_stronger" and
-        "changing_model". Where no gradient flows at all, checks that need one fail unrun.
+        Name -> check: "batch_size", "eps_monotone", "steps_monotone", "large_eps", "stronger_attack" (APGD on the
+        cross-entropy and the difference of logits ratio, against PGD), and AutoAttack's "random_output",
+        "probability_output", "zero_gradients", "square_stronger" and "changing_model". Where no gradient flows at all,
+        checks that need one fail unrun.
 
     Raises:
         ValueError: A setting, image or label is out of range, or the model returns NaN.
     """
     check_eps(eps, norm)
-    for name, value in (("eps", eps), ("steps", steps), ("num_images", num_images), ("batch_size", batch_size)):
-        if not value > 0:
-            raise ValueError(f"{name}={value!r} must be > 0.")
+    if not eps > 0:
+        raise ValueError(f"eps={eps!r} must be > 0.")
+    counts = {"steps": steps, "num_images": num_images, "batch_size": batch_size, "square_queries": square_queries}
+    check_counts(counts)
     sample = dataset.take(num_images, seed=seed) if num_images < len(dataset) else dataset
-    device = next(model.parameters()).device if device is None else device
     with torch.inference_mode(False), torch.no_grad(), full_precision(), frozen(model, seed=seed):
-        run = _Run(model, sample, eps, norm, steps, seed, batch_size, device)
+        run = _Run(model, sample, eps, norm, steps, seed, batch_size)
         before = weights_digest(model)
         checks = run.probe()
-        gradients = run.gradient_checks(stronger_ra, square_queries)
+        gradients = run.gradient_checks(square_queries)
         for name, check in tqdm(gradients.items(), desc="sanity checks", disable=not progress, leave=False):
             try:
                 checks[name] = check()
             except NoGradientError as error:
                 checks[name] = Check(False, f"not run: {error}")
         checks["changing_model"] = run.unchanged(checks["changing_model"], before)
-    if worst_case is not None:
-        checks["worst_case"] = worst_case_check(worst_case)
     return checks
 
 
@@ -143,7 +136,7 @@ def gap_check(ra: float, stronger_ra: float) -> Check:
 def large_radius_check(robust: Tensor, radius: float, num_classes: int) -> Check:
     """Hardly an image, of robust (N,) bool, may stand within a radius that erases it."""
     limit = min(LARGE_RADIUS_RA, 100 / num_classes)
-    ra, (low, high) = _percent(robust), wilson_interval(int(robust.sum()), len(robust))
+    ra, (low, high) = percent(robust), wilson_interval(int(robust.sum()), len(robust))
     message = f"RA is {ra:.2f} % at eps = {radius:.4g} (95 % interval {low:.2f} to {high:.2f}; allowed {limit:g})"
     return Check(ra <= limit, message, {"ra": ra, "interval": [low, high], "eps": radius, "limit": limit})
 
@@ -164,12 +157,8 @@ def worst_case_check(worst_case: Mapping[str, float]) -> Check:
     return Check(worst_case["union"] <= members[weakest] + 1e-6, message, dict(worst_case))
 
 
-def _percent(mask: Tensor) -> float:
-    return 100 * mask.double().mean().item()
-
-
-def _from_flag(flag: Flag, **values: float) -> Check:
-    return Check(not flag.raised, flag.message, values)
+def _from_flag(flag: Flag, values: Mapping[str, float] | None = None) -> Check:
+    return Check(not flag.raised, flag.message, dict(values or {}))
 
 
 # --- measurements ----------------------------------------------------------------------------------------------------
@@ -178,8 +167,18 @@ def _from_flag(flag: Flag, **values: float) -> Check:
 class _Run:
     """The images of one run, and the accuracies of the model on them; each attack runs once."""
 
-    def __init__(self, model, sample: ImageTensorDataset, eps, norm, steps, seed, batch_size, device):
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: ImageTensorDataset,
+        eps: float,
+        norm: str,
+        steps: int,
+        seed: int,
+        batch_size: int,
+    ):
         self.model, self.eps, self.norm, self.steps, self.seed = model, eps, norm, steps, seed
+        device = device_of(model)
         self.images, self.labels = to_unit_range(sample.images).to(device), sample.labels.to(device)
         check_batch(self.images, self.labels)
         self.chunks = torch.arange(len(self.labels)).split(batch_size)
@@ -194,7 +193,7 @@ class _Run:
             logits, flags = probe_model(PassCounter(self.model), images, labels)
             checks = {name: _from_flag(flag) for name, flag in flags.items()}
             counts = gradient_counts(self.model, images, labels)
-            checks["zero_gradients"] = _from_flag(flags["zero_gradients"], **counts)
+            checks["zero_gradients"] = _from_flag(flags["zero_gradients"], counts)
         except NoGradientError as error:
             self.blocked, logits = str(error), logits_of(self.model, images)
             checks = {
@@ -218,13 +217,13 @@ class _Run:
         values = {"largest_difference": difference, "allowed": allowed, "class_flips": flips}
         return Check(flips == 0 and difference <= allowed, f"{message} (allowed 0 and {allowed:.3g})", values)
 
-    def gradient_checks(self, stronger_ra: float | None, square_queries: int) -> dict[str, Callable[[], Check]]:
+    def gradient_checks(self, square_queries: int) -> dict[str, Callable[[], Check]]:
         """The checks that attack, by name, still to be run."""
         return {
             "eps_monotone": self.eps_check,
             "steps_monotone": self.steps_check,
             "large_eps": self.large_check,
-            "stronger_attack": lambda: self.stronger_check(stronger_ra),
+            "stronger_attack": self.stronger_check,
             "square_stronger": lambda: self.square_check(square_queries),
         }
 
@@ -239,7 +238,7 @@ class _Run:
             self.masks[attack] = mask
         return self.masks[attack]
 
-    def _strike(self, attack, mask: Tensor, rows: Tensor) -> None:
+    def _strike(self, attack: PGD | APGD | Square, mask: Tensor, rows: Tensor) -> None:
         """Attack the images at `rows` and strike those that fall from `mask`."""
         attacked = attack(self.model, self.images[rows], self.labels[rows], ids=rows.cpu())
         mask[rows] = logits_of(self.model, attacked).argmax(dim=1) == self.labels[rows]
@@ -253,12 +252,12 @@ class _Run:
     def eps_check(self) -> Check:
         largest = 1.0 if self.norm == "linf" else float("inf")
         grid = [0.0, *(min(factor * self.eps, largest) for factor in (0.5, 1, 2, 4))]
-        ra = [_percent(self.clean), *(_percent(self.pgd(eps)) for eps in grid[1:])]
+        ra = [percent(self.clean), *(percent(self.pgd(eps)) for eps in grid[1:])]
         return monotone_check(ra, grid, "eps", len(self.labels))
 
     def steps_check(self) -> Check:
         grid = [*(steps for steps in (1, 5, 20) if steps < self.steps), self.steps]
-        return monotone_check([_percent(self.pgd(steps=n)) for n in grid], grid, "steps", len(self.labels))
+        return monotone_check([percent(self.pgd(steps=n)) for n in grid], grid, "steps", len(self.labels))
 
     def large_check(self) -> Check:
         radius = LARGE_RADIUS * (1 if self.norm == "linf" else self.images[0].numel() ** 0.5)
@@ -270,18 +269,18 @@ class _Run:
         standing = self.pgd()
         for objective in ("ce", "dlr"):
             if self.num_classes >= MIN_CLASSES[objective]:
-                common = {"eps": self.eps, "norm": self.norm, "steps": self.steps, "seed": self.seed}
-                standing = self.robust(APGD(objective=objective, **common), among=standing)
+                attack = APGD(eps=self.eps, norm=self.norm, steps=self.steps, objective=objective, seed=self.seed)
+                standing = self.robust(attack, among=standing)
         return standing
 
-    def stronger_check(self, stronger_ra: float | None) -> Check:
-        return gap_check(_percent(self.pgd()), _percent(self.gradient_union()) if stronger_ra is None else stronger_ra)
+    def stronger_check(self) -> Check:
+        return gap_check(percent(self.pgd()), percent(self.gradient_union()))
 
     def square_check(self, queries: int) -> Check:
         before = self.clean if self.blocked else self.gradient_union()
         after = self.robust(Square(eps=self.eps, norm=self.norm, queries=queries, seed=self.seed), among=before)
-        shares = {"gradients": _percent(before) / 100, "square": _percent(after) / 100}
-        return _from_flag(square_flag(shares, len(before)), **{name: 100 * value for name, value in shares.items()})
+        shares = {"gradients": percent(before) / 100, "square": percent(after) / 100}
+        return _from_flag(square_flag(shares, len(before)), {name: 100 * value for name, value in shares.items()})
 
     def unchanged(self, check: Check, before: str) -> Check:
         """The check of the model's weights, after all attacks."""

@@ -277,6 +277,8 @@ def results_text(report: RobustnessReport | None) -> dict[str, Any]:
         "results_table": results_table(report),
         "threat": threat_text(report),
         "results_note": results_note(report),
+        "autoattack_precision": report.autoattack_precision(),
+        "outcomes": report.outcomes,
         "members_table": markdown_table(
             ["attack", "accuracy %"],
             [(name, percent_text(value)) for name, value in sorted(members.items(), key=lambda item: item[1])],

@@ -14,6 +14,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.environment import write_text
+from ..evaluation.outcomes import OUTCOMES_NAME
 from ..evaluation.report import RobustnessReport
 from ..models.loading import is_foreign
 from .card_text import (
@@ -110,8 +111,8 @@ def refresh_model_card(
     """Put a new evaluation on the card of the evaluated model.
 
     Where `model` is a local folder and the report measures all that the folder's own report does (same data, norm and
-    radius), report and plots are copied there and its card is rendered again. Otherwise a card is written beside the
-    evaluation, in `output_dir`.
+    radius), report, record and plots are copied there and its card is rendered again. Otherwise a card is written
+    beside the evaluation, in `output_dir`.
 
     Returns:
         The card, or None where it is in the hands of somebody; see `write_model_card`.
@@ -128,7 +129,7 @@ def refresh_model_card(
         return write_model_card(output_dir, report, model_name=model_name(folder))
     if folder.resolve() != output_dir.resolve():
         report.save(folder / RESULTS_NAME)
-        for name in PLOTS:
+        for name in (OUTCOMES_NAME, *PLOTS):
             (folder / name).unlink(missing_ok=True)
             if (output_dir / name).is_file():
                 shutil.copyfile(output_dir / name, folder / name)

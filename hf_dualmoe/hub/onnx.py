@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..attacks.steps import frozen
+from ..attacks.base import frozen
 from ..models.outputs import logits_of
 from ..models.parts import has_dial, has_experts, is_dual, mixes_weights
 

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
 
+from ..evaluation.outcomes import OUTCOMES_NAME
 from ..evaluation.report import RobustnessReport
 from .card_text import PLOTS
 from .local_paths import LOCAL_PATH, PROCESSOR_NAME, check_no_path, cleaned_texts, is_private, shorten_paths
@@ -46,8 +47,8 @@ from .model_card import (
 )
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-SENT = (CONFIG_NAME, PROCESSOR_NAME, RESULTS_NAME, CARD_NAME, "*.png", "*.svg", *WEIGHTS)
-REPLACED = (RESULTS_NAME, *PLOTS, *WEIGHTS)  # removed from the repository where the folder no longer has them
+SENT = (CONFIG_NAME, PROCESSOR_NAME, RESULTS_NAME, OUTCOMES_NAME, CARD_NAME, "*.png", "*.svg", *WEIGHTS)
+REPLACED = (RESULTS_NAME, OUTCOMES_NAME, *PLOTS, *WEIGHTS)  # removed from the repository where no longer in the folder
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
@@ -119,26 +120,26 @@ def plan_upload(folder: str | os.PathLike, repo_id: str, *, refuse_pickles: bool
     """
     folder = Path(folder)
     check_repo_id(repo_id)
-    config = check_saved_folder(folder)
+    check_saved_folder(folder)
     names = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles and refuse_pickles:
+    if refuse_pickles and (pickles := [name for name in names if name.endswith(PICKLES)]):
         raise ValueError(
             f"{folder} holds {', '.join(pickles)}: pickles can run code where they are loaded and are not published. "
             "Move them away, or publish a folder that save_pretrained wrote."
         )
-    code = code_files(folder, config)
+    code = code_files(folder)
     wanted = [name for name in names if (folder / name).is_file() and any(fnmatch(name, o) for o in (*SENT, *code))]
     files = {name: folder / name for name in wanted if name != CARD_NAME}
     if missing := [name for name in code if name not in files]:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing)}, which config.json's auto_map or one of its code files names."
+            f"{folder} lacks {', '.join(missing)}, which the auto_map of a JSON file or one of its code files names."
         )
     check_weights(files)
     card = final_card(folder, repo_id, **metadata)
     texts = cleaned_texts(files)
-    read = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in files.items() if is_text(name)}
-    check_no_token({**read, CARD_NAME: card})
+    read = {name: path for name, path in files.items() if path.suffix in (".json", ".py", ".svg")}
+    texts_read = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in read.items()}
+    check_no_token({**texts_read, CARD_NAME: card})
     left_out = [name for name in names if name not in files and name != CARD_NAME]
     return Upload(repo_id, files, texts, card, left_out, upload_warnings(folder, files))
 
@@ -147,15 +148,14 @@ def check_repo_id(repo_id: str) -> None:
     """Raise a ValueError unless `repo_id` has the form user/name."""
     try:
         validate_repo_id(repo_id)
-        valid = repo_id.count("/") == 1
     except ValueError as error:
         raise ValueError(f"repo_id={repo_id!r} is not valid: {error}") from error
-    if not valid:
+    if repo_id.count("/") != 1:
         raise ValueError(f"repo_id={repo_id!r} is not valid; expected user/name.")
 
 
-def check_saved_folder(folder: Path) -> dict[str, Any]:
-    """The configuration of a saved model; ValueError where the folder holds none."""
+def check_saved_folder(folder: Path) -> None:
+    """Raise a ValueError unless the folder holds a saved model."""
     if not folder.is_dir():
         raise ValueError(f"model={str(folder)!r} is not a folder; expected one that save_pretrained wrote.")
     if not (folder / CONFIG_NAME).is_file():
@@ -163,19 +163,27 @@ def check_saved_folder(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG_NAME)
     if "model_type" not in config:
         raise ValueError(f"{folder / CONFIG_NAME} names no model_type; expected the config of a transformers model.")
-    return config
 
 
-def code_files(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Files of the code that `auto_map` calls, and of the code beside it that these import, whether there or not."""
+def code_files(folder: Path) -> list[str]:
+    """Files of the code of model and image processor, and of all code beside it that these import.
+
+    Whether they are there or not: `save_pretrained` writes them, but somebody may have moved a folder in part.
+    """
     found: list[str] = []
-    modules = [str(target).split("--")[-1].split(".")[0] for target in config.get("auto_map", {}).values()]
+    modules = [module for name in (CONFIG_NAME, PROCESSOR_NAME) for module in named_modules(folder / name)]
     while modules:
         name = f"{modules.pop()}.py"
         if name not in found:
             found.append(name)
             modules += get_relative_imports(folder / name) if (folder / name).is_file() else []
     return sorted(found)
+
+
+def named_modules(path: Path) -> list[str]:
+    """The modules that the `auto_map` of a JSON file names, as in {"AutoModel": "module.Class"}."""
+    auto_map = read_json(path).get("auto_map", {}) if path.is_file() else {}
+    return [str(target).split("--")[-1].split(".")[0] for target in auto_map.values()]
 
 
 def check_weights(files: dict[str, Path]) -> None:
@@ -222,11 +230,6 @@ def hide_tokens(text: str, given: str | None = None) -> str:
     for secret in {given, (given or "").strip(), get_token()} - {None, ""}:
         text = text.replace(secret, "***")
     return TOKEN.sub("***", text)
-
-
-def is_text(name: str) -> bool:
-    """Whether a file that is sent is read as text."""
-    return name.endswith((".json", ".py", ".svg"))
 
 
 def upload_warnings(folder: Path, files: Iterable[str]) -> list[str]:
@@ -362,10 +365,11 @@ def push_model(
         if report is not None:
             report.save(folder / RESULTS_NAME)
         elif (origin := origin_of(model)) and same_model(origin, folder):
-            for path in (*origin.glob("*.png"), origin / RESULTS_NAME, origin / CARD_NAME):
+            beside = [origin / name for name in (RESULTS_NAME, OUTCOMES_NAME, CARD_NAME)]
+            for path in (*origin.glob("*.png"), *beside):
                 if path.is_file():
                     shutil.copyfile(path, folder / path.name)
-        return publish_folder(folder, repo_id, **{"commit_message": "Upload model", **options}).commit
+        return publish_folder(folder, repo_id, **options).commit
 
 
 def origin_of(model: PreTrainedModel) -> Path | None:

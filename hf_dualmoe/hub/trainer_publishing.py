@@ -81,8 +81,5 @@ class PublishingMixin:
 
         return publish() if blocking else HfApi().run_as_future(publish)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Send nothing while training: checkpoints hold pickles."""
-
 
 __all__ = ["PublishingMixin"]

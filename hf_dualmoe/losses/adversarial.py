@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attacks.base import frozen, gather_weights, sharded_modules
 from ..attacks.folding import folded
-from ..attacks.steps import frozen, gather_weights, kl_objective, sharded_modules
+from ..attacks.steps import kl_objective
 from ..models.outputs import find_logits, logits_of
 
 SECOND_TERMS = ("kl", "ce")
@@ -36,14 +37,12 @@ class LossOutput:
         terms: The unweighted terms by name, scalars.
         attacked_images: (B, C, H, W) what the whole model was attacked with; None for the standard objective.
         attacked_logits: (B, classes) of the whole attacked model on them, in training mode, detached.
-        attacked_experts: (B,) expert chosen for them; None without a hard-routed mixture.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     attacked_images: Tensor | None = None
     attacked_logits: Tensor | None = None
-    attacked_experts: Tensor | None = None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -78,22 +77,27 @@ def _weighted_aux_loss(model: nn.Module, output: object) -> Tensor | float:
     return aux_loss * getattr(model.config, "router_aux_loss_coef", 1.0)  # a dual model has weighted it already
 
 
-def _expert_index(output: object, rows: int) -> Tensor | None:
-    index = getattr(output, "expert_index", None)
-    index = getattr(output, "robust_expert_index", None) if index is None else index
-    return index[:rows] if index is not None and index.ndim == 1 else None
-
-
-def _finish(model: nn.Module, output: object, loss: Tensor, terms: dict[str, Tensor], **attacked) -> LossOutput:
-    """Add the load-balancing term and detach what is only reported."""
+def _finish(
+    model: nn.Module,
+    output: object,
+    loss: Tensor,
+    terms: dict[str, Tensor],
+    attacked: Tensor | None = None,
+    attacked_logits: Tensor | None = None,
+) -> LossOutput:
+    """Add the load-balancing term, and detach what is only reported."""
     aux_loss = _weighted_aux_loss(model, output)
     if isinstance(aux_loss, Tensor):
         terms["aux"] = aux_loss
-    terms = {name: term.detach() for name, term in terms.items()}
     loss = loss + aux_loss
     if sharded_modules(model):  # FSDP exchanges every gradient: an expert without images in this process has zeros
         loss = loss + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
-    return LossOutput(loss=loss, terms=terms, **attacked)
+    return LossOutput(
+        loss=loss,
+        terms={name: term.detach() for name, term in terms.items()},
+        attacked_images=attacked,
+        attacked_logits=None if attacked_logits is None else attacked_logits.detach(),
+    )
 
 
 def standard_loss(
@@ -124,21 +128,37 @@ def at_loss(
     labels: Tensor,
     *,
     attack: Attack,
+    clean_weight: float = 0.0,
     forward: Callable | None = None,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """Adversarial training (Madry et al. 2018): CE(F(x + delta), y).
+    """Adversarial training: (1 - c) CE(F(x + delta), y) + c CE(F(x), y), with c = `clean_weight`.
+
+    c = 0 is Madry et al. 2018 (https://arxiv.org/abs/1706.06083). With c > 0 attacked and clean images go through the
+    model in one batch and share BatchNorm's statistics; AdvProp (https://arxiv.org/abs/1911.09665) has statistics for
+    each kind, of which a robust model could use but one.
 
     Args:
         attack: Called as `attack(model, images, labels)`; the last iterate is the usual choice in training.
+        clean_weight: Weight c of the clean images, in [0, 1).
 
     Other arguments are those of `standard_loss`.
+
+    Raises:
+        ValueError: `clean_weight` is out of range.
     """
+    if not 0 <= clean_weight < 1:
+        raise ValueError(f"clean_weight={clean_weight!r} must be in [0, 1).")
     attacked = attack(model, images, labels)
-    output = (model if forward is None else forward)(attacked)
-    logits = find_logits(output)
-    ce = cross_entropy(logits, labels, label_smoothing)
-    return _finish(model, output, ce, {"robust_ce": ce}, **_report(attacked, logits, output))
+    batch = torch.cat([attacked, images]) if clean_weight > 0 else attacked
+    output = (model if forward is None else forward)(batch)
+    logits, count = find_logits(output), len(images)
+    terms = {"robust_ce": cross_entropy(logits[:count], labels, label_smoothing)}
+    loss = terms["robust_ce"]
+    if clean_weight > 0:
+        terms["ce"] = cross_entropy(logits[count:], labels, label_smoothing)
+        loss = (1 - clean_weight) * loss + clean_weight * terms["ce"]
+    return _finish(model, output, loss, terms, attacked, logits[:count])
 
 
 def trades_loss(
@@ -164,8 +184,8 @@ def trades_loss(
     attacked_logits, clean_logits = find_logits(output).chunk(2)
     ce = cross_entropy(clean_logits, labels, label_smoothing)
     kl = kl_divergence(attacked_logits, clean_logits)
-    terms = {"ce": ce, "kl": kl}
-    return _finish(model, output, ce + trades_lambda * kl, terms, **_report(attacked, attacked_logits, output))
+    loss = ce + trades_lambda * kl
+    return _finish(model, output, loss, {"ce": ce, "kl": kl}, attacked, attacked_logits)
 
 
 @dataclass
@@ -184,11 +204,6 @@ class RTERBatch:
     images: Tensor
     expert_index: Tensor | None = None
     extra_expert_index: Tensor | None = None
-
-    @property
-    def experts(self) -> dict[str, Tensor | None]:
-        """Which experts to run, as arguments of the model's forward."""
-        return {"expert_index": self.expert_index, "extra_expert_index": self.extra_expert_index}
 
 
 def craft_rt_er(
@@ -210,17 +225,16 @@ def craft_rt_er(
     with frozen(model), folded(model, images):
         with torch.no_grad():
             second = second_expert(model.route(images))
-        attacked = attack(model, images, labels)
         routed = torch.full_like(second, -1)
-        clean = [(images, second)] if second_term == "kl" else []
+        attacked = attack(model, images, labels)
+        batch = [attacked, images] if second_term == "kl" else [attacked]
+        experts = [routed, second] if second_term == "kl" else [routed]
         if second_attack == "own":
             attacked_second = attack(partial(model, expert_index=second), images, labels)
-            parts = [(attacked, routed), *clean, (attacked_second, second)]
-            return RTERBatch(attacked, *(torch.cat(part) for part in zip(*parts, strict=True)))
-    if not clean:
+            return RTERBatch(attacked, torch.cat([*batch, attacked_second]), torch.cat([*experts, second]))
+    if second_term == "ce":
         return RTERBatch(attacked, attacked, extra_expert_index=second)
-    whole, experts = torch.cat([attacked, images]), torch.cat([routed, second])
-    return RTERBatch(attacked, whole, experts, extra_expert_index=torch.cat([second, routed]))
+    return RTERBatch(attacked, torch.cat(batch), torch.cat(experts), extra_expert_index=torch.cat([second, routed]))
 
 
 def rt_er_terms(
@@ -279,10 +293,18 @@ def rt_er_loss(
         ValueError: The model has a single expert, or an option is unknown.
     """
     batch = craft_rt_er(model, images, labels, attack=attack, second_term=second_term, second_attack=second_attack)
-    output = (model if forward is None else forward)(batch.images, **batch.experts)
-    settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}
-    loss, terms, attacked_logits = rt_er_terms(output.logits, output.extra_logits, labels, **settings)
-    return _finish(model, output, loss, terms, **_report(batch.attacked, attacked_logits, output))
+    output = (model if forward is None else forward)(
+        batch.images, expert_index=batch.expert_index, extra_expert_index=batch.extra_expert_index
+    )
+    loss, terms, attacked_logits = rt_er_terms(
+        output.logits,
+        output.extra_logits,
+        labels,
+        beta=beta,
+        second_term=second_term,
+        label_smoothing=label_smoothing,
+    )
+    return _finish(model, output, loss, terms, batch.attacked, attacked_logits)
 
 
 def jtdmoe_loss(
@@ -323,27 +345,31 @@ def jtdmoe_loss(
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha!r} must be in [0, 1) in training: at 1 the standard model gets no gradient.")
     gather_weights(model)  # all of them: F_R is attacked alone
-    options = {"attack": attack, "second_term": second_term, "second_attack": second_attack}
     with torch.no_grad(), frozen(model), folded(model.robust, images):  # F_R is folded once for all that follows
-        batch = craft_rt_er(model.robust, images, labels, **options)
+        batch = craft_rt_er(
+            model.robust, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
+        )
         if standard_attack is not None:
             images = standard_attack(partial(model, alpha=alpha), images, labels)
         fixed_robust_logits = logits_of(model.robust, images)
-    output = (model if forward is None else forward)(images, robust_pixel_values=batch.images, **batch.experts)
-    settings = {"beta": beta, "second_term": second_term, "label_smoothing": label_smoothing}
-    lower, terms, attacked_logits = rt_er_terms(output.robust_logits, output.robust_extra_logits, labels, **settings)
+    output = (model if forward is None else forward)(
+        images,
+        robust_pixel_values=batch.images,
+        expert_index=batch.expert_index,
+        extra_expert_index=batch.extra_expert_index,
+    )
+    lower, terms, attacked_logits = rt_er_terms(
+        output.robust_logits,
+        output.robust_extra_logits,
+        labels,
+        beta=beta,
+        second_term=second_term,
+        label_smoothing=label_smoothing,
+    )
     mixed = model.mix(output.standard_logits, fixed_robust_logits, alpha)
     upper = cross_entropy(mixed, labels, label_smoothing)
     terms["dual_ce"] = upper
-    return _finish(model, output, lower + upper, terms, **_report(batch.attacked, attacked_logits, output))
-
-
-def _report(attacked: Tensor, logits: Tensor, output: object) -> dict[str, Tensor | None]:
-    return {
-        "attacked_images": attacked,
-        "attacked_logits": logits.detach(),
-        "attacked_experts": _expert_index(output, len(attacked)),
-    }
+    return _finish(model, output, lower + upper, terms, batch.attacked, attacked_logits)
 
 
 __all__ = [

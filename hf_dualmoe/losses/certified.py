@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..certification.certifier import hard_gate_radius
 from ..certification.operator_norms import check_norm, dual_norm
 from ..certification.route_radii import effective_router_weight
-from ..models import modeling_dualmoe
+from ..models import lipschitz_dualmoe
 from .adversarial import LossOutput, cross_entropy
 
 LIPSCHITZ = "lipschitz_"  # how the names of 1-Lipschitz backbones begin
@@ -75,13 +74,13 @@ def route_margin_penalty(
     return F.relu(radius - nearest).mean() / radius
 
 
-def gate_lipschitz_penalty(moe: nn.Module, norm: str = "l2") -> Tensor:
-    """The largest ||W_i - W_k||_dual over pairs of experts: 4 r_i of the soft-gate theorem is at most this.
+def gate_lipschitz_penalty(moe: nn.Module) -> Tensor:
+    """The largest ||W_i - W_k||_2 over pairs of experts: 4 r_i of the soft-gate theorem is at most this, in L2.
 
     Scalar >= 0. Alone it shrinks the scores and so makes the gate uniform; it makes sense beside a loss that needs the
     gate, with soft routing. (Under hard routing a common factor of all scores changes no route.)
     """
-    return gate_constants(moe, norm).max()
+    return gate_constants(moe).max()
 
 
 def margin_penalty(logits: Tensor, labels: Tensor, *, radius: float, slope: float) -> Tensor:
@@ -95,32 +94,6 @@ def margin_penalty(logits: Tensor, labels: Tensor, *, radius: float, slope: floa
     """
     check_positive("radius", radius)
     return F.relu(radius - label_margins(logits, labels) / check_positive("slope", slope)).mean() / radius
-
-
-def certified_radius_penalty(
-    moe: nn.Module, images: Tensor, labels: Tensor, *, radius: float, slope: float, norm: str = "l2"
-) -> Tensor:
-    """Mean of relu(radius - R) / radius, with R = min_k max(rho_k, R_k) the hard-gate radius itself.
-
-    R_k = min_j (f_k,y - f_k,j) / slope for every expert k: an image is helped where an expert that could take over is
-    moved away or learns its class. Costs all E experts.
-
-    Args:
-        moe: Mixture of E >= 2 experts with router_top_k = 1 and an affine router.
-        images, labels: (B, C, H, W) in [0, 1]; (B,) int64.
-        radius, slope: As in `margin_penalty`.
-        norm: "l2", "linf" or "l1".
-
-    Returns:
-        Scalar >= 0.
-    """
-    check_positive("radius", radius)
-    check_positive("slope", slope)
-    logits, _ = moe.expert_logits(images)  # (B, E, C)
-    experts = logits.shape[1]
-    margins = label_margins(logits.flatten(0, 1), labels.repeat_interleave(experts)).view(-1, experts)
-    certified = hard_gate_radius(route_margins(moe, images, norm), margins / slope)
-    return F.relu(radius - certified).mean() / radius
 
 
 def check_certifiable(model: nn.Module, route_weight: float = 0.0, gate_weight: float = 0.0) -> None:
@@ -143,7 +116,7 @@ def check_certifiable(model: nn.Module, route_weight: float = 0.0, gate_weight: 
             "method='certified' needs backbone='lipschitz_mlp' or 'lipschitz_cnn', whose Lipschitz constant is known, "
             f"not backbone={config.backbone!r}."
         )
-    if modeling_dualmoe.bjorck_normalization is None:
+    if lipschitz_dualmoe.bjorck_normalization is None:
         raise ImportError("method='certified' needs deel-torchlip: pip install deel-torchlip.")
     if config.backbone_image_size not in (None, config.image_size):
         raise ValueError(
@@ -179,7 +152,7 @@ def backbone_slope(moe: nn.Module) -> float:
     """
     config = moe.config
     if not config.backbone.startswith(LIPSCHITZ):
-        raise ValueError(f"backbone={config.backbone!r} is no 1-Lipschitz backbone: give slope yourself.")
+        raise ValueError(f"backbone={config.backbone!r} is no 1-Lipschitz backbone.")
     return math.sqrt(2) * config.backbone_kwargs.get("logit_scale", 1.0) / min(config.image_std)
 
 
@@ -192,7 +165,6 @@ def certified_loss(
     margin_weight: float = 1.0,
     route_weight: float = 0.0,
     gate_weight: float = 0.0,
-    slope: float | None = None,
     forward: Callable | None = None,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
@@ -206,14 +178,13 @@ def certified_loss(
         model: Mixture of experts with an affine router; with one expert the margin term alone is possible.
         images, labels: (B, C, H, W) in [0, 1]; (B,) int64.
         radius: Certified radius asked for, > 0.
-        margin_weight: Of `margin_penalty`: logit margins above slope * radius.
+        margin_weight: Of `margin_penalty`: logit margins above `backbone_slope` * radius.
         route_weight: Of `route_margin_penalty`: routes that do not change within the radius.
         gate_weight: Of `gate_lipschitz_penalty`; for soft routing.
-        slope: Lipschitz constant of the logit margins; None = `backbone_slope`.
         forward: What to call for the loss; default `model`. Pass the distributed wrapper here.
         label_smoothing: In [0, 1).
     """
-    slope = backbone_slope(model) if slope is None else slope
+    slope = backbone_slope(model)
     output = (model if forward is None else forward)(images, output_router_logits=True)
     terms = {
         "ce": cross_entropy(output.logits, labels, label_smoothing),
@@ -247,7 +218,6 @@ def check_positive(name: str, value: float) -> float:
 __all__ = [
     "backbone_slope",
     "certified_loss",
-    "certified_radius_penalty",
     "check_certifiable",
     "gate_constants",
     "gate_lipschitz_penalty",

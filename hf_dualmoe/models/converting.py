@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from .configuration_dualmoe import MoEConfig
-from .modeling_dualmoe import DualMoEForImageClassification, MoEForImageClassification, check_same_parameters
+from .modeling_dualmoe import DualMoEForImageClassification
+from .moe_dualmoe import MoEForImageClassification
+from .pretrained_dualmoe import check_same_parameters
 
 # per channel, in [0, 1]; the code writes them in 255ths: cifar10_RT_ER.py and cifar10_JTDMoE.py
 CIFAR_MEAN = [125.307 / 255, 122.961 / 255, 113.8575 / 255]

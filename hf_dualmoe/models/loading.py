@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
-from .modeling_dualmoe import Normalize, create_image_processor
+from .inputs_dualmoe import Normalize, create_image_processor
 from .outputs import logits_of
 from .parts import has_dial, has_experts
 

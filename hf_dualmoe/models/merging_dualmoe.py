@@ -5,7 +5,7 @@ hide a gradient. F_S and F_R must have one shape and a common start, such as one
 fine-tuned from: networks trained apart have a barrier of loss between them (https://arxiv.org/abs/2005.00060), those
 with a common start mostly not (https://arxiv.org/abs/2109.01903; robust ones: https://arxiv.org/abs/2302.10164).
 
-This file travels to the Hub as remote code together with `modeling_dualmoe.py`; it imports nothing but torch.
+This file travels to the Hub as remote code together with the other *_dualmoe.py files.
 """
 
 import copy

@@ -6,7 +6,10 @@ By attributes, not by class: models that were loaded with remote code have class
 import copy
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
+
+from .moe_dualmoe import has_experts
+from .outputs import find_logits
 
 
 def has_dial(model: Callable) -> bool:
@@ -37,11 +40,6 @@ def at_alpha(model: nn.Module, alpha: float) -> nn.Module:
     return twin
 
 
-def has_experts(model: Callable, minimum: int = 1) -> bool:
-    """Whether `model` is a mixture of at least `minimum` experts."""
-    return hasattr(model, "expert_logits") and model.config.num_experts >= minimum
-
-
 def mixture_of(model: Callable) -> nn.Module:
     """The mixture whose routes are attacked: `model`, or F_R of a dual model; ValueError where that has no experts."""
     moe = model.robust if is_dual(model) else answering(model)
@@ -51,4 +49,24 @@ def mixture_of(model: Callable) -> nn.Module:
     return moe
 
 
-__all__ = ["answering", "at_alpha", "has_dial", "has_experts", "is_dual", "mixes_weights", "mixture_of"]
+class NormalizedPart(nn.Module):
+    """A component of a dual model behind the normalisation that it gets there: images -> logits (B, C)."""
+
+    def __init__(self, network: nn.Module, normalize: nn.Module):
+        super().__init__()
+        self.network, self.normalize = network, normalize
+
+    def forward(self, images: Tensor) -> Tensor:
+        return find_logits(self.network(self.normalize(images).to(self.network.dtype)))
+
+
+def part_of(dual: nn.Module, name: str) -> nn.Module:
+    """F_S ("standard") or F_R ("robust") as the dual model sees it: a classifier of images in [0, 1], without its map.
+
+    A mixture of ours, which normalises inside, is returned itself.
+    """
+    network = getattr(dual, name)
+    return network if has_experts(network) else NormalizedPart(network, getattr(dual, f"normalize_{name}"))
+
+
+__all__ = ["answering", "at_alpha", "has_dial", "has_experts", "is_dual", "mixes_weights", "mixture_of", "part_of"]

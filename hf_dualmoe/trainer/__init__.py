@@ -8,7 +8,8 @@ Calls: attacks, data, evaluation, hub, losses, models.
 from .arguments import METHODS, RobustTrainingArguments
 from .checkpoints import CheckpointError, last_good_checkpoint
 from .time_estimate import TimeEstimate, estimate_time
-from .trainer import RobustTrainer, robust_accuracy_metrics
+from .trainer import RobustTrainer
+from .validation import robust_accuracy_metrics
 
 __all__ = [
     "CheckpointError",

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..attacks.base import check_eps
 from ..attacks.nfgsm import NFGSM
 from ..attacks.pgd import PGD
-from ..attacks.steps import check_eps
 from ..evaluation.environment import pixel_radius
 from .nonfinite import POLICIES
 
@@ -18,8 +18,8 @@ WITHOUT_ATTACK = ("standard", "certified")  # methods whose steps attack nothing
 TRAINING_ATTACKS = ("pgd", "nfgsm")
 STEP_GRAPHS = ("auto", "off")
 COUNTS = ("attack_steps", "eval_attack_steps", "crop_padding", "max_skipped_steps")
-WEIGHTS = ("beta", "trades_lambda", "margin_weight", "route_weight", "gate_weight")
-SHARES = ("train_alpha", "ema_decay", "eps_warmup_ratio")
+WEIGHTS = ("beta", "trades_lambda", "margin_weight", "route_weight", "gate_weight", "awp_gamma")
+SHARES = ("train_alpha", "clean_weight", "ema_decay", "eps_warmup_ratio")
 
 # What transformers takes here and fails on in the first step, or after an epoch's work, or not at all
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -31,6 +31,7 @@ FIXED = {
     "eval_do_concat_batches": (True, "SA and RA are those of all batches together"),
     "batch_eval_metrics": (False, "SA and RA are those of all batches together"),
     "neftune_noise_alpha": (None, "images have no embeddings to add noise to"),
+    "hub_strategy": ("end", "checkpoints hold pickles, which are never sent"),
 }
 
 
@@ -49,7 +50,8 @@ class RobustTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the objective and its attack; defaults are the paper's.
 
     Defaults that differ from the parent: columns are kept (images are made in the collator), labels are called
-    "labels", the run logs every 50 steps, and losses that are not finite are not hidden from the log.
+    "labels", the run logs every 50 steps, losses that are not finite are not hidden from the log, and the Hub gets the
+    finished model alone. Pickles and copies of these arguments (training_args.bin) leave `hub_token` out.
     """
 
     # Objective
@@ -75,6 +77,13 @@ class RobustTrainingArguments(TrainingArguments):
         },
     )
     trades_lambda: float = field(default=6.0, metadata={"help": "Weight of the KL term of TRADES, >= 0."})
+    clean_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight c of the clean images in method=at, in [0, 1): the loss is (1 - c) CE(attacked) + c "
+            "CE(clean), both in one forward pass. More clean accuracy for less robustness."
+        },
+    )
     train_alpha: float = field(
         default=0.75,
         metadata={
@@ -157,6 +166,14 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     # Weights
+    awp_gamma: float = field(
+        default=0.0,
+        metadata={
+            "help": "Adversarial weight perturbation (Wu et al. 2020): take the gradient where the weights are worst "
+            "within this share of their norm, >= 0 (paper: 0.005); 0 = off. Costs one more forward and backward pass. "
+            "The log tells the losses at the perturbed weights."
+        },
+    )
     ema_decay: float = field(
         default=0.0,
         metadata={
@@ -181,7 +198,13 @@ class RobustTrainingArguments(TrainingArguments):
     # Changed defaults of the parent
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Leave NaN and infinite losses out of the log; waits for the device each step."},
+        metadata={
+            "help": "Leave NaN and infinite losses out of the log; waits for the device each step. On with "
+            "on_nan_loss=skip."
+        },
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When to push to the Hub: end. Checkpoints hold pickles and are never sent."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop dataset columns that the model's forward does not take."}
@@ -194,6 +217,22 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._read_numbers()
+        self._check_objective()
+        self._check_attack()
+        self._check_measuring()
+        self._check_parent()
+        if self.on_nan_loss == "skip":  # a loss that is skipped would make the sum that the next log tells NaN
+            self.logging_nan_inf_filter = True
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # lets bf16 recipes run on a CPU too
+        super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: all but the access token."""
+        return {**self.__dict__, "hub_token": None}
+
+    def _read_numbers(self) -> None:
+        """Turn fractions into numbers, and refuse what is no number."""
         for name in ("eps", "standard_eps", "certify_radius", "attack_step_size"):
             if getattr(self, name) is not None or name != "attack_step_size":
                 try:
@@ -203,27 +242,43 @@ class RobustTrainingArguments(TrainingArguments):
         for name in (*COUNTS, *WEIGHTS, *SHARES):
             kinds = int if name in COUNTS else (int, float)
             self._check(name, isinstance(getattr(self, name), kinds), "an integer" if name in COUNTS else "a number")
-        check_eps(self.eps, self.norm)
+
+    def _check_objective(self) -> None:
+        """Refuse a method that is not known, and weights that are out of range or of another method."""
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not one of {', '.join(map(repr, METHODS))}.")
-        if self.training_attack not in TRAINING_ATTACKS:
-            allowed = ", ".join(map(repr, TRAINING_ATTACKS))
-            raise ValueError(f"training_attack={self.training_attack!r} is not one of {allowed}.")
-        self._check("step_graph", self.step_graph in STEP_GRAPHS, f"one of {', '.join(STEP_GRAPHS)}")
-        takes_norm = self.training_attack == "pgd" or self.norm == "linf"
-        self._check("norm", takes_norm, "'linf' with training_attack='nfgsm'")
         for name in WEIGHTS:
             self._check(name, 0 <= getattr(self, name) < math.inf, ">= 0 and finite")
         self._check("certify_radius", 0 < self.certify_radius < math.inf, "finite and > 0, in [0, 1] pixel units")
         self._check("train_alpha", 0 <= self.train_alpha <= 1, "in [0, 1]")
-        self._check(
-            "train_alpha", self.method != "jtdmoe" or self.train_alpha < 1, "below 1: F_S would get no gradient"
-        )
-        self._check("standard_eps", 0 <= self.standard_eps <= self.eps, f"in [0, eps={self.eps!r}]")
+        learns = self.method != "jtdmoe" or self.train_alpha < 1
+        self._check("train_alpha", learns, "below 1: F_S would get no gradient")
+        self._check("clean_weight", 0 <= self.clean_weight < 1, "in [0, 1)")
+        fits = self.clean_weight == 0 or self.method == "at"
+        self._check("clean_weight", fits, f"0 with method={self.method!r}: it is for method='at'")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        if (rate := self.standard_learning_rate) is not None:
+            self._check("standard_learning_rate", 0 <= rate < math.inf, ">= 0 and finite")
+            self._check("standard_learning_rate", self.method == "jtdmoe", "left out where method is not jtdmoe")
+
+    def _check_attack(self) -> None:
+        """Refuse attacks that there are not, and radii and steps that are out of range."""
+        check_eps(self.eps, self.norm)
+        if self.training_attack not in TRAINING_ATTACKS:
+            allowed = ", ".join(map(repr, TRAINING_ATTACKS))
+            raise ValueError(f"training_attack={self.training_attack!r} is not one of {allowed}.")
+        takes_norm = self.training_attack == "pgd" or self.norm == "linf"
+        self._check("norm", takes_norm, "'linf' with training_attack='nfgsm'")
+        self._check("standard_eps", 0 <= self.standard_eps <= self.eps, f"in [0, eps={self.eps!r}]")
         self._check("eps_warmup_ratio", 0 <= self.eps_warmup_ratio <= 1, "in [0, 1]")
-        self._check("crop_padding", self.crop_padding >= 0, ">= 0")
         self._check("attack_steps", self.attack_steps >= 1, "at least 1")
+        step_size = self.attack_step_size
+        self._check("attack_step_size", step_size is None or step_size > 0, "> 0, in the unit of eps")
+
+    def _check_measuring(self) -> None:
+        """Refuse settings of images, step graph, bad numbers and evaluations that are out of range."""
+        self._check("crop_padding", self.crop_padding >= 0, ">= 0")
+        self._check("step_graph", self.step_graph in STEP_GRAPHS, f"one of {', '.join(STEP_GRAPHS)}")
         self._check("on_nan_loss", self.on_nan_loss in POLICIES, f"one of {', '.join(POLICIES)}")
         self._check("max_skipped_steps", self.max_skipped_steps >= 0, ">= 0")
         self._check("eval_attack_steps", self.eval_attack_steps >= 0, ">= 0")
@@ -233,14 +288,6 @@ class RobustTrainingArguments(TrainingArguments):
                 f"eval_attack_steps=0 measures no attacked images, which metric_for_best_model={metric!r} needs; give "
                 "steps, or metric_for_best_model='sa'."
             )
-        if (rate := self.standard_learning_rate) is not None:
-            self._check("standard_learning_rate", 0 <= rate < math.inf, ">= 0 and finite")
-            self._check("standard_learning_rate", self.method == "jtdmoe", "left out where method is not jtdmoe")
-        step_size = self.attack_step_size
-        self._check("attack_step_size", step_size is None or step_size > 0, "> 0, in the unit of eps")
-        self._check_parent()
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # lets bf16 recipes run on a CPU too
-        super().__post_init__()
 
     def _check_parent(self) -> None:
         """Refuse values of the parent's arguments on which a run would fail late, or train nothing."""

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..evaluation.environment import write_text
 
 MANIFEST_NAME = "manifest.json"
-PROGRESS_NAME = "progress.json"  # what the next log still has to tell
+PROGRESS_NAME = "progress.json"  # skipped updates, seconds
 UNFINISHED = "unfinished"
 STATE_NAME = "trainer_state.json"
 CHUNK = 1 << 22  # bytes read at a time
@@ -121,26 +121,8 @@ def finish_checkpoint(run_dir: "str | Path", step: int) -> Path:
         remove_checkpoint(target)
     folder.rename(target)
     _flush(run_dir)
+    clear_unfinished(run_dir)
     return target
-
-
-def rotate(run_dir: "str | Path", step: int, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints before `step` until `limit` are left; that of `step` and the best one stay.
-
-    Args:
-        run_dir: Where the checkpoints are.
-        step: Step of the checkpoint that has just been finished.
-        limit: How many to keep, those two included; None or 0 keeps all.
-        best: Folder of the best one, if any.
-    """
-    if not limit or limit < 0:
-        return
-    older = [path for number, path in list_checkpoints(run_dir).items() if number < step]
-    kept = {Path(best).name} if best else set()
-    others = [path for path in older if path.name not in kept]
-    spare = max(limit - 1 - (len(older) - len(others)), 0)
-    for path in others[: len(others) - spare]:
-        remove_checkpoint(path)
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -4,6 +4,8 @@ So the same code serves the training pass and the passes of the attack, with Bat
 recorded in a step graph. Routing, mixing and losses stay as they are: they are few operations.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -19,16 +21,16 @@ def networks_of(model: nn.Module) -> list[nn.Module]:
     return [part for part in (model.trunk, *model.experts) if any(True for _ in part.parameters())]
 
 
-def compile_networks(model: nn.Module, **options) -> None:
+def compile_networks(model: nn.Module, backend: str | Callable = "inductor", mode: str | None = None) -> None:
     """Compile the networks of a model in place, without a change of names or types; their first calls take the time.
 
     Args:
         model: A mixture, a dual model, or any classifier.
-        options: As for `torch.compile`.
+        backend, mode: As for `torch.compile`.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VERSIONS)
     for network in networks_of(model):
-        network.compile(**options)
+        network.compile(backend=backend, mode=mode)
 
 
 __all__ = ["compile_networks", "networks_of"]

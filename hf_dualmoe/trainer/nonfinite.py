@@ -5,15 +5,18 @@ trainer waits for the device anyway (a log, an evaluation, a checkpoint), so no 
 before the update: one wait per step, and a copy of the buffers (BatchNorm statistics), which the forward pass moved.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .checkpoints import list_checkpoints
+from .step_parts import several_processes
 
 POLICIES = ("stop", "skip")
 NEVER = 2**62  # later than any step
@@ -29,10 +32,12 @@ class NonFiniteWatch(TrainerCallback):
         policy: stop or skip.
         max_skipped_steps: Updates in a row that may be skipped.
         output_dir: Where the checkpoints are; for the message.
+        gradients: Whether to look at gradients, too. Float16 training scales them and skips infinite ones itself.
     """
 
-    def __init__(self, policy: str, max_skipped_steps: int, output_dir: str):
+    def __init__(self, policy: str, max_skipped_steps: int, output_dir: str, gradients: bool = True):
         self.policy, self.max_skipped_steps, self.output_dir = policy, max_skipped_steps, output_dir
+        self.looks_at_gradients = gradients
         self.skipped = 0  # in the whole run
         self.in_a_row = 0
         self._first: dict[tuple[str, ...], Tensor] = {}  # first step at which each was not finite
@@ -53,7 +58,7 @@ class NonFiniteWatch(TrainerCallback):
         if not self._first:
             return {}
         first = torch.cat(list(self._first.values()))
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several_processes():
             dist.all_reduce(first, op=dist.ReduceOp.MIN)
         names = [name for group in self._first for name in group]
         return {name: step for name, step in zip(names, first.tolist(), strict=True) if step < NEVER}
@@ -80,7 +85,10 @@ class NonFiniteWatch(TrainerCallback):
             self._buffers = copy_buffers(model)
 
     def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
-        """Take the gradients away where the update is to be skipped: optimizers leave such parameters alone."""
+        """Look at the gradients, and take them away where the update is to be skipped: optimizers leave them alone."""
+        gradients = [_own_part(p.grad) for p in model.parameters() if p.grad is not None]
+        if self.looks_at_gradients and gradients:  # DeepSpeed keeps them to itself
+            self.note(state.global_step + 1, {"grad_norm": get_total_norm(gradients)})
         if self.policy != "skip":
             return
         found = self.found()
@@ -99,6 +107,11 @@ class NonFiniteWatch(TrainerCallback):
             logger.warning(
                 f"Step {step}: not finite: {', '.join(found)}; its update was skipped ({self.skipped} so far)."
             )
+
+    def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
+        """Stop where the norm of finite gradients overflows: clipping makes them zero, and nothing is learned."""
+        if self.policy == "stop" and self.looks_at_gradients and not math.isfinite(logs.get("grad_norm", 0.0)):
+            self._stop(state.global_step, ["grad_norm"])
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Forget an earlier training."""
@@ -128,6 +141,11 @@ class NonFiniteWatch(TrainerCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from a checkpoint."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+def _own_part(gradient: Tensor) -> Tensor:
+    """What this process holds of a gradient that FSDP has spread."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """`ResumableTrainer`: what `RobustTrainer` needs to survive: whole checkpoints, exact resuming, finite numbers.
 
-A run that was killed anywhere goes on from its last checkpoint and ends as if nothing had happened, on a CPU to the
-bit, moving average and log included.
+A run that was killed anywhere goes on from its last checkpoint and ends with the weights that it would have had, on a
+CPU to the bit, the moving average included. (A log line that the kill fell into tells of the steps since.)
 """
 
 import json
@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from .arguments import RobustTrainingArguments
@@ -30,10 +32,10 @@ from .checkpoints import (
     clear_unfinished,
     explain_failed_write,
     finish_checkpoint,
+    last_good_checkpoint,
     read_progress,
-    rotate,
 )
-from .nonfinite import NonFiniteWatch, restore_buffers
+from .nonfinite import NonFiniteWatch
 from .step_parts import share_buffers
 
 EMA_WEIGHTS_NAME = "ema.safetensors"
@@ -46,8 +48,9 @@ class ResumableTrainer(Trainer):
     """A Trainer whose runs can be interrupted anywhere, with a moving average of the weights (`ema_decay`).
 
     Args:
-        model, args, kwargs: As in `transformers.Trainer`; of the arguments, `ema_decay`, `on_nan_loss` and
-            `max_skipped_steps` are read here.
+        model: As in `transformers.Trainer`.
+        args: Of these, `ema_decay`, `on_nan_loss` and `max_skipped_steps` are read here.
+        kwargs: The other arguments of `transformers.Trainer`, as they are.
 
     Raises:
         ValueError: `on_nan_loss="skip"` with DeepSpeed, or `ema_decay` with weights that are spread over processes.
@@ -68,46 +71,64 @@ class ResumableTrainer(Trainer):
                 "multi_gpu.yaml."
             )
         self._sums: dict[str, Tensor] = {}  # (sum, count) of what the next log tells
-        self._resumed: dict[str, Any] = {}  # progress of the checkpoint that was loaded, until training begins
-        self._forward_buffers: list[Tensor] = []
         self._is_saving = False
         self._started: float | None = None  # while it trains
         self._earlier_seconds = 0.0
         self.keeps_average = False
-        self.watch = NonFiniteWatch(args.on_nan_loss, args.max_skipped_steps, args.output_dir)
+        scales_gradients = getattr(self.accelerator, "scaler", None) is not None
+        self.watch = NonFiniteWatch(args.on_nan_loss, args.max_skipped_steps, args.output_dir, not scales_gradients)
         self.add_callback(self.watch)
-        self.add_callback(ResumeCallback(self))
+        self.add_callback(FinishedRunCallback())
         self.ema: ModelEmaV3 | None = None
         if args.ema_decay > 0:
             self.ema = ModelEmaV3(self.model, decay=args.ema_decay, use_warmup=True)
             self.add_callback(EmaCallback(self))
 
-    # --- steps -------------------------------------------------------------------------------------------------------
+    # --- going on --------------------------------------------------------------------------------------------------
 
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """The parent's, but not for a finished run: it would take the next step before it looks for the end."""
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """The parent's, from a checkpoint that is whole; True takes the newest such one of `output_dir`.
+
+        Raises:
+            CheckpointError: The checkpoint, or each there is, is damaged.
+            FileNotFoundError: With `ema_decay`, the checkpoint was written without.
+            FloatingPointError: See `on_nan_loss`.
+        """
+        if resume_from_checkpoint is True and (last := last_good_checkpoint(self.args.output_dir)):
+            resume_from_checkpoint = str(last)
+        is_named = resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool)
+        progress = self._take_over(resume_from_checkpoint) if is_named else {}
+        self._started, self._earlier_seconds = time.monotonic(), progress.get("seconds", 0.0)
+        self._sums.clear()
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._earlier_seconds, self._started = self.train_seconds, None
+
+    def _take_over(self, folder: str) -> dict[str, Any]:
+        """Check a checkpoint, and read what we keep in it beside the parent's state."""
+        if os.path.isfile(os.path.join(folder, MANIFEST_NAME)):
+            check_checkpoint(folder)
+        if self.ema is not None:
+            self._load_average(folder)
+        progress = read_progress(folder)
+        if progress:
+            self.watch.load_state_dict(progress["watch"])
+        return progress
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The parent's; none for a run that had finished, which would take a step before it looks for the end."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """The parent's; recomputed activations move BatchNorm's statistics once, and logs leave skipped losses out."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._forward_buffers:  # the backward pass ran parts of the forward pass, and their updates, again
-            restore_buffers(self.accelerator.unwrap_model(model), self._forward_buffers)
-            self._forward_buffers = []
-        if self.args.on_nan_loss == "skip":
-            steps = 1 + self.state.global_step - self._globalstep_last_logged
-            loss = torch.where(loss.isfinite(), loss, self._tr_loss / steps)
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
-        """The parent's, noted; float16 training scales its gradients and skips infinite ones itself."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if isinstance(grad_norm, Tensor) and getattr(self.accelerator, "scaler", None) is None:
-            self.watch.note(self.state.global_step + 1, {"grad_norm": grad_norm})
-        return grad_norm
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # --- logs --------------------------------------------------------------------------------------------------------
 
@@ -119,7 +140,7 @@ class ResumableTrainer(Trainer):
         for name, added in sums.items():
             self._sums[name] = self._sums[name] + added if name in self._sums else added
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last training log, over all processes.
 
         Raises:
@@ -133,25 +154,32 @@ class ResumableTrainer(Trainer):
             logs.update({name: round(s / n, 4) for name, (s, n) in sums.items() if n})
             if self.args.on_nan_loss == "skip":
                 logs["skipped_steps"] = self.watch.skipped
-        super().log(logs, *args, **kwargs)
+        super().log(logs, start_time)
 
     def _gather_sums(self) -> dict[str, list[float]]:
         """(sum, count) of each logged quantity over all processes."""
         names = sorted(self._sums)
-        if not names:
-            return {}
         sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
         return dict(zip(names, sums.tolist(), strict=True))
 
     # --- moving average ----------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Evaluate the averaged weights where there are any; in training, not before all weights are finite."""
         if self.is_in_train:
             self.watch.check(self.model)
         with self._averaged_weights():
             share_buffers(self.model)  # each process has BatchNorm statistics of its own from its last step
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -170,6 +198,8 @@ class ResumableTrainer(Trainer):
         """Leave the moving average in the model, unless it is clearly behind the trained weights."""
         if self.ema is None:
             return
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_average(self.state.best_model_checkpoint)
         ema, self.ema = self.ema, None  # evaluate the model as it is
         trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         before = self._accuracy()
@@ -191,17 +221,18 @@ class ResumableTrainer(Trainer):
         metrics = self.predict(self.eval_dataset, metric_key_prefix="eval").metrics
         return metrics.get("eval_sa_ra_mean", metrics.get("eval_sa"))
 
-    # --- checkpoints: whole or absent, with the moving average and what the next log has to tell --------------------
+    # --- checkpoints: whole or absent, with the moving average -----------------------------------------------------
 
+    # Overridden: the parent asks it where to write, and is sent elsewhere while a checkpoint is not whole.
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, UNFINISHED) if self._is_saving else folder
 
+    # Overridden: the parent writes file by file into checkpoint-N, where a killed run would leave half of one.
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let the parent write into an unfinished folder, add our files, give it its name, delete the oldest."""
         self.watch.check(self.model)
         run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
-        progress = json.dumps(self._progress())
         with explain_failed_write(f"checkpoint-{step}", run_dir):
             if self.args.should_save:
                 clear_unfinished(run_dir)
@@ -211,79 +242,37 @@ class ResumableTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._is_saving = False
-            if self.state.best_global_step == step:
-                self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{step}")
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if self.state.best_global_step == step or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
             self.accelerator.wait_for_everyone()  # each process writes its own random numbers' state
             if self.args.should_save:
-                folder = run_dir / UNFINISHED / f"checkpoint-{step}"
-                self.state.save_to_json(str(folder / STATE_NAME))  # again: with the name of the best checkpoint
-                (folder / PROGRESS_NAME).write_text(progress, encoding="utf-8")
-                if self.ema is not None:
-                    save_model(self.ema.module, str(folder / EMA_WEIGHTS_NAME))
-                finish_checkpoint(run_dir, step)
-                rotate(run_dir, step, self.args.save_total_limit, self.state.best_model_checkpoint)
+                self._finish_checkpoint(run_dir, step)
             self.accelerator.wait_for_everyone()
+
+    def _finish_checkpoint(self, run_dir: Path, step: int) -> None:
+        folder = run_dir / UNFINISHED / f"checkpoint-{step}"
+        self.state.save_to_json(str(folder / STATE_NAME))  # again: with the name of the best checkpoint
+        progress = {"watch": self.watch.state_dict(), "seconds": round(self.train_seconds, 3)}
+        (folder / PROGRESS_NAME).write_text(json.dumps(progress), encoding="utf-8")
+        if self.ema is not None:
+            save_model(self.ema.module, str(folder / EMA_WEIGHTS_NAME))
+        finish_checkpoint(run_dir, step)
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
 
     @property
     def train_seconds(self) -> float:
         running = 0.0 if self._started is None else time.monotonic() - self._started
         return self._earlier_seconds + running
 
-    def _progress(self) -> dict[str, Any]:
-        """What the next log has to tell of the steps before this checkpoint, skipped updates, and the time so far."""
-        loss = self.accelerator.reduce(self._tr_loss.clone(), "mean").item()
-        return {
-            "loss": loss,
-            "last_logged": self._globalstep_last_logged,
-            "sums": self._gather_sums(),
-            "watch": self.watch.state_dict(),
-            "seconds": round(self.train_seconds, 3),
-        }
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The parent's, without the access token in training_args.bin."""
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if os.path.isfile(os.path.join(resume_from_checkpoint, MANIFEST_NAME)):
-            check_checkpoint(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._resumed = read_progress(resume_from_checkpoint)
-        if self.ema is not None:
-            self._load_average(resume_from_checkpoint, self.ema.module)
-
-    def _resume_logs(self) -> None:
-        """Go on with the clock and the sums of the checkpoint; the main process has the sums for all."""
-        progress, self._resumed = self._resumed, {}
-        self._started, self._earlier_seconds = time.monotonic(), progress.get("seconds", 0.0)
-        self._sums.clear()
-        if not progress:
-            return
-        self._tr_loss.fill_(progress["loss"])  # the mean over processes
-        self._total_loss_scalar = -progress["loss"]  # the closing train_loss is about the steps of this start
-        self._globalstep_last_logged = progress["last_logged"]
-        self.watch.load_state_dict(progress["watch"])
-        share = float(self.is_world_process_zero())
-        dtype = torch.float64 if self.args.device.type != "mps" else torch.float32
-        for name, values in progress["sums"].items():
-            self._sums[name] = share * torch.tensor(values, dtype=dtype, device=self.args.device)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.ema is not None:
-            self._load_average(self.state.best_model_checkpoint, self.ema.module)
-
-    def _load_average(self, folder: str, model: nn.Module) -> None:
+    def _load_average(self, folder: str) -> None:
         path = os.path.join(folder, EMA_WEIGHTS_NAME)
         if not os.path.isfile(path):
             raise FileNotFoundError(
                 f"{path} is missing: this checkpoint was written without ema_decay (now {self.args.ema_decay})."
             )
-        load_model(model, path)
+        load_model(self.ema.module, path)
 
 
 def sum_and_count(values: Tensor) -> Tensor:
@@ -293,19 +282,20 @@ def sum_and_count(values: Tensor) -> Tensor:
     return torch.stack([torch.where(finite, values, 0.0).sum(), finite.sum().to(values.dtype)])
 
 
-class ResumeCallback(TrainerCallback):
-    """Once training is set up, take over what the parent does not keep in a checkpoint."""
+class FinishedRunCallback(TrainerCallback):
+    """A finished run that is started again neither evaluates nor saves once more."""
 
-    def __init__(self, trainer: ResumableTrainer):
-        self.trainer = trainer
+    def __init__(self):
+        self.first_step = 0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Restore the sums of the next log, and the clock."""
-        self.trainer._resume_logs()
+        """Remember where this start begins."""
+        self.first_step = state.global_step
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Stop the clock."""
-        self.trainer._earlier_seconds, self.trainer._started = self.trainer.train_seconds, None
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        """Leave out what the parent does after an epoch, where the epoch had no step."""
+        if state.global_step == self.first_step:
+            control.should_evaluate = control.should_save = False
 
 
 class EmaCallback(TrainerCallback):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..losses.adversarial import LossOutput
-from ..models.modeling_dualmoe import static_shapes
+from ..models.experts_dualmoe import static_shapes
 
 if TYPE_CHECKING:
     from .trainer import RobustTrainer

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from ..attacks.folding import flow_key
 from .nonfinite import copy_buffers, restore_buffers
 from .static_step import StaticStep, StepResult, WaitWatch
+from .step_parts import recomputes_activations
 
 if TYPE_CHECKING:
     from .trainer import RobustTrainer
@@ -45,7 +46,7 @@ logger = logging.get_logger(__name__)
 
 def why_eager(trainer: "RobustTrainer") -> str | None:
     """Why this trainer's steps cannot be recorded; None = they can, as far as its settings tell."""
-    args, model = trainer.args, trainer.model
+    args = trainer.args
     optimizer = str(args.optim)
     overridden = _overridden(trainer)
     reasons = {
@@ -57,9 +58,7 @@ def why_eager(trainer: "RobustTrainer") -> str | None:
         or trainer.accelerator.mixed_precision == "fp16",
         f"torch_compile_mode={args.torch_compile_mode!r} has CUDA graphs of its own": args.torch_compile
         and args.torch_compile_mode in OWN_GRAPHS,
-        "gradient checkpointing runs parts of the step again": args.gradient_checkpointing
-        or getattr(args, "activation_checkpointing", False)
-        or getattr(model, "is_gradient_checkpointing", False),
+        "gradient checkpointing runs parts of the step again": recomputes_activations(args, trainer.model),
         f"optim={optimizer!r} works within the backward pass": "lomo" in optimizer or "layerwise" in optimizer,
         f"{' and '.join(overridden)} of the trainer is overridden": bool(overridden),
         "several processes or GPUs exchange gradients within the step": args.parallel_mode
@@ -69,9 +68,9 @@ def why_eager(trainer: "RobustTrainer") -> str | None:
 
 
 def _overridden(trainer: "RobustTrainer") -> list[str]:
-    """Methods of the step that are not those of our trainer."""
-    own = f"{__package__}.trainer"
-    return [name for name in ("compute_loss", "_prepare_inputs") if getattr(type(trainer), name).__module__ != own]
+    """Methods that an ordinary step calls and a recorded one does not, where a subclass has its own."""
+    homes = {"compute_loss": f"{__package__}.trainer", "_prepare_inputs": Trainer.__module__}
+    return [name for name, home in homes.items() if getattr(type(trainer), name).__module__ != home]
 
 
 # --- recording -------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from ..attacks.steps import check_batch, check_label_range
+from ..attacks.base import check_batch, check_label_range
 
 
 @dataclass
@@ -39,13 +40,24 @@ class CheckedCollator:
         return batch
 
 
+def several_processes() -> bool:
+    """Whether this is one of several processes that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def recomputes_activations(args: TrainingArguments, model: nn.Module) -> bool:
+    """Whether the backward pass runs parts of the forward pass again, by the trainer's settings or the model's own."""
+    asked = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)  # renamed in 5.23
+    return asked or getattr(model, "is_gradient_checkpointing", False)
+
+
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
     """Give all ranks rank 0's BatchNorm statistics: DDP does so only at its own forward, after the attack.
 
     One broadcast for all buffers of a type.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_processes():
         return
     for dtype in sorted({buffer.dtype for buffer in model.buffers()}, key=str):
         buffers = [buffer for buffer in model.buffers() if buffer.dtype == dtype and buffer.numel() > 0]
@@ -53,6 +65,14 @@ def share_buffers(model: nn.Module) -> None:
         dist.broadcast(flat, src=0)
         shared = flat.split([buffer.numel() for buffer in buffers])
         torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(shared, buffers, strict=True)])
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, each of which has to call; the tensor itself where there is one."""
+    if not several_processes():
+        return values
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
 
 
 def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -68,4 +88,11 @@ def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return finite_attack
 
 
-__all__ = ["CheckedCollator", "keep_finite", "share_buffers"]
+__all__ = [
+    "CheckedCollator",
+    "keep_finite",
+    "mean_over_processes",
+    "recomputes_activations",
+    "several_processes",
+    "share_buffers",
+]

@@ -7,70 +7,46 @@ any other Trainer.
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin, send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import EvalPrediction, get_scheduler
+from torch.utils.data import DataLoader, Dataset
+from transformers import BaseImageProcessor, EvalPrediction, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..attacks.base import frozen
 from ..attacks.nfgsm import NFGSM
 from ..attacks.pgd import PGD
-from ..attacks.steps import frozen
 from ..data.datasets import augment, collate, to_unit_range
 from ..evaluation.memory import free_memory, largest_that_fits, too_large, try_step
 from ..hub.trainer_publishing import PublishingMixin
-from ..losses.adversarial import LossOutput, at_loss, jtdmoe_loss, rt_er_loss, standard_loss, trades_loss
-from ..losses.certified import certified_loss, check_certifiable
-from ..models.modeling_dualmoe import gate_weights, trusted_values
+from ..losses.adversarial import LossOutput
+from ..losses.certified import check_certifiable
+from ..models.inputs_dualmoe import trusted_values
 from ..models.outputs import logits_of
 from ..models.parts import has_experts
+from ..models.routing_dualmoe import averaged_loads, gate_weights
 from .arguments import WITHOUT_ATTACK, RobustTrainingArguments
+from .checks import (
+    check_batches,
+    check_metric,
+    check_model_fits_method,
+    check_optimizer,
+    check_weight_perturbation,
+    leaves_experts_unused,
+)
 from .compiling import compile_networks
 from .nonfinite import copy_buffers, restore_buffers
-from .resumable import EmaCallback, ResumableTrainer, sum_and_count
+from .objectives import create_objective
+from .resumable import ResumableTrainer, sum_and_count
 from .step_graph import StepGraph, StepGraphCallback
-from .step_parts import CheckedCollator, keep_finite, share_buffers
-
-
-def robust_accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """SA and RA in %, and their mean, from the logits on clean and (where there are any) attacked images."""
-    logits = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
-    correct = [values.argmax(axis=1) == prediction.label_ids for values in logits]
-    metrics = {"sa": 100 * float(correct[0].mean())}
-    if len(correct) == 2:
-        metrics["ra"] = 100 * float((correct[0] & correct[1]).mean())
-        metrics["sa_ra_mean"] = (metrics["sa"] + metrics["ra"]) / 2
-    return metrics
-
-
-class NumberedDataset(Dataset):
-    """Items of a dataset with their numbers as "ids": the seeds of the evaluation's attacks.
-
-    Args:
-        dataset: Gives mappings; with `__getitems__` also lists of them, or a whole batch as one mapping.
-    """
-
-    def __init__(self, dataset: Dataset | Sequence[Mapping[str, Any]]):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "ids": index}
-
-    def __getitems__(self, indices: Sequence[int]) -> Mapping[str, Any] | list[dict[str, Any]]:
-        if not hasattr(self.dataset, "__getitems__"):
-            return [self[index] for index in indices]
-        batch = self.dataset.__getitems__(indices)
-        if isinstance(batch, Mapping):
-            return {**batch, "ids": torch.as_tensor(indices)}
-        return [{**item, "ids": index} for item, index in zip(batch, indices, strict=True)]
+from .step_parts import CheckedCollator, keep_finite, mean_over_processes, recomputes_activations, share_buffers
+from .validation import numbered, robust_accuracy_metrics
+from .weight_perturbation import perturbed_loss
 
 
 class RobustTrainer(PublishingMixin, ResumableTrainer):
@@ -81,10 +57,12 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
             of 1-Lipschitz backbones for "certified"; otherwise any image classifier that takes [0, 1] images and
             returns logits, or an output that has them.
         args: Objective, attack and the usual training arguments.
-        kwargs: As in `transformers.Trainer`. Datasets give {"pixel_values", "labels"}; uint8 pixel values are divided
-            by 255 on the device, and training batches are augmented there. A `data_collator` of one's own gets the
-            images for evaluation with their number as "ids" and should pass it on: it seeds the attack, so that RA is
-            the same for every batch size and number of processes.
+        train_dataset, eval_dataset: Give {"pixel_values", "labels"}; uint8 pixel values are divided by 255 on the
+            device, and training batches are augmented there.
+        data_collator: One of your own gets the images for evaluation with their number as "ids" and should pass it
+            on: it seeds the attack, so that RA is the same for every batch size and number of processes.
+        processing_class, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics: As in `transformers.Trainer`.
 
     Raises:
         TypeError: `args` are not RobustTrainingArguments.
@@ -96,7 +74,21 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
     checkpoint cannot be written, or the one to resume from is damaged).
     """
 
-    def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RobustTrainingArguments,
+        *,
+        train_dataset: Dataset | Sequence | None = None,
+        eval_dataset: Dataset | Sequence | dict[str, Dataset] | None = None,
+        data_collator: Callable[[Any], dict[str, Any]] = collate,
+        processing_class: BaseImageProcessor | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = robust_accuracy_metrics,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
         if not isinstance(args, RobustTrainingArguments):
             raise TypeError(
                 f"args must be RobustTrainingArguments, which have the method and its attack; got {args!r:.60}."
@@ -104,49 +96,54 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         check_model_fits_method(model, args.method)
         if args.method == "certified":
             check_certifiable(model, args.route_weight, args.gate_weight)
-        kwargs = {"data_collator": collate, "compute_metrics": robust_accuracy_metrics, **kwargs}
         if args.ddp_find_unused_parameters is None and leaves_experts_unused(model):
             args.ddp_find_unused_parameters = True  # the parent's default is False with gradient checkpointing
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if args.dataloader_pin_memory:  # else each copy of a batch waits until the device has done all before it
             args.accelerator_config.non_blocking = True
-        super().__init__(model=model, args=args, **kwargs)
-        check_metric(args, self.compute_metrics, self.eval_dataset)
-        check_batches(args, self.train_dataset, self.eval_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=CheckedCollator(data_collator, getattr(getattr(model, "config", None), "num_labels", None)),
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=None if callbacks is None else list(callbacks),
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self._check()
+        self._prepare()
+
+    def _check(self) -> None:
+        """Refuse what could only be seen once the parent had read its arguments."""
+        check_metric(self.args, self.compute_metrics, self.eval_dataset)
+        check_batches(self.args, self.train_dataset, self.eval_dataset)
+        check_weight_perturbation(self)
         if self.optimizer is None:
-            check_optimizer(args, model)
-        self.model_accepts_loss_kwargs = (
-            False  # our losses are batch means: let the Trainer divide by the accumulation
-        )
-        self.objective = self._create_objective()
-        self.evaluation_attack = args.evaluation_attack()
-        self.data_collator = CheckedCollator(
-            self.data_collator, getattr(getattr(model, "config", None), "num_labels", None)
-        )
+            check_optimizer(self.args, self.model)
+
+    def _prepare(self) -> None:
+        """Make what the steps need."""
+        self.model_accepts_loss_kwargs = False  # our losses are batch means: the parent divides by the accumulation
+        self.objective = self.create_objective()
+        self.evaluation_attack = self.args.evaluation_attack()
         self._has_checked_a_batch = False
+        self._forward_buffers: list[Tensor] = []
         self._first_steps: list[float] = []  # seconds
-        self._compiles = args.torch_compile
+        self._compiles = self.args.torch_compile
         if self._compiles:  # the networks, in place of the whole model, which an attack cannot go through
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
-            compile_networks(self.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            compile_networks(self.model, self.args.torch_compile_backend, self.args.torch_compile_mode)
         self.step_graph = StepGraph(self)
         self.add_callback(StepGraphCallback(lambda: self.step_graph))
 
-    def _create_objective(self) -> partial:
-        """The loss function of the chosen method, with all its settings but the attacks."""
-        args = self.args
-        smoothing = {"label_smoothing": args.label_smoothing_factor}
-        expert = {"beta": args.beta, "second_term": args.second_term, "second_attack": args.second_attack}
-        penalties = {name: getattr(args, name) for name in ("margin_weight", "route_weight", "gate_weight")}
-        return {
-            "standard": partial(standard_loss, **smoothing),
-            "at": partial(at_loss, **smoothing),
-            "trades": partial(trades_loss, trades_lambda=args.trades_lambda, **smoothing),
-            "rt_er": partial(rt_er_loss, **expert, **smoothing),
-            "jtdmoe": partial(jtdmoe_loss, alpha=args.train_alpha, **expert, **smoothing),
-            "certified": partial(certified_loss, radius=args.certify_radius, **penalties, **smoothing),
-        }[args.method]
+    def create_objective(self) -> Callable[..., LossOutput]:
+        """What a step minimises, called as in `hf_dualmoe.losses`; a subclass may change it."""
+        return create_objective(self.args)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -160,7 +157,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         """
         began = time.perf_counter()
         model.train()
-        inputs = self._to_device(inputs)
+        inputs = send_to_device(inputs, self.args.device)
         with trusted_values(self._has_checked_a_batch):
             loss = self._fitting_step(model, inputs, num_items_in_batch)
         self._has_checked_a_batch = True
@@ -183,7 +180,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
 
     def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         if not self.step_graph.takes(inputs):
-            return super().training_step(model, inputs, num_items)
+            return self._ordinary_step(model, inputs, num_items)
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         step = self.step_graph.training_step(inputs)
@@ -192,6 +189,13 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         if self._logs_after_this_step():
             self._record_clean(self._raw_model(), step.images, inputs["labels"], step.output)
         return step.loss
+
+    def _ordinary_step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items)
+        if self._forward_buffers:  # the backward pass ran parts of the forward pass, and their updates, again
+            restore_buffers(self.accelerator.unwrap_model(model), self._forward_buffers)
+            self._forward_buffers = []
+        return loss
 
     def _largest_batch(self, inputs: dict[str, Tensor]) -> int | None:
         """How many of these images fit into one step; None where other processes would have to try, too."""
@@ -223,17 +227,17 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, LossOutput]:
-        """Attack the raw model, then one forward of the wrapped model on everything the objective needs."""
+        """Augment, attack the raw model, then one forward of the wrapped model on all that the objective needs."""
         raw = self._raw_model()
         share_buffers(raw)
-        images, labels = inputs["pixel_values"], inputs["labels"]
+        images, labels = self.to_images(inputs["pixel_values"]), inputs["labels"]
         output = self.run_objective(model, images, labels, self.step_attacks())
         terms = {f"loss_{name}": term for name, term in output.terms.items()}
         self.watch.note(self.state.global_step + 1, {"loss": output.loss, **terms})
         self.add_sums(self.log_sums(output, labels))
         if self._logs_after_this_step():
             self._record_clean(raw, images, labels, output)
-        if getattr(self.args, "activation_checkpointing", self.args.gradient_checkpointing):  # renamed in 5.23
+        if recomputes_activations(self.args, raw):
             self._forward_buffers = copy_buffers(raw)
         return (output.loss, output) if return_outputs else output.loss
 
@@ -242,8 +246,12 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
     ) -> LossOutput:
         """The objective on augmented images, with the attacks of `step_attacks`."""
         finite = {name: keep_finite(attack) for name, attack in attacks.items()}
-        with self.accelerator.autocast():  # parts of the model that the attack calls alone
-            return self.objective(self._raw_model(), images, labels, forward=model, **finite)
+        raw, gamma = self._raw_model(), self.args.awp_gamma
+        # autocast: for parts of the model that the attack calls alone
+        with self.accelerator.autocast(), averaged_loads(mean_over_processes):
+            if gamma > 0:
+                return perturbed_loss(self.objective, raw, images, labels, finite, gamma=gamma, forward=model)
+            return self.objective(raw, images, labels, forward=model, **finite)
 
     def step_attacks(self) -> dict[str, PGD | NFGSM]:
         """The attacks inside this step's objective, by argument: they change with the warm-up of eps."""
@@ -265,14 +273,6 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
     def _eps_scale(self) -> float:
         warmup_steps = self.args.eps_warmup_ratio * self.state.max_steps
         return min(1.0, (self.state.global_step + 1) / warmup_steps) if self.eps_changes else 1.0
-
-    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs(inputs)
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Move the batch to the device; there turn it into [0, 1] floats and, in training, augment it."""
-        inputs = self._to_device(inputs)
-        return {**inputs, "pixel_values": self.to_images(inputs["pixel_values"])}
 
     def to_images(self, pixel_values: Tensor) -> Tensor:
         """[0, 1] floats of a batch that is on the device; in training, augmented."""
@@ -307,17 +307,13 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
             values["train_ra"] = 100.0 * (output.attacked_logits.argmax(dim=1) == labels)
         return {name: sum_and_count(value) for name, value in values.items()}
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The parent's, with the sums that a step graph holds, and once with the time that torch_compile took."""
         self.step_graph.flush()
         if "loss" in logs and len(self._first_steps) == 3:
             logs["compile_seconds"] = round(max(0.0, sum(self._first_steps) - 3 * self._first_steps[2]), 1)
             self._first_steps.append(0.0)
-        super().log(logs, *args, **kwargs)
-
-    def _gather_sums(self) -> dict[str, list[float]]:
-        self.step_graph.flush()
-        return super()._gather_sums()
+        super().log(logs, start_time)
 
     def _logs_after_this_step(self) -> bool:
         step, every = self.state.global_step + 1, self.state.logging_steps
@@ -354,16 +350,26 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         """The parent's, with the number of each image."""
         return super().get_test_dataloader(numbered(test_dataset))
 
-    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """The parent's; where it does not fit beside a step graph, that makes room."""
+        loop = partial(
+            super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            return loop()
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)
             if not self.step_graph.release("an evaluation needs its memory"):
                 raise
             free_memory()
-        return super().evaluation_loop(*args, **kwargs)
+        return loop()
 
     def prediction_step(
         self,
@@ -373,8 +379,8 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Any, Tensor | None]:
         """Clean logits and, unless eval_attack_steps = 0, logits under PGD, in eval mode."""
-        inputs = self._prepare_inputs(inputs)
-        images, labels = inputs["pixel_values"], inputs["labels"]
+        inputs = send_to_device(inputs, self.args.device)
+        images, labels = to_unit_range(inputs["pixel_values"]), inputs["labels"]
         raw = self._raw_model()
         with torch.no_grad(), frozen(raw), self.accelerator.autocast():
             clean = logits_of(raw, images)
@@ -387,96 +393,4 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         return loss, (clean, attacked), labels
 
 
-def numbered(dataset: Dataset | None) -> Dataset | None:
-    """The dataset with numbers; a stream, which has none, as it is."""
-    return dataset if dataset is None or isinstance(dataset, IterableDataset) else NumberedDataset(dataset)
-
-
-def check_metric(args: RobustTrainingArguments, compute_metrics: Callable, eval_dataset: Any) -> None:
-    """Raise a ValueError where metric_for_best_model is none of what the evaluations measure.
-
-    Args:
-        compute_metrics: What a user's own one measures is not known: no check.
-        eval_dataset: With a dictionary of datasets, metrics carry their names.
-    """
-    metric = str(args.metric_for_best_model or "loss").removeprefix("eval_")
-    attacked = ("ra", "sa_ra_mean") if args.eval_attack_steps else ()
-    measured = ("loss",) if args.prediction_loss_only else ("loss", "sa", *attacked)
-    if isinstance(eval_dataset, Mapping):
-        measured = tuple(f"{name}_{what}" for name in eval_dataset for what in measured)
-        metric = metric if args.metric_for_best_model else measured[0]
-    if compute_metrics is robust_accuracy_metrics and metric not in measured:
-        only = "; prediction_loss_only=True measures the loss alone" if args.prediction_loss_only else ""
-        raise ValueError(f"metric_for_best_model={metric!r} must be one of {', '.join(measured)}{only}.")
-
-
-def check_optimizer(args: RobustTrainingArguments, model: nn.Module) -> None:
-    """Create optimizer and schedule for one number, to see whether their settings are good.
-
-    Raises:
-        ValueError: They are not, or a package is missing.
-    """
-    try:
-        create, settings = RobustTrainer.get_optimizer_cls_and_kwargs(args, model)
-        optimizer = create([nn.Parameter(torch.zeros(1))], **settings)
-        specific = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
-        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(1000), 1000, **specific)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        names = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
-        given = ", ".join(f"{name}={str(value)!r}" for name in names if (value := getattr(args, name)) is not None)
-        raise ValueError(f"{given}: no optimizer can be made with these settings: {error}") from error
-
-
-def leaves_experts_unused(model: nn.Module) -> bool:
-    """Whether some experts may see no image of a batch, and so get no gradient."""
-    return any(has_experts(m) and m.config.router_top_k < m.config.num_experts for m in model.modules())
-
-
-def check_model_fits_method(model: nn.Module, method: str) -> None:
-    """Refuse a model that the objective cannot train.
-
-    Raises:
-        ValueError: The message says which model the method needs.
-    """
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", type(model).__name__)
-    if getattr(config, "mixing", None) == "weights":
-        raise ValueError(
-            f"method={method!r} cannot train with mixing='weights', a dial for trained models: train with "
-            "mixing='probs' and call set_mixing('weights') then, or train the network that merge() gives."
-        )
-    if method == "jtdmoe":
-        if model_type != "dual_moe":
-            raise ValueError(f"method='jtdmoe' trains a DualMoEForImageClassification, not a {model_type}.")
-        config, model_type = config.robust, config.robust.model_type
-    if method in ("rt_er", "jtdmoe") and (model_type != "robust_moe" or config.num_experts < 2):
-        raise ValueError(
-            f"method={method!r} needs a robust mixture with num_experts >= 2; got a {model_type} with "
-            f"num_experts={getattr(config, 'num_experts', 1)}."
-        )
-
-
-def check_batches(args: RobustTrainingArguments, train_dataset: Any = None, eval_dataset: Any = None) -> None:
-    """Refuse `dataloader_drop_last` where it drops everything: no step would be made, and nothing said.
-
-    Args:
-        args: Batch sizes and number of processes.
-        train_dataset, eval_dataset: Those without a length are not checked.
-
-    Raises:
-        ValueError: A dataset has fewer images than one batch of all processes.
-    """
-    processes = 1 if args.accelerator_config.split_batches else args.world_size
-    sets = (("train", train_dataset, args.train_batch_size), ("eval", eval_dataset, args.eval_batch_size))
-    for role, images, batch_size in sets:
-        if not args.dataloader_drop_last or not isinstance(images, Sized) or isinstance(images, Mapping):
-            continue
-        if len(images) < batch_size * processes:
-            raise ValueError(
-                f"dataloader_drop_last=True drops all {len(images)} images of {role}_dataset: a batch takes "
-                f"{batch_size * processes}, per_device_{role}_batch_size times devices; lower it, or leave "
-                "dataloader_drop_last out."
-            )
-
-
-__all__ = ["EmaCallback", "RobustTrainer", "check_batches", "check_model_fits_method", "robust_accuracy_metrics"]
+__all__ = ["RobustTrainer"]

@@ -10,9 +10,10 @@ from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
 from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.apgd import APGD
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.fab import FAB
 from hf_dualmoe.attacks.nfgsm import NFGSM
-from hf_dualmoe.attacks.pgd import FGSM, PGD, frozen
+from hf_dualmoe.attacks.pgd import FGSM, PGD
 from hf_dualmoe.attacks.square import Square
 from hf_dualmoe.attacks.steps import OBJECTIVES, project, random_start, value_and_gradient
 from hf_dualmoe.models.outputs import logits_of

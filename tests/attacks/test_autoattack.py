@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_dualmoe.attacks.apgd import APGD, PassCounter
@@ -35,9 +36,8 @@ def attacks(norm, eps=None, steps=12):
         "ce": APGD(steps=steps, **common),
         "dlr": APGD(steps=steps, objective="dlr", restarts=2, **common),
         "dlr_targeted": APGD(steps=steps, objective="dlr_targeted", target_classes=3, **common),
-        "ce_to_the_end": APGD(steps=steps, stop_early=False, **common),
         "fab": FAB(steps=steps, target_classes=3, **common),
-        "square": Square(queries=8 * steps, restarts=2, **common),
+        "square": Square(queries=8 * steps, **common),
     }
 
 
@@ -401,6 +401,19 @@ def test_a_state_file_refuses_what_it_does_not_belong_to(digits, tmp_path):
     assert file.read_bytes() == before
 
 
+def test_a_state_file_of_an_earlier_format_is_refused(digits, tmp_path):
+    """It would be read as something else: whole images in place of the attack that broke them, for one."""
+    model, images, labels = digits
+    file = tmp_path / "state.safetensors"
+    save_file({"robust": torch.ones(48, dtype=torch.bool)}, file, metadata={"autoattack": '{"key": {}, "stage": 1}'})
+    remedy = "delete it and state.safetensors.images, or give another file"
+    with pytest.raises(ValueError, match=f"another version .*format 1; this version keeps format 2.; {remedy}"):
+        small_union(model, images, labels, state_file=file)
+    file.write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=f"cannot be read .*; {remedy}"):
+        small_union(model, images, labels, state_file=file)
+
+
 def test_a_changed_alpha_refuses_to_resume(make_dual, tmp_path):
     """The dial of a dual model is no weight, but changes what is evaluated."""
     model = make_dual()
@@ -501,20 +514,14 @@ def test_each_flag_is_raised_by_a_model_built_to_raise_it(digits, case):
         lambda: APGD(steps=0),
         lambda: APGD(restarts=0),
         lambda: APGD(target_classes=0),
-        lambda: APGD(rho=1.5),
         lambda: Square(queries=0),
-        lambda: Square(p_init=0),
         lambda: Square(eps=float("nan")),
         lambda: FAB(steps=0),
-        lambda: FAB(eta=0.5),
-        lambda: FAB(alpha_max=1.0),
-        lambda: FAB(beta=1.0),
+        lambda: FAB(target_classes=0),
     ],
 )
 def test_settings_out_of_range_are_refused(make):
-    with pytest.raises(
-        ValueError, match=r"(eps|norm|objective|steps|restarts|target_classes|rho|queries|p_init|beta|eta)="
-    ):
+    with pytest.raises(ValueError, match=r"(eps|norm|objective|steps|restarts|target_classes|queries)="):
         make()
 
 

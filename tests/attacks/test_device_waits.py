@@ -10,8 +10,10 @@ import torch
 from test_worst_case import EPS, lever, linear_moe, readout, shown  # noqa: F401 - a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_dualmoe.attacks import square
 from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.apgd import APGD
+from hf_dualmoe.attacks.fab import FAB
 from hf_dualmoe.attacks.square import Square
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount"}
@@ -35,7 +37,7 @@ class Waits(TorchDispatchMode):
 def in_model():
     """Whether code of the model is running."""
     frame = sys._getframe()
-    while frame is not None and not frame.f_code.co_filename.endswith("modeling_dualmoe.py"):
+    while frame is not None and not frame.f_code.co_filename.endswith("_dualmoe.py"):
         frame = frame.f_back
     return frame is not None
 
@@ -69,11 +71,20 @@ def test_apgd_waits_once_a_step(soft, shown):  # noqa: F811
     assert per_step(attack, 10, 30) <= 1
 
 
-def test_square_waits_twice_a_step(soft, shown):  # noqa: F811
+def test_fab_waits_once_a_step(soft, shown):  # noqa: F811
+    def attack(steps):
+        FAB(eps=1e-3, steps=steps, target_classes=1)(soft, *shown)
+
+    assert per_step(attack, 10, 30) <= 1
+
+
+def test_square_waits_twice_a_step(soft, shown, monkeypatch):  # noqa: F811
     """Each query of the images, which never fall, is a step; a list of one size ends with one more look."""
 
+    monkeypatch.setattr(square, "LARGEST", 0.01)  # one size for all of them
+
     def attack(queries):
-        Square(eps=1e-3, queries=queries, p_init=0.01)(soft, *shown)
+        Square(eps=1e-3, queries=queries)(soft, *shown)
 
     assert per_step(attack, 20, 60) <= 2
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import KEPT_TRIALS, flow_key, foldable_pairs, folded
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen
-from hf_dualmoe.models.modeling_dualmoe import trusted_values
+from hf_dualmoe.models.inputs_dualmoe import trusted_values
 
 
 class TwoNorms(nn.Module):

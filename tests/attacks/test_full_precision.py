@@ -11,8 +11,8 @@ from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.auto_attack import autoattack
 from hf_dualmoe.attacks.precision import full_precision
 from hf_dualmoe.data.datasets import ImageTensorDataset
+from hf_dualmoe.evaluation.batches import correct_mask
 from hf_dualmoe.evaluation.evaluation import evaluate_robustness
-from hf_dualmoe.evaluation.processes import correct_mask
 from hf_dualmoe.evaluation.sanity import run_sanity_checks
 
 PARTS = (

@@ -1,10 +1,8 @@
 """The twelve-minute run, rehearsed on a CPU: shards in two transfers, stops and goes on, weights in parts."""
 
 import argparse
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,19 +13,10 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification
+from training.benchmarks.full_scale import full_scale
+from training.benchmarks.full_scale import weights as weight_parts
 
-BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
 SHARDS = [f"train-0000{i}-of-00002.parquet" for i in range(2)]
-
-
-@pytest.fixture
-def full_scale(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("full_scale", BENCHMARKS / "full_scale.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "full_scale", module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_shard(path: Path, count: int, seed: int) -> None:
@@ -69,7 +58,7 @@ def keys(dataset) -> set[bytes]:
     return {image.numpy().tobytes() for image in dataset.images}
 
 
-def test_the_second_shard_moves_no_image_into_or_out_of_the_held_out_set(full_scale, half):
+def test_the_second_shard_moves_no_image_into_or_out_of_the_held_out_set(half):
     folder, bring = half
     first, shards = full_scale.load_data(str(folder)), full_scale.shards_there(str(folder))
     assert shards == (1, 2) and len(first.train) + len(first.validation) == 200 and len(first.validation) > 0
@@ -80,12 +69,11 @@ def test_the_second_shard_moves_no_image_into_or_out_of_the_held_out_set(full_sc
     assert not keys(both.train) & keys(both.validation) and len(both.test) == 16
 
 
-def test_shards_of_other_names_count_as_whole(full_scale, tmp_path):
+def test_shards_of_other_names_count_as_whole(tmp_path):
     assert full_scale.shards_there("uoft-cs/cifar10") == full_scale.shards_there(str(tmp_path)) == (1, 1)
 
 
-def test_weights_come_back_from_their_parts(full_scale, make_moe, tmp_path, monkeypatch):
-    weight_parts = sys.modules["weight_parts"]
+def test_weights_come_back_from_their_parts(make_moe, tmp_path, monkeypatch):
     monkeypatch.setattr(weight_parts, "PART", 40_000)
     parts = {"one": make_moe("resnet", num_experts=1), "two": make_moe("resnet")}
     parts["dual"] = DualMoEForImageClassification.from_models(parts["two"], parts["one"])
@@ -102,7 +90,7 @@ def test_weights_come_back_from_their_parts(full_scale, make_moe, tmp_path, monk
     assert_same_weights(AutoModelForImageClassification.from_pretrained(joined, dtype=torch.float16), parts["dual"])
 
 
-def test_steps_are_what_the_measured_time_allows(full_scale, monkeypatch):
+def test_steps_are_what_the_measured_time_allows(monkeypatch):
     run = object.__new__(full_scale.Run)
     run.args, run.scale, run.device, run.whole = SimpleNamespace(minutes=12), full_scale.Scale(), "cuda", 49_000
     run.data = SimpleNamespace(train=range(24_500))  # half of the shards
@@ -115,14 +103,14 @@ def test_steps_are_what_the_measured_time_allows(full_scale, monkeypatch):
     assert run.plan("single", full_scale.STAGES["single"])["steps"] == -(-60 * 49_000 // 512)
 
 
-def test_trainings_leave_time_for_the_evaluation(full_scale):
+def test_trainings_leave_time_for_the_evaluation():
     assert sum(stage.share for stage in full_scale.STAGES.values()) <= 0.6
     names = list(full_scale.STAGES)
     assert all(stage.start is None or stage.start in names[:i] for i, stage in enumerate(full_scale.STAGES.values()))
     assert {name for name, _ in full_scale.EVALUATIONS} == {"single", "pair", "pair_weights", "rt_er", "jtdmoe"}
 
 
-def test_other_settings_do_not_go_on(full_scale, tmp_path):
+def test_other_settings_do_not_go_on(tmp_path):
     options = ["--rehearse", "--output_dir", str(tmp_path)]
     args = full_scale.parse_args(options)
     full_scale.write_results(args, full_scale.begin(args))
@@ -137,18 +125,18 @@ def test_other_settings_do_not_go_on(full_scale, tmp_path):
     [
         (["--minutes", "0", "--rehearse"], "minutes=0.0 must be > 0"),
         (["--stop_after", "-1", "--rehearse"], "stop_after=-1.0"),
-        (["--attack_steps", "0", "--rehearse"], "attack_steps=0"),
+        (["--attack_steps", "0", "--rehearse"], "attack_steps=0 must be > 0"),
         ([], "no CUDA GPU"),
     ],
 )
-def test_bad_calls_are_refused(options, message, full_scale, monkeypatch, capsys):
+def test_bad_calls_are_refused(options, message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         full_scale.parse_args(options)
     assert message in capsys.readouterr().err
 
 
-def short(full_scale, monkeypatch) -> None:
+def short(monkeypatch) -> None:
     """One training and one evaluation in the place of all."""
     monkeypatch.setattr(full_scale, "STAGES", {"single": full_scale.STAGES["single"]})
     monkeypatch.setattr(full_scale, "EVALUATIONS", (("single", "worst_case"),))
@@ -165,8 +153,8 @@ def stop_after_step(step: int):
 
 
 @pytest.mark.slow
-def test_a_training_that_is_stopped_ends_as_one_that_is_not(full_scale, monkeypatch, tmp_path, capsys):
-    short(full_scale, monkeypatch)
+def test_a_training_that_is_stopped_ends_as_one_that_is_not(monkeypatch, tmp_path, capsys):
+    short(monkeypatch)
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     commands = [["--rehearse", "--weights", "--output_dir", str(folder)] for folder in folders]
     full_scale.main(commands[0])
@@ -187,7 +175,7 @@ def test_a_training_that_is_stopped_ends_as_one_that_is_not(full_scale, monkeypa
 
 
 @pytest.mark.slow
-def test_a_rehearsal_of_everything_with_shards_in_two_transfers(full_scale, half, monkeypatch, tmp_path):
+def test_a_rehearsal_of_everything_with_shards_in_two_transfers(half, monkeypatch, tmp_path):
     folder, bring = half
     command = ["--rehearse", "--dataset_name", str(folder), "--output_dir", str(tmp_path / "out"), "--minutes", "30"]
     with monkeypatch.context() as patch:
@@ -217,13 +205,13 @@ def test_a_rehearsal_of_everything_with_shards_in_two_transfers(full_scale, half
         assert_same_weights(loaded, original.half())
 
 
-def test_the_table_tells_what_is_missing(full_scale):
+def test_the_table_tells_what_is_missing():
     metrics = {"sa": 80.0, "ra_pgd20": 52.1, "ra_autoattack": 48.4}
-    results = {"evaluations": {"single": {"metrics": metrics}}, "dials": {}}
-    assert full_scale.table(results).splitlines()[1].split() == ["single", "80.0", "52.1", "-", "48.4", "-"]
+    results = {"evaluations": {"single": {"metrics": metrics}}, "dials": {}, "stages": {"single": {"seconds": 9.5}}}
+    assert full_scale.render(results).splitlines()[2] == "| single | 80.0 | 52.1 | - | 48.4 | - | 9.5 |"
 
 
-def test_arguments_have_defaults_that_fit_a_gpu(full_scale, monkeypatch):
+def test_arguments_have_defaults_that_fit_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = full_scale.parse_args([])
     assert isinstance(args, argparse.Namespace) and args.dataset_name == "uoft-cs/cifar10"

@@ -1,52 +1,36 @@
 """The fuzzer finds nothing at a size for every day, and would find what it looks for."""
 
-import importlib
 import inspect
 import json
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
 
-BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
+from training.benchmarks.reliability import fuzz
+from training.benchmarks.reliability import fuzz_cases as cases
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the deadline of a case needs SIGALRM")
 
 
-@pytest.fixture(scope="module")
-def fuzz():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("fuzz")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        sys.modules.pop("fuzz", None)
-
-
-@pytest.fixture
-def cases(fuzz):
-    """What `fuzz` draws from."""
-    return sys.modules["fuzz_cases"]
-
-
-def test_nonsense_works_or_is_refused(fuzz):
+def test_nonsense_works_or_is_refused():
     result = fuzz.summary(fuzz.fuzz(60, seed=2024))
     assert result["cases"] == 60 and result["faults"] == []
     assert result["unnamed"] == []
     assert set(result["outcomes"]) >= {"works", "refused"} and len(result["by_target"]) >= 6
 
 
-def test_the_same_seed_draws_the_same_cases(fuzz):
+def test_the_same_seed_draws_the_same_cases():
     targets = [target for target in fuzz.TARGETS if target.name in ("FGSM", "image file", "load_splits")]
     first, second, third = (fuzz.fuzz(8, seed, targets) for seed in (5, 5, 6))
     assert [record["drawn"] for record in first] == [record["drawn"] for record in second]
     assert [record["drawn"] for record in first] != [record["drawn"] for record in third]
 
 
-def outcome(fuzz, run, drawn=None, seconds=5, errors=(ValueError,)):
+def outcome(run, drawn=None, seconds=5, errors=(ValueError,)):
     target = fuzz.Target("made up", st.none(), run, errors)
     return fuzz.run_case(target, {"speed": 1} if drawn is None else drawn, seconds)
 
@@ -58,18 +42,18 @@ def fails(error):
     return run
 
 
-def test_outcomes_by_hand(fuzz, tmp_path):
-    assert outcome(fuzz, lambda drawn, folder: (folder / "a").write_text("x")) == ("works", "")
-    assert outcome(fuzz, fails(ValueError("speed=1 is too fast"))) == ("refused", "ValueError: speed=1 is too fast")
-    assert outcome(fuzz, fails(ValueError("too fast")))[0] == "unnamed"
-    assert outcome(fuzz, fails(ValueError("damaged")), drawn=(1, 2))[0] == "refused"
-    assert outcome(fuzz, fails(KeyError("speed")))[0] == "fault"
-    assert outcome(fuzz, fails(RecursionError()))[0] == "fault"
-    assert outcome(fuzz, fails(OSError("speed")), errors=(OSError,))[0] == "refused"
+def test_outcomes_by_hand(tmp_path):
+    assert outcome(lambda drawn, folder: (folder / "a").write_text("x")) == ("works", "")
+    assert outcome(fails(ValueError("speed=1 is too fast"))) == ("refused", "ValueError: speed=1 is too fast")
+    assert outcome(fails(ValueError("too fast")))[0] == "unnamed"
+    assert outcome(fails(ValueError("damaged")), drawn=(1, 2))[0] == "refused"
+    assert outcome(fails(KeyError("speed")))[0] == "fault"
+    assert outcome(fails(RecursionError()))[0] == "fault"
+    assert outcome(fails(OSError("speed")), errors=(OSError,))[0] == "refused"
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "removal", "program", "connection"])
-def test_leaving_the_folder_is_a_fault(fuzz, tmp_path, what):
+def test_leaving_the_folder_is_a_fault(tmp_path, what):
     inside = tmp_path / "there"
     inside.write_text("x")
 
@@ -85,18 +69,18 @@ def test_leaving_the_folder_is_a_fault(fuzz, tmp_path, what):
         "program": lambda drawn, folder: subprocess.run(["true"], check=True),
         "connection": connect,
     }[what]
-    found, message = outcome(fuzz, leave)
+    found, message = outcome(leave)
     assert found == "fault" and message.startswith("outside its folder")
-    assert outcome(fuzz, lambda drawn, folder: inside.exists())[0] == "works"  # reading is allowed
+    assert outcome(lambda drawn, folder: inside.exists())[0] == "works"  # reading is allowed
 
 
-def test_a_case_that_hangs_is_stopped(fuzz):
+def test_a_case_that_hangs_is_stopped():
     started = time.perf_counter()
-    found, message = outcome(fuzz, lambda drawn, folder: time.sleep(60), seconds=1)
-    assert (found, message) == ("fault", "Hang: more than 1 s") and time.perf_counter() - started < 30
+    found, message = outcome(lambda drawn, folder: time.sleep(60), seconds=1)
+    assert (found, message) == ("fault", "more than 1 s") and time.perf_counter() - started < 30
 
 
-def test_the_script_writes_its_figures(fuzz, tmp_path, monkeypatch, capsys):
+def test_the_script_writes_its_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fuzz.py", "--cases", "12", "--seed", "3", "--output", str(tmp_path / "f.json")])
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)  # put back
     monkeypatch.setattr(fuzz, "quiet", lambda: None)
@@ -108,7 +92,7 @@ def test_the_script_writes_its_figures(fuzz, tmp_path, monkeypatch, capsys):
     assert result["environment"]["hypothesis"]
 
 
-def test_every_name_that_is_drawn_exists(cases):
+def test_every_name_that_is_drawn_exists():
     """A misspelt argument would be refused, and so seem to be checked."""
     drawn = {**cases.ATTACKS, cases.MoEConfig: cases.MOE, cases.DualMoEConfig: cases.DUAL}
     for kind, choices in {**drawn, cases.RobustTrainingArguments: cases.TRAINING}.items():

@@ -1,7 +1,5 @@
 """Training levers of the studies: by hand what each adds, what it costs, and what is refused before training."""
 
-import copy
-import importlib
 import json
 import math
 import sys
@@ -14,15 +12,13 @@ import torch
 from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.certification.lipschitz import NotApplicableError
 from hf_dualmoe.data.datasets import ImageTensorDataset
-from hf_dualmoe.losses.adversarial import at_loss
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.trainer import RobustTrainer
+from training.benchmarks.study import levers, study
+from training.benchmarks.study import run as study_run
+from training.benchmarks.study import summary as study_tables
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-NAMES = ("levers", "study", "study_run", "study_tables")
-levers, study, study_run, study_tables = (importlib.import_module(name) for name in NAMES)
-sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
@@ -68,51 +64,9 @@ class Noise:
         return (images + 0.1 * torch.rand_like(images)).clamp(0, 1)
 
 
-# --- AWP -------------------------------------------------------------------------------------------------------------
-
-
-def test_awp_takes_the_gradient_at_the_worst_weights_and_leaves_the_weights(make_moe, images, labels):
-    """Against the same by hand, on a copy whose weights are moved in place."""
-    gamma, identity = 0.05, lambda model, images, labels: images
-    model = make_moe(num_experts=1).train()
-    by_hand, other = copy.deepcopy(model), copy.deepcopy(model)
-    weights = {name: p for name, p in other.named_parameters() if p.ndim > 1}
-    loss = at_loss(other, images, labels, attack=identity).loss
-    gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
-    with torch.no_grad():
-        for name, parameter in by_hand.named_parameters():
-            if gradients.get(name) is not None and gradients[name].any():  # the router of one expert has none
-                parameter += gamma * gradients[name] * (parameter.norm() / gradients[name].norm())
-    expected = at_loss(by_hand, images, labels, attack=identity).loss
-    expected.backward()
-
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    output = levers.awp_loss(at_loss, model, images, labels, gamma=gamma, attack=identity)
-    output.loss.backward()
-    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5) and output.loss > loss
-    theirs = dict(by_hand.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name])  # to the bit
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
-    for (name, buffer), moved in zip(model.named_buffers(), by_hand.buffers(), strict=True):
-        torch.testing.assert_close(buffer, moved, msg=name)  # moved once, by the perturbed network
-
-
-def test_awp_crafts_its_images_once_and_repeats_them_in_order(make_moe, images, labels):
-    model, attack, seen = make_moe().train(), Noise(), []
-
-    def objective(model, images, labels, *, forward, attack):
-        seen.append([attack(model, images, labels) for _ in range(2)])
-        return at_loss(model, images, labels, attack=lambda *args: seen[-1][0], forward=forward)
-
-    levers.awp_loss(objective, model, images, labels, gamma=0.01, attack=attack)
-    assert attack.calls == 2 and not torch.equal(*seen[0])
-    assert all(torch.equal(first, again) for first, again in zip(*seen, strict=True))
-
-
 def test_awp_pays_for_one_more_pass_and_takes_fewer_steps(tiny_run):
     single = {"num_experts": 1, "shared_stages": 0}
-    run = tiny_run({"plain": {"settings": single}, "awp": {"settings": single, "lever": "awp"}}, passes=30)
+    run = tiny_run({"plain": {"settings": single}, "awp": {"settings": {**single, "awp_gamma": 0.01}}}, passes=30)
     cost = {
         arm: run.step_flops(run.settings_of(arm), run.trainer_class(arm)) / run.pass_flops for arm in ("plain", "awp")
     }
@@ -178,8 +132,6 @@ def two_mixtures(make_moe):
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("awp", "at"),
-        ("awp", "rt_er"),
         ("z_loss", "rt_er"),
         ("router_margin", "jtdmoe"),
         ("route_radius", "at"),
@@ -192,8 +144,7 @@ def test_every_lever_trains_and_logs_its_term(name, method, make_moe, trainer_of
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2 and all(math.isfinite(entry["loss"]) for entry in logs)
-    term = {"awp": "loss_robust_ce"}.get(name, f"loss_{name}")
-    assert all(math.isfinite(entry[term]) for entry in logs)
+    assert all(math.isfinite(entry[f"loss_{name}"]) for entry in logs)
     moved = [key for key, p in model.named_parameters() if not torch.equal(p, before[key])]
     assert any("router" in key for key in moved) and any("experts" in key for key in moved)
 
@@ -204,11 +155,11 @@ def test_every_lever_trains_and_logs_its_term(name, method, make_moe, trainer_of
 @pytest.mark.parametrize(
     ("arm", "named"),
     [
-        ({"lever": "wap"}, "lever='wap' is not one of awp, z_loss"),
-        ({"lever": "awp", "lever_args": {"gama": 1}}, "gama is unknown; it takes gamma"),
-        ({"lever": "awp", "lever_args": {"gamma": 0}}, "gamma=0 must be a finite number > 0"),
+        ({"lever": "zloss"}, "lever='zloss' is not one of z_loss, router_margin"),
+        ({"lever": "z_loss", "lever_args": {"coeff": 1}}, "coeff is unknown; it takes coef"),
+        ({"lever": "z_loss", "lever_args": {"coef": 0}}, "coef=0 must be a finite number > 0"),
         ({"lever": "z_loss", "lever_args": {"coef": "1e-3"}}, "coef='1e-3' must be"),
-        ({"lever_args": {"gamma": 1}}, "lever_args needs a lever"),
+        ({"lever_args": {"coef": 1}}, "lever_args needs a lever"),
         ({"passes": 0}, "passes=0 must be > 0"),
         ({"passes": 1, "same_steps_as": "single"}, "does not go with passes"),
         ({"init_from": "nothing"}, "init_from='nothing' is not an arm"),
@@ -217,7 +168,7 @@ def test_every_lever_trains_and_logs_its_term(name, method, make_moe, trainer_of
         ({"init_from": "single"}, "init_from='single' costs 1 of 1 passes"),
         ({"init_from": "mine", "passes": 3}, "mine -> mine is a circle"),
         ({"same_steps_as": "partner"}, "partner -> mine -> partner is a circle"),
-        ({"standard": "single", "robust": "single", "lever": "awp"}, "lever have no meaning"),
+        ({"standard": "single", "robust": "single", "lever": "z_loss"}, "lever have no meaning"),
     ],
 )
 def test_wrong_arms_are_refused_when_the_study_is_read(arm, named, tiny):
@@ -241,8 +192,8 @@ def test_a_lever_that_does_not_fit_the_model_is_refused(make_moe, trainer_of):
 
 
 def test_the_script_refuses_a_wrong_lever(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["levers.py", "wap", "{}"])
-    with pytest.raises(SystemExit, match="lever='wap' is not one of"):
+    monkeypatch.setattr(sys, "argv", ["levers.py", "zloss", "{}"])
+    with pytest.raises(SystemExit, match="lever='zloss' is not one of"):
         levers.main()
 
 
@@ -250,7 +201,7 @@ def test_the_script_refuses_a_wrong_lever(monkeypatch):
 
 UPCYCLED = {
     "up": {"init_from": "half", "passes": 24},
-    "longer": {"init_from": "half", "lever": "awp"},
+    "longer": {"init_from": "half", "settings": {"awp_gamma": 0.01}},
     "half": {"settings": {"num_experts": 1, "shared_stages": 0}, "passes": 12},
     "scratch": {"passes": 24},
 }
@@ -307,10 +258,10 @@ def test_tables_show_the_differences_to_the_reference(tiny):
     assert summary["awp"]["against"]["ra"] == {"mean": 3, "min": 3, "max": 3}
     assert "against" not in summary["single"]  # no seed in common
     rows = {row[0]: row for row in study_tables.table_rows(summary)}
-    assert rows["awp"][-3:] == ["30", "-2.0", "+3.0"] and rows["single"][-2:] == ["-", "-"]
+    assert rows["awp"][-4:] == ["30", "-", "-2.0", "+3.0"] and rows["single"][-2:] == ["-", "-"]
     assert rows["jtdmoe"][-2:] == ["+2.0", "+1.0"] and rows["F_R of jtdmoe"][-2:] == ["+1.0", "+4.0"]
     assert {len(row) for row in rows.values()} == {len(study_tables.header(summary))}
-    assert "| SA +- | RA +- |" in study_tables.render_table({"arms": summary})
+    assert "| SA +- | RA +- |" in study_tables.render_arms(summary)
     for entry in summary.values():
         entry.pop("against", None)
     assert len(study_tables.header(summary)) == len(study_tables.HEADER)
@@ -318,7 +269,7 @@ def test_tables_show_the_differences_to_the_reference(tiny):
 
 def test_the_levers_study_compares_like_with_like(tmp_path):
     """Widths keep the cost of an answer, and upcycled experts fit the network that they start from."""
-    content = study.read_study(BENCHMARKS / "studies" / "digits_levers.yaml")
+    content = study.read_study(BENCHMARKS / "study" / "studies" / "digits_levers.yaml")
     run = study_run.StudyRun(content, "base", 0, tmp_path)
     models = {
         arm: run.build(run.settings_of(arm)) for arm in ("single", "single_half", "base", "dense_full", "upcycled")
@@ -340,14 +291,14 @@ def test_a_whole_study_of_levers(tiny, tmp_path):
         "half": {"settings": {"num_experts": 1, "shared_stages": 0}, "passes": 20},
         **{name: {"settings": shared, "lever": name} for name in levers.LEVERS},
     }
-    path, folder = tiny(arms=arms, passes=4, reference="awp"), tmp_path / "out"
+    path, folder = tiny(arms=arms, passes=4, reference="z_loss"), tmp_path / "out"
     assert study.main(["--study", str(path), "--output_dir", str(folder), "--threads", "1"]) == 0
     results = json.loads((folder / "results.json").read_text())
     assert set(results["arms"]) == set(arms) and "SA +-" in (folder / "table.txt").read_text()
     trained = {run["arm"]: run["training"] for run in results["runs"]}
     assert trained["up"]["passes_from"] == trained["half"]["passes"] == pytest.approx(20, abs=1)
-    assert trained["up"]["passes"] == pytest.approx(40, abs=3) and trained["awp"]["lever"] == "awp"
+    assert trained["up"]["passes"] == pytest.approx(40, abs=3) and trained["z_loss"]["lever"] == "z_loss"
     logs = {arm: (folder / "runs" / f"{arm}-seed0" / "log.txt").read_text() for arm in arms}
-    assert "loss_z_loss" in logs["z_loss"] and "loss_z_loss" not in logs["awp"]
+    assert "loss_z_loss" in logs["z_loss"] and "loss_z_loss" not in logs["router_margin"]
     up = json.loads((folder / "runs" / "up-seed0" / "settings.json").read_text())
     assert up["model"]["init_experts_from"].endswith("half-seed0/model")

@@ -1,8 +1,6 @@
 """The study harness: plans, budgets, tables, and a whole tiny study in processes of its own."""
 
-import importlib.util
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,22 +12,14 @@ from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset
 from hf_dualmoe.evaluation.report import RobustnessReport
+from training.benchmarks import results_page
+from training.benchmarks.shared.files import read_json, write_json
+from training.benchmarks.study import card as study_card
+from training.benchmarks.study import definition, study
+from training.benchmarks.study import run as study_run
+from training.benchmarks.study import summary as study_tables
 
 BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sys.path.insert(0, str(BENCHMARKS))
-study_tables = load("study_tables")
-study, study_run, study_card = load("study"), load("study_run"), load("study_card")
-sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
@@ -54,10 +44,10 @@ def budget(tiny, tmp_path):
 PAIR = {"standard": "a", "robust": "a"}
 
 
-@pytest.mark.parametrize("path", sorted((BENCHMARKS / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "study" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_reads_and_plans(path):
     content = study.read_study(path)
-    study.plan(content, study.usual_arms(content), content["seeds"])  # they need no extra arm
+    study.plan(content, definition.usual_arms(content), content["seeds"])  # they need no extra arm
     runs = study.plan(content, list(content["arms"]), content["seeds"])
     assert len({run.name for run in runs}) == len(runs) == len(content["arms"]) * len(content["seeds"])
     places = {run.name: i for i, run in enumerate(runs)}
@@ -167,22 +157,25 @@ def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
     assert summary["jtdmoe"]["gain_sa"] == {"mean": 5, "min": 4, "max": 6}
     assert summary["jtdmoe"]["loss_ra"] == {"mean": 1.5, "min": 1, "max": 2}
     assert summary["jtdmoe"]["sweep"] == [{"alpha": 0.5, "sa": 45, "ra": 28.5}]
-    assert "55.0 (50.0 to 60.0)" in study_tables.table(summary) and "F_R of jtdmoe" in study_tables.table(summary)
+    table = study_tables.render_arms(summary)
+    assert "55.0 (50.0 to 60.0)" in table and "F_R of jtdmoe" in table
 
 
 def test_scale_keeps_to_the_images_that_there_are():
-    content = study.read_study(BENCHMARKS / "studies" / "cifar10.yaml")
-    limits = {scale: [study.scaled(content, scale)["settings"][name] for name in study.LIMITS] for scale in (2, 10)}
+    content = study.read_study(BENCHMARKS / "study" / "studies" / "cifar10.yaml")
+    limits = {
+        scale: [definition.scaled(content, scale)["settings"][name] for name in definition.LIMITS] for scale in (2, 10)
+    }
     assert limits == {2: [10_000, 1_000, 2_000], 10: [45_000, 5_000, 10_000]}
     assert content["settings"]["max_train_samples"] == 5_000
 
 
 def test_a_definition_is_all_that_a_result_depends_on(tiny):
     content = study.read_study(tiny())
-    before = {arm: study.definition(content, arm) for arm in content["arms"]}
+    before = {arm: definition.definition(content, arm) for arm in content["arms"]}
 
     def changed(**more) -> set[str]:
-        return {arm for arm in content["arms"] if study.definition({**content, **more}, arm) != before[arm]}
+        return {arm for arm in content["arms"] if definition.definition({**content, **more}, arm) != before[arm]}
 
     arms = content["arms"]
     told = {**arms["single"], "about": "other words", "extra": True}
@@ -190,7 +183,7 @@ def test_a_definition_is_all_that_a_result_depends_on(tiny):
     assert changed(passes=7) == set(arms)
     other = {**arms, "rt_er": {"settings": {"method": "rt_er"}}}
     assert {"rt_er", "standard", "separate_dual"} <= changed(arms=other) and "single" not in changed(arms=other)
-    assert study.definition(content, "nothing") is None
+    assert definition.definition(content, "nothing") is None
 
 
 def test_a_run_that_cannot_be_started_is_noted(tiny, tmp_path, monkeypatch):
@@ -254,7 +247,7 @@ def test_images_to_confirm_with_were_drawn_by_no_seed(tiny, tmp_path, monkeypatc
     pixels = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
     whole = ImageTensorDataset(pixels, torch.arange(60) % 2, ["even", "odd"])
 
-    def load_data(data_args, model_args, seed):
+    def load_data(data_args, image_size, num_channels, seed):
         test = whole.take(data_args.max_test_samples, seed) if data_args.max_test_samples else whole
         return DataSplits(whole, whole, test, name="numbers")
 
@@ -269,14 +262,22 @@ def test_images_to_confirm_with_were_drawn_by_no_seed(tiny, tmp_path, monkeypatc
         study_run.StudyRun(content, "single", 1, tmp_path).unseen_images()
 
 
-def test_readme_shows_the_tables_of_the_results():
-    readme = (BENCHMARKS / "README.md").read_text()
-    for path in (BENCHMARKS / "results").glob("study_*.json"):
-        results = json.loads(path.read_text())
-        assert results["arms"] == study_tables.summarise(results["runs"], results["study"])
-        begin, end = f"<!-- {path.stem}: begin, made by --render -->", f"<!-- {path.stem}: end -->"
-        assert f"{begin}\n\n{study_tables.render_table(results)}\n\n{end}" in readme
-        assert not [text for text in ("/work", "/tmp", "/home") if text in path.read_text()]
+def test_kept_results_name_the_dataset_and_no_place(tiny, tmp_path, monkeypatch):
+    """What --render keeps is what the output folder has, but for places on this machine."""
+    rendered, folder = [], tmp_path / "out"
+    monkeypatch.setattr(results_page, "render_page", lambda: rendered.append(True))
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    path = tiny(arms={"single": {}})
+    content = study.read_study(path)
+    run = {"arm": "single", "seed": 0, "sa": 50.0, "ra": 30.0, "ra_pgd": 31.0, "parameters": 9, "flops": 9}
+    run["training"] = {"steps": 1, "passes": 1.0}
+    failed = {"rt_er-seed0": f"exit status 1; see {folder / 'log.txt'}"}
+    made = {"study": {**content, "dataset_name": str(tmp_path)}, "arms": {}, "runs": [run], "failed": failed}
+    write_json(folder / "results.json", made)
+    assert study.main(["--study", str(path), "--output_dir", str(folder), "--render"]) == 0 and rendered
+    kept = read_json(tmp_path / "results" / "study_tiny.json")
+    assert kept["study"] == content and kept["runs"] == [run] and kept["arms"]["single"]["sa"]["mean"] == 50
+    assert str(tmp_path) not in json.dumps(kept)
 
 
 @pytest.mark.slow
@@ -325,6 +326,13 @@ def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, ca
     study_card.main([str(runs / "warm-seed0"), str(tmp_path / "warm"), "--controls", "jtdmoe"])
     warm = RobustnessReport.load(tmp_path / "warm" / "results.json").training
     assert warm["init_from"] == "rt_er" and warm["passes"] > warm["passes_from"] == results["arms"]["rt_er"]["passes"]
+    study_card.main([str(runs / "separate_clean-seed0"), str(tmp_path / "pair"), "--controls"])
+    pair = RobustnessReport.load(tmp_path / "pair" / "results.json")
+    assert pair.training["method"] == "rt_er" and pair.training["standard_method"] == "standard"
+    by_arm = {run["arm"]: run for run in results["runs"]}
+    assert pair.training["passes"] == by_arm["separate_clean"]["training"]["passes"]
+    assert pair.controls["F_R alone"]["sa"] == by_arm["rt_er"]["sa"]
+    (runs / "rt_er-seed0" / "settings.json").unlink()
     with pytest.raises(SystemExit):
         study_card.main([str(runs / "separate_clean-seed0"), str(card)])
     assert "settings.json is missing" in capfd.readouterr().err

@@ -22,7 +22,7 @@ from hf_dualmoe.certification.lipschitz import (
     matrix_norm,
     max_pool_norm,
 )
-from hf_dualmoe.models.modeling_dualmoe import PairSort
+from hf_dualmoe.models.lipschitz_dualmoe import PairSort
 
 ORDERS = {"l2": 2, "linf": math.inf, "l1": 1}
 SHAPE = (2, 12, 12)
@@ -296,7 +296,7 @@ def test_backbone_trains_saves_and_loads(backbone, tmp_path):
 
 
 def test_backbone_without_deel_runs_but_does_not_train(monkeypatch):
-    monkeypatch.setattr("hf_dualmoe.models.modeling_dualmoe.bjorck_normalization", None)
+    monkeypatch.setattr("hf_dualmoe.models.lipschitz_dualmoe.bjorck_normalization", None)
     model = lipschitz_moe("lipschitz_mlp")
     assert model(torch.rand(3, *SHAPE)).logits.shape == (3, 5)
     with pytest.raises(ImportError, match="pip install deel-torchlip"):

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_dualmoe.certification.certifier import dual_radius, hard_gate_radius, margin_radius, soft_gate_slope
 from hf_dualmoe.certification.lipschitz import LipschitzBound
 from hf_dualmoe.certification.margin_floors import (
     HardGateFloor,
@@ -15,8 +14,10 @@ from hf_dualmoe.certification.margin_floors import (
     largest_radius,
     logit_margins,
     probability_margins,
+    soft_gate_slope,
 )
 from hf_dualmoe.certification.operator_norms import dual_norm
+from hf_dualmoe.certification.theorems import dual_radius, hard_gate_radius, margin_radius
 
 
 class Toy:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -402,6 +403,8 @@ def test_two_processes_find_what_one_does(evaluate, saved, tmp_path):
         for kind in ("forward", "gradient"):
             assert two.cost[name][kind] == pytest.approx(one.cost[name][kind]), name
     assert one.cost.keys() == two.cost.keys()
+    records = [pq.read_table(tmp_path / name / "outcomes.parquet") for name in ("one", "two")]
+    assert records[1].equals(records[0]) and len(records[0]) == one.dataset["num_images"]
 
 
 def flat(value, prefix=""):

@@ -1,9 +1,6 @@
-"""The full-scale recipes build what they promise, and their smoke test notices what goes wrong."""
+"""The full-scale recipes build what they promise."""
 
-import importlib.util
 import json
-import re
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,21 +12,16 @@ from safetensors.torch import save_file
 
 from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset
+from training.benchmarks.reliability import smoke_recipes
+from training.benchmarks.shared.recipes import parse_recipe
+from training.run import create_model
 
 TRAINING = Path(__file__).parents[2] / "training"
 BENCHMARKS = TRAINING / "benchmarks"
 DUAL_CIFAR10 = ("cifar10_resnet18", "cifar10_resnet18_warm")
 ROBUST_DEFAULTS = (*DUAL_CIFAR10, "tinyimagenet_vit_small", "tinyimagenet_vit_small_64px")
 
-sys.path.insert(0, str(BENCHMARKS))
-spec = importlib.util.spec_from_file_location("smoke_recipes", BENCHMARKS / "smoke_recipes.py")
-smoke_recipes = importlib.util.module_from_spec(spec)
-sys.modules["smoke_recipes"] = smoke_recipes
-spec.loader.exec_module(smoke_recipes)
-sys.path.remove(str(BENCHMARKS))
-
 RESULTS = json.loads((BENCHMARKS / "results" / "smoke_recipes.json").read_text())
-SMOKED = [name for name, result in RESULTS["recipes"].items() if "smoke" in result]
 
 
 def data_of(recipe: str) -> DataSplits:
@@ -43,24 +35,24 @@ def data_of(recipe: str) -> DataSplits:
 @cache
 def build(recipe: str) -> MoEForImageClassification | DualMoEForImageClassification:
     """The recipe's model at full size, without memory for its weights."""
-    _, model_args, args, _ = smoke_recipes.parse_recipe(recipe, **smoke_recipes.FROM_SCRATCH)
+    _, model_args, args, _ = parse_recipe(recipe, **smoke_recipes.FROM_SCRATCH)
     data = data_of(recipe)
     with torch.device("meta"):
-        return smoke_recipes.training.create_model(model_args, args, data)
+        return create_model(model_args, args, data)
 
 
 @pytest.mark.parametrize("recipe", smoke_recipes.FULL_SCALE)
 def test_full_scale_recipes_build_their_models(recipe):
     model = build(recipe)
     assert sum(p.numel() for p in model.parameters()) == RESULTS["recipes"][recipe]["cost"]["parameters"]
-    _, model_args, args, _ = smoke_recipes.parse_recipe(recipe)
+    _, model_args, args, _ = parse_recipe(recipe)
     assert isinstance(model, DualMoEForImageClassification) == (args.method == "jtdmoe")
     assert args.bf16 and model_args.pretrained == recipe.startswith("tinyimagenet")
 
 
 @pytest.mark.parametrize("recipe", smoke_recipes.FULL_SCALE)
 def test_full_scale_recipes_lose_little_when_stopped(recipe):
-    data_args, _, args, _ = smoke_recipes.parse_recipe(recipe)
+    data_args, _, args, _ = parse_recipe(recipe)
     assert args.save_strategy == args.eval_strategy == "steps" and args.save_steps % args.eval_steps == 0
     epoch = smoke_recipes.TRAIN_IMAGES[data_args.dataset_name] / args.per_device_train_batch_size
     assert args.save_steps <= 1.1 * epoch and args.save_total_limit == 2
@@ -71,7 +63,7 @@ def test_robust_defaults_mix_experts_behind_a_trunk(recipe):
     config = build(recipe).config.robust
     assert config.router_top_k == config.num_experts == 4
     assert config.shared_stages > 0 and (config.router, config.router_aux_loss_coef) == ("pooled", 0.3)
-    _, _, args, _ = smoke_recipes.parse_recipe(recipe)
+    _, _, args, _ = parse_recipe(recipe)
     assert (args.second_term, args.second_attack, args.beta, args.ema_decay) == ("ce", "shared", 0.1, 0.999)
 
 
@@ -79,7 +71,7 @@ def test_the_paper_recipe_is_the_plain_form():
     config = build("paper").config.robust
     assert (config.router_top_k, config.num_experts, config.shared_stages, config.router) == (1, 4, 0, "linear")
     assert config.width is None
-    _, _, args, _ = smoke_recipes.parse_recipe("paper")
+    _, _, args, _ = parse_recipe("paper")
     assert (args.second_term, args.second_attack, args.beta, args.num_train_epochs) == ("kl", "own", 6.0, 130)
 
 
@@ -108,7 +100,7 @@ def test_the_warm_start_fits_and_shares_out_the_same_arithmetic():
     first = lines[0].split("run.py ")[1].split()
     options = dict(zip(first[::2], first[1::2], strict=True))
     source, epochs = options["--recipe"], int(options["--num_train_epochs"])
-    recipes = {name: smoke_recipes.parse_recipe(name) for name in (*DUAL_CIFAR10, source)}
+    recipes = {name: parse_recipe(name) for name in (*DUAL_CIFAR10, source)}
     assert recipes["cifar10_resnet18_warm"][1].init_experts_from == f"{recipes[source][2].output_dir}/model"
     warm, single = build("cifar10_resnet18_warm"), build(source)
     for moe in (warm.standard, warm.robust):
@@ -123,7 +115,7 @@ def test_the_warm_start_fits_and_shares_out_the_same_arithmetic():
 
 @pytest.mark.parametrize("recipe", ["tinyimagenet_vit_small", "tinyimagenet_vit_small_64px"])
 def test_vit_recipes_take_timm_weights_for_224_pixels(recipe, tmp_path):
-    _, model_args, _, _ = smoke_recipes.parse_recipe(recipe)
+    _, model_args, _, _ = parse_recipe(recipe)
     small = {"depth": 12, "embed_dim": 24, "num_heads": 2}
     source = timm.create_model("vit_small_patch16_224", **small)  # 224 px, patches of 16, 1000 classes
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
@@ -150,129 +142,3 @@ def test_vit_recipes_take_timm_weights_for_224_pixels(recipe, tmp_path):
         assert torch.corrcoef(stacked)[0, 1] > 0.5
     else:
         assert torch.equal(patch, source.patch_embed.proj.weight)
-
-
-# --- the script ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("recipe", smoke_recipes.FULL_SCALE)
-def test_recorded_costs_are_of_the_recipes_as_they_are(recipe):
-    result = RESULTS["recipes"][recipe]
-    assert result["recipe_settings"] == yaml.safe_load((TRAINING / "recipes" / f"{recipe}.yaml").read_text())
-
-
-@pytest.mark.parametrize("recipe", SMOKED)
-def test_recorded_smoke_tests_are_of_the_recipes_as_they_are(recipe):
-    result = RESULTS["recipes"][recipe]
-    assert result["smoke"]["recipe_settings"] == yaml.safe_load((TRAINING / "recipes" / f"{recipe}.yaml").read_text())
-    assert result["settings"] == smoke_recipes.smoke_settings(
-        recipe, result["smoke"]["steps"], result["settings"]["per_device_train_batch_size"], pretrained=False
-    )
-    assert result["smoke"]["steps"] >= 200 > result["smoke"]["killed_after_step"]
-    assert result["smoke"]["resumed_from_step"] <= result["smoke"]["killed_after_step"]
-
-
-def test_readme_and_comments_show_the_results():
-    readme = (TRAINING / "recipes" / "README.md").read_text()
-    assert f"made by --render -->\n\n{smoke_recipes.render_table(RESULTS)}\n\n<!--" in readme
-    for recipe in RESULTS["recipes"]:
-        line = f"# Time: {smoke_recipes.step_time(recipe)}\n"
-        assert (TRAINING / "recipes" / f"{recipe}.yaml").read_text().count(line) == 1
-    assert not [text for text in ("/work", "/tmp", "/home") if text in json.dumps(RESULTS)]
-
-
-def test_an_estimate_keeps_the_smoke_test(tmp_path):
-    args = smoke_recipes.parse_args(["--output", str(tmp_path / "r.json")])
-    for recipe in ("paper", "cifar10_resnet18"):
-        smoke_recipes.save({"recipe": recipe, "cost": {"total_pflops": 100.0}, "smoke": {"steps": 200}}, args)
-    args = smoke_recipes.parse_args(["--output", str(tmp_path / "r.json"), "--estimate"])
-    smoke_recipes.save({"recipe": "paper", "cost": {"total_pflops": 200.0}}, args)
-    saved = json.loads((tmp_path / "r.json").read_text())
-    assert list(saved["recipes"]) == ["paper", "cifar10_resnet18"]
-    assert saved["recipes"]["paper"]["smoke"] == {"steps": 200}
-    assert [recipe["cost"]["total_pflops"] for recipe in saved["recipes"].values()] == [200, 100]
-
-
-def test_recipes_quote_measured_times_only(tmp_path, monkeypatch):
-    """A step of the recipe as it is, with the hardware; no hours that nobody has seen."""
-    for path in (TRAINING / "recipes").iterdir():
-        assert not re.search(r"\d h on|computed:", path.read_text()), path.name
-    monkeypatch.setattr(smoke_recipes, "RESULTS", tmp_path)
-    unmeasured = "not measured; run with --estimate_time."
-    assert smoke_recipes.step_time("cifar10_resnet18_single") == unmeasured
-
-    def write(name, unit, milliseconds):
-        units = {f"{unit} single PGD-10, 128": {"ms": milliseconds}}
-        results = {"environment": {"hardware": f"{unit} card"}, "units": units}
-        (tmp_path / f"{name}.json").write_text(json.dumps(results))
-
-    write("speed_gpu_before", "eager", 202.2)
-    before = "202 ms per step of 128 images without the step graph, measured on one eager card; "
-    assert smoke_recipes.step_time("cifar10_resnet18_single").startswith(before)
-    write("speed_gpu", "graph", 25.1)
-    now = "25 ms per step of 128 images with the step graph, measured on one graph card; "
-    assert smoke_recipes.step_time("cifar10_resnet18_single").startswith(now)
-    assert smoke_recipes.step_time("paper") == unmeasured
-
-
-def test_a_time_line_is_put_after_the_comments_and_replaced():
-    once = smoke_recipes.with_time("# one\n# two\nmethod: at\n", "3 h")
-    assert once == "# one\n# two\n# Time: 3 h\nmethod: at\n"
-    assert smoke_recipes.with_time(once, "4 h") == "# one\n# two\n# Time: 4 h\nmethod: at\n"
-
-
-@pytest.mark.parametrize(
-    ("option", "message"), [(("--steps", "3"), "steps=3 must be at least 10"), (("--batch_size", "0"), "batch_size=0")]
-)
-def test_bad_arguments_are_refused(option, message, capsys):
-    with pytest.raises(SystemExit):
-        smoke_recipes.parse_args(list(option))
-    assert message in capsys.readouterr().err
-
-
-@pytest.fixture
-def fake_run(tmp_path, monkeypatch):
-    """Puts a script in the place of training/run.py that logs and writes checkpoints, as told by its source."""
-
-    def put(resumes: bool, loss: float = 1.0) -> dict:
-        script = tmp_path / "run.py"
-        script.write_text(
-            "import json, sys, time\nfrom pathlib import Path\n"
-            "folder = Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
-            "done = [int(p.name.split('-')[1]) for p in folder.glob('checkpoint-*')]\n"
-            f"start = max(done) if done and {resumes} else 0\n"
-            "for step in range(start + 1, 21):\n"
-            f"    print({{'loss': {loss}}}, flush=True)\n"
-            "    time.sleep(0.03)\n"
-            "    if step % 4 == 0:\n"
-            "        path = folder / f'checkpoint-{step}'\n"
-            "        path.mkdir(exist_ok=True)\n"
-            f"        state = {{'global_step': step, 'log_history': [{{'loss': {loss}}}] * step}}\n"
-            "        (path / 'trainer_state.json').write_text(json.dumps(state))\n"
-        )
-        monkeypatch.setattr(smoke_recipes, "RUN", script)
-        return {"max_steps": 20, "logging_steps": 1}
-
-    return put
-
-
-@pytest.mark.parametrize(
-    ("behaviour", "message"),
-    [
-        ({"resumes": False}, "did not go on from there"),
-        ({"resumes": True, "loss": "float('nan')"}, "losses"),
-    ],
-)
-def test_the_smoke_test_notices_a_broken_training(fake_run, tmp_path, behaviour, message):
-    with pytest.raises(smoke_recipes.SmokeError, match=message):
-        smoke_recipes.smoke("any", tmp_path / "out", fake_run(**behaviour), torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.txt"]
-
-
-@pytest.mark.slow
-def test_the_smoke_test_kills_and_resumes_a_real_training(tmp_path):
-    changes = {"dataset_name": "digits", "width": "8,8,8,16", "max_train_samples": 64}
-    settings = smoke_recipes.smoke_settings("digits", 20, 4, False) | changes
-    result = smoke_recipes.smoke("digits", tmp_path / "out", settings, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-    assert result["steps"] == 20 and 4 <= result["resumed_from_step"] <= result["killed_after_step"] < 20
-    assert result["loss_first"] > 0 and not list((tmp_path / "out").glob("checkpoint-*"))

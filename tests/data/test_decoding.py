@@ -13,7 +13,7 @@ from transformers.image_utils import load_image
 
 from hf_dualmoe.data.datasets import to_unit_range
 from hf_dualmoe.data.decoding import decode_images, resize_and_crop
-from hf_dualmoe.models.modeling_dualmoe import create_image_processor, luminance
+from hf_dualmoe.models.inputs_dualmoe import create_image_processor, luminance
 
 
 def test_decompression_bomb_is_undecodable(monkeypatch):

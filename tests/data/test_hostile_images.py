@@ -13,8 +13,9 @@ import torch
 from conftest import encode
 from PIL import Image
 
-from hf_dualmoe.data.datasets import count_duplicates, load_splits
+from hf_dualmoe.data.datasets import load_splits
 from hf_dualmoe.data.decoding import decode_images
+from hf_dualmoe.data.doubts import count_duplicates
 
 
 def gradient(size=(12, 12)):

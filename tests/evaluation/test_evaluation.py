@@ -9,19 +9,22 @@ import torch
 from torch import nn
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
-from hf_dualmoe.attacks.adaptive_union import member_names, worst_case
+from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.components import attack_experts, attack_router
+from hf_dualmoe.attacks.members import member_names
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.data.datasets import ImageTensorDataset
-from hf_dualmoe.evaluation import evaluation
+from hf_dualmoe.evaluation import evaluation, work
 from hf_dualmoe.evaluation import measurements as parts
-from hf_dualmoe.evaluation.dial import dial_attack
+from hf_dualmoe.evaluation.batches import correct_mask, run_batches
+from hf_dualmoe.evaluation.dial import DialedModel, dial_attack
 from hf_dualmoe.evaluation.environment import check_class_names
-from hf_dualmoe.evaluation.evaluation import LEVELS, DialedModel, RobustnessReport, correct_mask, evaluate_robustness
+from hf_dualmoe.evaluation.evaluation import LEVELS, RobustnessReport, evaluate_robustness
 from hf_dualmoe.evaluation.metrics import wilson_interval
 from hf_dualmoe.evaluation.plots import plot_tradeoff
-from hf_dualmoe.evaluation.processes import Found, Processes, run_batches
+from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.evaluation.sanity import Check
+from hf_dualmoe.evaluation.store import Found
 
 TINY = {"width": [8, 8, 8, 16], "num_labels": 4, "image_size": 10, "num_channels": 1, "num_experts": 2}
 QUIET = {"eps": 0.1, "steps": 2, "progress": False}
@@ -173,7 +176,8 @@ def test_full_level_recomputed(model, dataset, tmp_path, monkeypatch):
     assert json.loads(json.dumps(report.__dict__)) == report.__dict__
     assert not [path for path in tmp_path.iterdir() if "part-0-of-1" in path.name]  # AutoAttack's own state
 
-    for name in ("run_sanity_checks", "autoattack", "worst_case", "attack_experts", "attack_router", "classify"):
+    names = ("autoattack_union", "union_member", "on_experts", "on_router", "classify", "run_sanity_checks")
+    for name in names:
         monkeypatch.setattr(parts, name, lambda *args, **kwargs: lambda *batch: {}["measured again"])
     again = evaluate_robustness(model, dataset, **SMALL, level="full", resume_dir=tmp_path)
     for name in ("metrics", "alpha_sweep", "sanity", "suspicious", "failures", "cost", "threat"):
@@ -206,8 +210,8 @@ def test_a_failure_loses_no_other_measurement_and_a_restart_repeats_none(model, 
         raise RuntimeError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "worst_case", break_down)
-        patch.setattr(parts, "attack_router", break_down)
+        patch.setattr(work, "worst_case", break_down)
+        patch.setattr(work, "attack_router", break_down)
         broken = evaluate_robustness(model, dataset, **options)
     assert set(broken.failures) == {"worst case 2 steps at alpha=0.6", "router attack PGD-2 at alpha=0.6"}
     assert all(message == "RuntimeError: the disk is full" for message in broken.failures.values())
@@ -276,8 +280,7 @@ class Narrow(nn.Module):
 def test_where_memory_runs_out_batches_are_halved_and_the_report_says_so(dataset, caplog):
     settings = {**QUIET, "check_names": False, "level": ["worst_case", "autoattack"], "autoattack_version": "fast"}
     wide, narrow = Narrow(100), Narrow(8)
-    work = parts.classify(narrow)
-    found = run_batches(work, dataset, torch.arange(23), batch_size=23, device=torch.device("cpu"))
+    found = run_batches(parts.classify(narrow), dataset, torch.arange(23), batch_size=23, device=torch.device("cpu"))
     assert narrow.sizes == [23, 11, 5, 5, 5, 5, 3] and found.rows.tolist() == list(range(23))
     assert not found.failed.any() and "error" not in found.texts
     expected = evaluate_robustness(wide, dataset, batch_size=6, **settings)
@@ -336,7 +339,7 @@ def test_autoattack_goes_on_with_smaller_batches(dataset):
 
 def test_an_interrupted_union_goes_on_behind_its_last_member(moe, dataset, tmp_path, monkeypatch):
     settings = {**QUIET, "level": ["worst_case"], "resume_dir": tmp_path, "check_names": False, "union_restarts": 2}
-    ran, run = [], parts.worst_case
+    ran, run = [], work.worst_case
 
     def counted(*args, members, **options):
         ran.extend(members)
@@ -344,7 +347,7 @@ def test_an_interrupted_union_goes_on_behind_its_last_member(moe, dataset, tmp_p
             raise KeyboardInterrupt
         return run(*args, members=members, **options)
 
-    monkeypatch.setattr(parts, "worst_case", counted)
+    monkeypatch.setattr(work, "worst_case", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate_robustness(moe, dataset, **settings)
     before = ran[:3]
@@ -398,13 +401,15 @@ class Constant(nn.Module):
         ({"batch_size": 0}, "batch_size=0 must be an integer of at least 1"),
         ({"num_images": 24}, "num_images=24, but the dataset has 23 images; allowed is 1 to 23"),
         ({"num_images": 0}, "num_images=0 must be"),
-        ({"alphas": (0.5, 1.2)}, r"alphas=\(0.5, 1.2\) must hold"),
+        ({"alphas": (0.5, 1.2)}, r"alphas=\[0.5, 1.2\] must hold"),
         ({"level": "thorough"}, "level='thorough' is not one of 'quick', 'standard', 'full'"),
         ({"level": ["dial", "magic"]}, "level has unknown parts 'magic'; parts are components, dial"),
         ({"min_sa": 0.9, "min_ra": 50}, "min_sa=0.9 and min_ra=50 were both given"),
         ({"min_sa": 101}, r"min_sa=101 must be an accuracy in %, in \[0, 100\]"),
         ({"min_ra": 50, "level": ["components"]}, "min_ra=50 chooses the dial of a dual model"),
         ({"autoattack_version": "slow"}, "autoattack_version='slow' is not one of 'standard'"),
+        ({"attack_dtype": "fp16", "level": "full"}, "attack_dtype='fp16' is not one of 'fp32', 'bf16'"),
+        ({"attack_dtype": "bf16"}, "attack_dtype='bf16' is for AutoAttack; level='quick' leaves it out"),
         ({"eps": 0, "level": "standard"}, "eps=0 leaves nothing to check"),
     ],
     ids=str,

@@ -126,8 +126,8 @@ def test_examples_show_what_the_attack_did(trained_digits_moe, tmp_path):
     dataset = ImageTensorDataset((images * 255).to(torch.uint8), labels, [str(i) for i in range(10)])
     strips = {}
     for eps in (0.0, 0.3):
-        examples = attack_examples(model, dataset, attack=PGD(eps=eps, steps=5, seed=0), count=5, seed=1)
-        assert examples.clean.shape == (5, 1, 8, 8)
+        examples = attack_examples(model, dataset, attack=PGD(eps=eps, steps=5, seed=0))
+        assert examples.clean.shape == (6, 1, 8, 8)
         assert (examples.attacked - examples.clean).abs().max() == pytest.approx(eps, abs=1e-6)
         for points, predictions in (
             (examples.clean, examples.clean_predictions),

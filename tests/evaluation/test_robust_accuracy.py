@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 import hf_dualmoe
 from hf_dualmoe.evaluation.metrics import robust_accuracy, wilson_interval
 
-FOLDER = Path(hf_dualmoe.__file__).parent / "metrics" / "robust_accuracy"
+FOLDER = Path(hf_dualmoe.__file__).parent / "evaluation" / "metrics" / "robust_accuracy"
 CLEAN, ATTACKED, LABELS = [0, 1, 1, 2, 2, 0, 1], [0, 1, 0, 2, 0, 2, 2], [0, 1, 1, 2, 2, 2, 4]
 # image 5 is right under attack and wrong clean: not robust
 

@@ -239,6 +239,19 @@ def test_the_dial_of_a_standard_model_that_knows_attacks_is_described_as_it_is()
         assert ("trained on mild attacks" in text) == mild and ("helpless under attack" in text) != mild
 
 
+def test_the_record_is_named_where_there_is_one():
+    assert "can be counted again" in render(moe(outcomes="outcomes.parquet")).text
+    assert "in `outcomes.parquet`" in render(moe(outcomes="outcomes.parquet")).text
+    assert "counted again" not in render(moe()).text
+
+
+def test_what_each_precision_of_autoattack_found_is_told():
+    found = {"confirmed": 31, "again_in_fp32": 4, "survivors_in_fp32": 2, "not_confirmed": 1}
+    text = render(moe(metrics={**moe().metrics, "autoattack_sources": found})).text
+    assert "searched in half precision. Images broken: 31 there, confirmed in fp32; 4 by the same" in text
+    assert "half precision" not in render(moe()).text
+
+
 def test_plots_are_shown_where_they_exist():
     for plots in ((), ("tradeoff.png",), (*PLOTS, "certified.png")):
         assert sorted(re.findall(r"\]\((\S+\.png)\)", render(dual(), plots=plots).text)) == sorted(plots)
@@ -344,12 +357,14 @@ def test_refresh_replaces_a_report_only_by_one_that_measures_as_much(tmp_path, c
     (model / "config.json").write_text('{"model_type": "dual_moe", "alpha": 0.9}')
     (model / "expert_load.png").write_bytes(b"old")
     (output / "tradeoff.png").write_bytes(b"new")
+    (output / "outcomes.parquet").write_bytes(b"record")
     dual().save(model / "results.json")
     new = dual(**changes, seeds={"evaluation": 7})
     path = refresh_model_card(new, output, model)
     assert path == (model if taken else output) / "README.md" and path.is_file()
     assert RobustnessReport.load(model / "results.json").seeds == ({"evaluation": 7} if taken else REAL["seeds"])
     assert (model / "tradeoff.png").exists() == taken and (model / "expert_load.png").exists() != taken
+    assert (model / "outcomes.parquet").exists() == taken
 
 
 def test_refresh_of_a_model_on_the_hub_writes_beside_the_evaluation(tmp_path):

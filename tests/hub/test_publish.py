@@ -41,6 +41,7 @@ def folder(make_moe, tmp_path):
         metrics={"sa": 75.0, "ra_pgd20": 40.0},
     ).save(path / "results.json")
     (path / "tradeoff.png").write_bytes(b"plot")
+    (path / "outcomes.parquet").write_bytes(b"record")
     return path
 
 
@@ -81,8 +82,10 @@ def test_dry_run_lists_all_files_with_sizes_and_changes_nothing(publish, folder)
         set(listed)
         == sent
         == {
-            *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "tradeoff.png"),
-            *("configuration_dualmoe.py", "merging_dualmoe.py", "modeling_dualmoe.py", "README.md"),
+            *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "outcomes.parquet"),
+            "tradeoff.png",
+            *(name for name in before if name.endswith("_dualmoe.py")),
+            "README.md",
         }
     )
     assert all(listed[name] == len(before[name]) for name in sent - {"README.md"})
@@ -150,7 +153,8 @@ BREAK = {
     "model.safetensors is not a safetensors file": lambda folder: (folder / "model.safetensors").write_bytes(
         b"\x80pkl"
     ),
-    "lacks modeling_dualmoe.py": lambda folder: (folder / "modeling_dualmoe.py").unlink(),
+    "lacks moe_dualmoe.py": lambda folder: (folder / "moe_dualmoe.py").unlink(),
+    "lacks validation_dualmoe.py": lambda folder: (folder / "validation_dualmoe.py").unlink(),
     "holds pytorch_model.bin": lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80"),
     "holds optimizer.pt, training_args.bin": lambda folder: [
         (folder / name).write_bytes(b"\x80") for name in ("optimizer.pt", "training_args.bin")
@@ -196,16 +200,27 @@ def test_pickles_can_be_left_out_instead(folder):
 
 
 def test_code_that_other_code_imports_is_sent(publish, folder):
-    modeling = folder / "modeling_dualmoe.py"
+    modeling = folder / "moe_dualmoe.py"
     modeling.write_text(modeling.read_text() + "\nfrom .first_helper import (\n    one,\n)\n")
     (folder / "first_helper.py").write_text("from .second_helper import two\nfrom .first_helper import one\n")
     (folder / "unrelated.py").write_text("secret = 1\n")
     code, text = publish("--dry_run")
-    assert code == 2 and "lacks second_helper.py, which config.json's auto_map or one of its code files names" in text
+    assert code == 2 and "lacks second_helper.py, which the auto_map of a JSON file or one" in text
     (folder / "second_helper.py").write_text("two = 2\n")
     upload = plan_upload(folder, "user/name")
     assert {"first_helper.py", "second_helper.py", "configuration_dualmoe.py"} <= set(upload.files)
     assert "unrelated.py" in upload.left_out
+
+
+def test_code_of_an_image_processor_is_sent(folder):
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    processor["auto_map"] = {"AutoImageProcessor": "image_processing_own.OwnProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(ValueError, match="lacks image_processing_own.py"):
+        plan_upload(folder, "user/name")
+    (folder / "image_processing_own.py").write_text("from .resizing_own import resize\n")
+    (folder / "resizing_own.py").write_text("resize = None\n")
+    assert {"image_processing_own.py", "resizing_own.py"} <= set(plan_upload(folder, "user/name").files)
 
 
 # --- paths of the publisher's machine --------------------------------------------------------------------------------

@@ -15,14 +15,14 @@ from hf_dualmoe.certification.certifier import certify
 from hf_dualmoe.certification.lipschitz import lipschitz_bound
 from hf_dualmoe.data.datasets import ImageTensorDataset, load_splits, to_unit_range
 from hf_dualmoe.losses.certified import backbone_slope
-from hf_dualmoe.models import modeling_dualmoe
+from hf_dualmoe.models import lipschitz_dualmoe
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.trainer import RobustTrainer
 
 TRAINING = Path(__file__).parents[2] / "training"
 MLP = {"backbone": "lipschitz_mlp", "backbone_kwargs": {"hidden_sizes": [16], "logit_scale": 8.0}}
 needs_torchlip = pytest.mark.skipif(
-    modeling_dualmoe.bjorck_normalization is None, reason="training 1-Lipschitz backbones needs deel-torchlip"
+    lipschitz_dualmoe.bjorck_normalization is None, reason="training 1-Lipschitz backbones needs deel-torchlip"
 )
 
 
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_left_out(trainer_of):
 @pytest.fixture
 def with_torchlip(monkeypatch):
     """These refusals come before the library is used."""
-    monkeypatch.setattr(modeling_dualmoe, "bjorck_normalization", object())
+    monkeypatch.setattr(lipschitz_dualmoe, "bjorck_normalization", object())
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_model_without_a_certificate_is_refused(fields, weights, message, trai
 
 
 def test_missing_library_is_named_before_training(trainer_of, monkeypatch):
-    monkeypatch.setattr(modeling_dualmoe, "bjorck_normalization", None)
+    monkeypatch.setattr(lipschitz_dualmoe, "bjorck_normalization", None)
     with pytest.raises(ImportError, match="pip install deel-torchlip"):
         trainer_of(build())
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.nfgsm import NFGSM
-from hf_dualmoe.attacks.pgd import PGD, frozen
+from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.losses.adversarial import (
     at_loss,
     jtdmoe_loss,
@@ -61,7 +62,33 @@ def test_at_is_cross_entropy_on_attacked_images(moe, batch):
     expected = moe(attacked)
     assert torch.equal(output.attacked_images, attacked)
     assert torch.allclose(output.loss, F.cross_entropy(expected.logits, labels) + aux(moe, expected))
-    assert torch.equal(output.attacked_experts, expected.expert_index)
+    assert torch.equal(output.attacked_logits, expected.logits) and not output.attacked_logits.requires_grad
+
+
+def test_at_with_clean_images_formula(moe, batch):
+    images, labels = batch
+    calls = []
+
+    def forward(pixel_values):
+        calls.append(len(pixel_values))
+        return moe(pixel_values)
+
+    output = at_loss(moe, images, labels, attack=ATTACK, clean_weight=0.3, label_smoothing=0.1, forward=forward)
+    assert calls == [22]  # attacked and clean
+    attacked = ATTACK(moe, images, labels)
+    robust_ce, ce = (F.cross_entropy(moe(x).logits, labels, label_smoothing=0.1) for x in (attacked, images))
+    balance = aux(moe, moe(torch.cat([attacked, images])))
+    assert torch.allclose(output.loss, 0.7 * robust_ce + 0.3 * ce + balance, atol=1e-5)
+    assert torch.allclose(output.terms["robust_ce"], robust_ce, atol=1e-5)
+    assert torch.allclose(output.terms["ce"], ce, atol=1e-5)
+    assert torch.equal(output.attacked_images, attacked)
+    torch.testing.assert_close(output.attacked_logits, moe(attacked).logits)
+
+
+@pytest.mark.parametrize("clean_weight", [1.0, -0.1, float("nan")])
+def test_a_share_of_clean_images_out_of_range_is_refused(moe, batch, clean_weight):
+    with pytest.raises(ValueError, match=rf"clean_weight={clean_weight} must be in \[0, 1\)"):
+        at_loss(moe, *batch, attack=ATTACK, clean_weight=clean_weight)
 
 
 def test_trades_formula(moe, batch):

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
-from hf_dualmoe.models.modeling_dualmoe import Normalize
+from hf_dualmoe.models.inputs_dualmoe import Normalize
 
 KINDS = ["resnet", "vit", "dual"]
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_dualmoe import DualMoEForImageClassification
-from hf_dualmoe.models.modeling_dualmoe import apply_logit_map, mix_logits
+from hf_dualmoe.models.mixing_dualmoe import apply_logit_map, mix_logits
 
 
 @pytest.mark.parametrize(("alpha", "name"), [(0, "standard"), (1, "robust")])

@@ -21,9 +21,11 @@ from transformers.models.auto import auto_factory
 
 import hf_dualmoe
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.models import pretrained_dualmoe
+from hf_dualmoe.models.backbones_dualmoe import check_model_size
 
 PACKAGE = Path(hf_dualmoe.__file__).parent / "models"
-CODE = [PACKAGE / f"{name}.py" for name in ("configuration_dualmoe", "merging_dualmoe", "modeling_dualmoe")]
+CODE = sorted(PACKAGE.glob("*_dualmoe.py"))
 
 # --- the code that travels -------------------------------------------------------------------------------------------
 
@@ -281,7 +283,7 @@ BASE = "other/base"
 @pytest.fixture(params=[False, True], ids=["without-peft", "with-peft"])
 def peft(request, monkeypatch):
     """Whether transformers believes that peft is installed; it looks for adapters only then."""
-    places = (hf_dualmoe.models.modeling_dualmoe, auto_factory, transformers_peft, transformers.pipelines)
+    places = (pretrained_dualmoe, auto_factory, transformers_peft, transformers.pipelines)
     for place in places:
         monkeypatch.setattr(place, "is_peft_available", lambda: request.param)
     return request.param
@@ -458,7 +460,7 @@ def test_checking_the_size_draws_no_random_numbers():
     for fields in ({}, {"backbone": "test_vit"}, {"backbone": "lipschitz_mlp"}):
         config = MoEConfig(num_experts=1, **fields)
         state = torch.get_rng_state()
-        hf_dualmoe.models.modeling_dualmoe.check_model_size(config)
+        check_model_size(config)
         assert torch.equal(state, torch.get_rng_state())
 
 

@@ -13,7 +13,7 @@ from hf_dualmoe.attacks.pgd import FGSM, PGD
 from hf_dualmoe.attacks.square import Square
 from hf_dualmoe.certification.smoothing import smoothed_certificates
 from hf_dualmoe.data.datasets import ImageTensorDataset
-from hf_dualmoe.evaluation.processes import correct_mask
+from hf_dualmoe.evaluation.batches import correct_mask
 from hf_dualmoe.evaluation.sanity import run_sanity_checks
 
 EPS, CLASSES = 0.05, 5

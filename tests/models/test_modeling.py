@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import MoEConfig, MoEForImageClassification
-from hf_dualmoe.attacks.pgd import frozen
-from hf_dualmoe.models.modeling_dualmoe import create_backbone, gate_weights, load_balancing_loss
+from hf_dualmoe.attacks.base import frozen
+from hf_dualmoe.models.backbones_dualmoe import create_backbone
+from hf_dualmoe.models.routing_dualmoe import averaged_loads, gate_weights, load_balancing_loss
 
 
 def normalize(model, images):
@@ -526,6 +527,18 @@ GATES = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.3, 0.2], [0.2, 0.7, 0.1], [0.1, 0
 def test_load_balancing_loss_by_hand(k, expected):
     logits = GATES.log() + torch.tensor([[5.0], [-3.0], [0.0], [1.0]])  # softmax does not see the shift
     assert load_balancing_loss(logits, k).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_balance_takes_the_loads_that_it_is_given(moe, images):
+    with averaged_loads(lambda load: load.new_tensor([0.1, 0.9, 0.0])):
+        assert load_balancing_loss(GATES.log()).item() == pytest.approx(3 * (0.1 * 0.35 + 0.9 * 0.3625))
+    seen = []
+    with averaged_loads(lambda load: seen.append(load) or load):
+        moe.train()(images)
+        with frozen(moe):
+            moe(images)
+    moe(images)
+    assert len(seen) == 1 and seen[0].sum().item() == pytest.approx(1)
 
 
 def test_load_balancing_loss_is_one_at_balance_and_num_experts_at_collapse():

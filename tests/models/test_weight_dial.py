@@ -12,10 +12,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.attacks.adaptive_union import worst_case
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.components import attack_experts, attack_router
 from hf_dualmoe.attacks.folding import foldable_pairs, folded
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen
 from hf_dualmoe.certification.certifier import Certifier, certify
 from hf_dualmoe.certification.report import certify_dataset
 from hf_dualmoe.certification.smoothing import smoothed_certificates
@@ -30,9 +30,9 @@ from hf_dualmoe.hub.model_card import CardSubject, create_model_card
 from hf_dualmoe.hub.onnx import DenseModel, LogitsModel, export_onnx
 from hf_dualmoe.models import modeling_dualmoe
 from hf_dualmoe.models.merging_dualmoe import interpolate
-from hf_dualmoe.models.modeling_dualmoe import mix_logits
+from hf_dualmoe.models.mixing_dualmoe import mix_logits
 from hf_dualmoe.models.parts import at_alpha
-from hf_dualmoe.trainer.trainer import check_model_fits_method
+from hf_dualmoe.trainer.checks import check_model_fits_method
 
 SMALL = {"backbone": "resnet10t", "num_experts": 2}
 FIELDS = {"hard": SMALL, "one expert": {**SMALL, "num_experts": 1}, "dense": {**SMALL, "router_top_k": 2}, "vit": {}}

@@ -125,6 +125,34 @@ def test_infinite_values_are_found_too(train):
         train(Poison(2, value=float("inf")), method="standard", logging_steps=1)
 
 
+class BadGradient(TrainerCallback):
+    """Multiplies the gradient of one weight in one step: the losses are fine, the update would not be."""
+
+    def __init__(self, step, factor):
+        self.step, self.factor, self.now = step, factor, False
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        weight = next(p for p in model.parameters() if p.ndim == 4)
+        weight.register_hook(lambda gradient: gradient * self.factor if self.now else gradient)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1 == self.step
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30], ids=["nan", "inf", "too large to add up"])
+def test_a_bad_gradient_is_found_where_the_losses_are_fine(train, factor, max_grad_norm):
+    with pytest.raises(FloatingPointError, match="Step 3: not finite .*: grad_norm"):
+        train(callbacks=[BadGradient(3, factor)], max_grad_norm=max_grad_norm, logging_steps=1)
+
+
+def test_skip_leaves_a_bad_gradient_out(train):
+    record = Recorder()
+    trainer = train(callbacks=[BadGradient(3, float("nan")), record], on_nan_loss="skip")
+    assert equal(record.model[1], record.model[2]) and trainer.watch.skipped == 1
+    assert not equal(record.model[2], record.model[3]) and not non_finite_tensors(trainer.model)
+
+
 def test_a_model_that_went_bad_long_before_the_log_is_named_by_its_first_step(train):
     """Its attacks are not finite either, and must not be blamed on the images."""
     with pytest.raises(FloatingPointError, match="Step 2: not finite"):
@@ -227,12 +255,22 @@ def test_run_ends_with_the_message_alone(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("run_script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    options = (
-        "--max_train_samples 64 --max_validation_samples 20 --width 8,8,8,16 --num_experts 2 --router_top_k 2 "
-        "--report none --optim sgd --learning_rate 1e30 --warmup_steps 0 --num_train_epochs 6 --disable_tqdm true "
-        "--output_dir"
-    ).split()
-    monkeypatch.setattr(sys, "argv", ["run.py", *options, str(tmp_path)])
+    options = {
+        "max_train_samples": "64",
+        "max_validation_samples": "20",
+        "width": "8,8,8,16",
+        "num_experts": "2",
+        "router_top_k": "2",
+        "report": "none",
+        "optim": "sgd",
+        "learning_rate": "1e30",
+        "warmup_steps": "0",
+        "num_train_epochs": "6",
+        "disable_tqdm": "true",
+        "output_dir": str(tmp_path),
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
     with pytest.raises(SystemExit, match=r"run.py: error: .*not finite"):
         module.main()
     assert not list_checkpoints(tmp_path) and not (tmp_path / "model").exists()

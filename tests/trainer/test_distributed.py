@@ -18,24 +18,40 @@ from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.models.outputs import logits_of
+from hf_dualmoe.models.routing_dualmoe import averaged_loads, load_balancing_loss
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
+from hf_dualmoe.trainer.step_parts import mean_over_processes
 from hf_dualmoe.trainer.trainer import RobustTrainer
 
 TRAINING = Path(__file__).parents[2] / "training"
 # GroupNorm: BatchNorm statistics are those of each process's own images
-SETTINGS = (
-    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 10 --num_experts 2 --router_top_k 1 "
-    "--width 8,8,8,16 --training_attack pgd --shared_stages 0 --router linear --attack_steps 2 --eval_attack_steps 1 "
-    "--num_train_epochs 1 --optim sgd --learning_rate 0.05 --logging_steps 1 --disable_tqdm true --backbone_kwargs"
-).split() + ['{"norm_layer": "groupnorm1"}']
+SETTINGS = {
+    "max_train_samples": 64,
+    "max_validation_samples": 20,
+    "max_test_samples": 10,
+    "num_experts": 2,
+    "router_top_k": 1,
+    "width": "8,8,8,16",
+    "training_attack": "pgd",
+    "shared_stages": 0,
+    "router": "linear",
+    "attack_steps": 2,
+    "eval_attack_steps": 1,
+    "num_train_epochs": 1,
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "logging_steps": 1,
+    "disable_tqdm": "true",
+    "backbone_kwargs": '{"norm_layer": "groupnorm1"}',
+}
 
 
 def launch(output_dir, processes, method):
     config = TRAINING / "accelerate_configs" / "two_cpu_processes.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
     own = {"per_device_train_batch_size": 16 // processes, "output_dir": output_dir, "method": method}
-    options = [text for name, value in own.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, *launcher, str(TRAINING / "run.py"), *SETTINGS, *options]
+    options = [text for name, value in {**SETTINGS, **own}.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, *launcher, str(TRAINING / "run.py"), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # processes that share cores must not each use all of them
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -93,6 +109,30 @@ def test_hard_routing_is_trained_with_recomputed_activations_and_measured_alike(
     """DDP with gradient checkpointing did not look for experts without images; RA depended on the processes."""
     torch.multiprocessing.spawn(train_hard_routing, (str(tmp_path),), nprocs=2)
     assert (tmp_path / "3-steps").exists()
+
+
+def balance_two_halves(rank, folder):
+    """What a process of the next test does: the balance loss of its half of a batch, and the gradient."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    own = ROUTER_LOGITS[rank::2].clone().requires_grad_()
+    with averaged_loads(mean_over_processes):
+        loss = load_balancing_loss(own)
+    torch.save((loss.detach(), torch.autograd.grad(loss, own)[0]), Path(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+ROUTER_LOGITS = torch.tensor([[2.0, 0, 0], [0, 2, 0], [1, 0, 0], [0, 0, 1], [3, 1, 0], [0, 1, 3]])
+
+
+def test_experts_are_balanced_over_the_batches_of_all_processes(tmp_path):
+    torch.multiprocessing.spawn(balance_two_halves, (str(tmp_path),), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    whole = ROUTER_LOGITS.clone().requires_grad_()
+    loss = load_balancing_loss(whole)
+    expected = torch.autograd.grad(loss, whole)[0]
+    assert sum(half for half, _ in halves).item() / 2 == pytest.approx(loss.item(), abs=1e-6)
+    for rank, (_, gradient) in enumerate(halves):
+        torch.testing.assert_close(gradient / 2, expected[rank::2])  # DDP divides by the number of processes
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClassification
-from hf_dualmoe.attacks.steps import ce_objective, frozen, project, value_and_gradient
+from hf_dualmoe.attacks.base import frozen
+from hf_dualmoe.attacks.steps import ce_objective, project, value_and_gradient
 from hf_dualmoe.losses.adversarial import at_loss, jtdmoe_loss, rt_er_loss, trades_loss
 
 VIT = {

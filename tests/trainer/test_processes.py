@@ -25,8 +25,9 @@ CONFIG = Path(__file__).parents[2] / "training" / "accelerate_configs" / "two_cp
 GLOBAL_BATCH = 16
 STEPS = 4
 HOW = [(2, 1), (4, 1), (1, 2), (2, 2)]  # processes, batches accumulated
-# Two attacks a step draw random numbers in another order where batches are accumulated: compared without that.
-OWN = [("rt_er_own", (2, 1)), ("rt_er_own", (4, 1))]
+# Two attacks a step draw random numbers in another order where batches are accumulated, and each accumulated batch has
+# a perturbation of the weights of its own: compared without that.
+OWN = [("rt_er_own", (2, 1)), ("rt_er_own", (4, 1)), ("at_perturbed", (2, 1)), ("at_perturbed", (4, 1))]
 TRAINED = tuple(method for method in METHODS if method != "certified")  # which refuses the ViT of these tests
 # No BatchNorm: its statistics are those of each process's own images. Hard routing: experts without images.
 VIT = {
@@ -157,6 +158,7 @@ def main(folder, what):
             train(folder, method, method, int(what))
         if what == "1":
             train(folder, "rt_er_own", "rt_er")
+            train(folder, "at_perturbed", "at", awp_gamma=0.02)
         if int(os.environ.get("WORLD_SIZE", "1")) == 2 and what == "1":
             train(folder, "skip", "at", poison=True, on_nan_loss="skip")
 
@@ -194,7 +196,7 @@ def read(folder, name):
 def test_same_losses_and_weights_at_the_same_global_batch(trained, method, how):
     weights, figures = read(trained[1, 1], method)
     others, other_figures = read(trained[how], method)
-    start = build(method.removesuffix("_own")).state_dict()
+    start = build(method.removesuffix("_own").removesuffix("_perturbed")).state_dict()
     moved = max(float((value - start[name]).abs().max()) for name, value in weights.items())
     assert moved > 2e-3
     for name, value in weights.items():

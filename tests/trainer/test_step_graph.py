@@ -11,14 +11,15 @@ from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import foldable_pairs, folded
 from hf_dualmoe.attacks.nfgsm import NFGSM
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.attacks.steps import frozen
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.evaluation.memory import largest_that_fits
 from hf_dualmoe.losses.adversarial import at_loss
-from hf_dualmoe.models.modeling_dualmoe import static_shapes, trusted_values
+from hf_dualmoe.models.experts_dualmoe import static_shapes
+from hf_dualmoe.models.inputs_dualmoe import trusted_values
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.compiling import compile_networks
 from hf_dualmoe.trainer.resumable import ResumableTrainer
@@ -128,6 +129,7 @@ class Watched(TrainerCallback):
 def test_a_step_waits_for_nothing(method, attack, train):
     watched = Watched()
     options = {"training_attack": attack, "ema_decay": 0.9, "max_grad_norm": 0.1, "optim_args": "momentum=0.9"}
+    options |= {"awp_gamma": 0.01, "clean_weight": 0.2 if method == "at" else 0.0}
     train(method, callbacks=[watched], max_steps=4, logging_steps=100, **options)
     assert watched.watch.names == []
 
@@ -291,6 +293,7 @@ SETTINGS = {
     "bf16": {"bf16": True},
     "l2": {"norm": "l2"},
     "adamw": {"optim": "adamw_torch"},
+    "perturbed weights": {"awp_gamma": 0.05, "weight_decay": 0.1},
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name != "together"]
 
@@ -300,6 +303,15 @@ def test_settings_train_the_same_in_a_graph(name, train):
     ordinary, graphed = (train("jtdmoe", graph=graph, **SETTINGS[name]) for graph in (False, True))
     assert recorded(graphed)
     assert difference(ordinary, graphed) == 0
+
+
+def test_clean_images_and_perturbed_weights_train_the_same_in_a_graph(train):
+    options = {"clean_weight": 0.3, "awp_gamma": 0.05}
+    ordinary, graphed = (train("at", graph=graph, **options) for graph in (False, True))
+    assert recorded(graphed) and graphed.step_graph.recorder.replays == 3
+    assert difference(ordinary, graphed) == 0
+    logs = [[e["loss_ce"] for e in t.state.log_history if "loss_ce" in e] for t in (ordinary, graphed)]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
 
 
 def test_a_model_that_changes_is_recorded_anew(train):

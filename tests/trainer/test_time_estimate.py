@@ -64,8 +64,9 @@ def random_numbers() -> tuple:
     return random.random(), np.random.rand(), torch.rand(1).item()
 
 
-def test_training_after_an_estimate_is_the_same_to_the_bit(trainer):
-    settings = {"max_steps": 5, "ema_decay": 0.9, "logging_steps": 2, "learning_rate": 0.05}
+@pytest.mark.parametrize("options", [{}, {"clean_weight": 0.5, "awp_gamma": 0.01}], ids=["plain", "all options"])
+def test_training_after_an_estimate_is_the_same_to_the_bit(options, trainer):
+    settings = {"max_steps": 5, "ema_decay": 0.9, "logging_steps": 2, "learning_rate": 0.05, **options}
     plain = trainer(**settings)
     plain.train()
     expected = random_numbers()

@@ -8,11 +8,13 @@ import torch
 from transformers import EvalPrediction, TrainingArguments
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
-from hf_dualmoe.attacks.steps import frozen
+from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.trainer import resumable
 from hf_dualmoe.trainer.arguments import METHODS, WITHOUT_ATTACK, PixelValue, RobustTrainingArguments
-from hf_dualmoe.trainer.trainer import RobustTrainer, check_batches, robust_accuracy_metrics
+from hf_dualmoe.trainer.checks import check_batches
+from hf_dualmoe.trainer.trainer import RobustTrainer
+from hf_dualmoe.trainer.validation import robust_accuracy_metrics
 
 TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1}
 
@@ -92,6 +94,18 @@ def test_every_method_trains_every_parameter_and_logs_its_terms(method, stripes,
     for low, high in zip(logged(trainer, "expert_load_0"), logged(trainer, "expert_load_1"), strict=True):
         assert low + high == pytest.approx(100, abs=0.01)
     assert bool(logged(trainer, "route_flip_rate")) == (method not in WITHOUT_ATTACK)
+
+
+def test_a_share_of_clean_images_has_its_own_term(stripes, arguments):
+    """The logged loss is the weighted sum of the logged terms."""
+    trainer = RobustTrainer(build("at"), arguments("at", clean_weight=0.25, logging_steps=1), train_dataset=stripes)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss_ce" in entry]
+    assert len(logs) == trainer.state.global_step == 6
+    for entry in logs:
+        balance = trainer.model.config.router_aux_loss_coef * entry["loss_aux"]
+        total = 0.75 * entry["loss_robust_ce"] + 0.25 * entry["loss_ce"] + balance
+        assert entry["loss"] == pytest.approx(total, abs=2e-3) and entry["loss_ce"] < entry["loss_robust_ce"]
 
 
 def test_adversarial_training_raises_robust_accuracy(stripes, arguments):
@@ -362,6 +376,13 @@ def test_a_model_that_does_not_fit_is_refused(method, model, message, arguments)
         ({"train_alpha": 1.5}, r"train_alpha=1.5 must be in \[0, 1\]"),
         ({"method": "jtdmoe", "train_alpha": 1.0}, "F_S would get no gradient"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"clean_weight": 1.0}, r"clean_weight=1.0 must be in \[0, 1\)"),
+        ({"clean_weight": -0.1}, r"clean_weight=-0.1 must be in \[0, 1\)"),
+        ({"method": "trades", "clean_weight": 0.5}, "clean_weight=0.5 must be 0 with method='trades'"),
+        ({"awp_gamma": -0.1}, "awp_gamma=-0.1 must be >= 0 and finite"),
+        ({"awp_gamma": math.inf}, "awp_gamma=inf must be >= 0 and finite"),
+        ({"awp_gamma": "a"}, "awp_gamma='a' must be a number"),
+        ({"hub_strategy": "every_save"}, "hub_strategy='every_save' must be end: checkpoints hold pickles"),
         ({"attack_steps": 0}, "attack_steps=0 must be at least 1"),
         ({"attack_step_size": -0.1}, "attack_step_size=-0.1 must be > 0"),
         ({"eps_warmup_ratio": 2.0}, "eps_warmup_ratio=2.0"),

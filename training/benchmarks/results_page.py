@@ -1,77 +1,89 @@
-"""Write the README's "Results" and "Reliability" sections from kept results; no number in them is typed.
+"""Render every result table from the files that scripts have written; no number in them is typed.
 
-python training/benchmarks/results_page.py
+    python training/benchmarks/results_page.py
 
-Reads results/study_*.json, which `study.py --render` keeps, results/public_numbers.json, what others
-published, results/{survival,fuzz,smoke_recipes}.json, and results/environments.json of tests/environments.py.
+Writes the sections of the README beside this file, from `results/`; ten rows into the README of the checkout, from
+`model_cards/*/results.json` and the studies; and the measured time of a step into the comments of the recipes. The
+scripts that keep results of theirs in `results/` (`study.py --render`, `certificates.py --render`) call it.
 """
 
-import json
+import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from readme_tables import HERE, RESULTS, markdown_table, replace_section
-from study_findings import MEASURES, SUMMARY, differences, findings, in_short, in_words, targets, targets_of_curves
-from study_tables import EARLIER, EARLIER_NOTE, mean_sweep, notes, summarise
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: scripts run from any folder
 
-README = HERE.parents[1] / "README.md"
-PICTURE = "dials.png"
+from training.benchmarks.certificates import report as certificates
+from training.benchmarks.full_scale import full_scale
+from training.benchmarks.parity import parity
+from training.benchmarks.reliability import smoke_recipes
+from training.benchmarks.shared.command_line import create_parser
+from training.benchmarks.shared.files import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
+from training.benchmarks.shared.tables import folded, markdown_table, marks, replace_section
+from training.benchmarks.speed import cpu, gpu_table
+from training.benchmarks.study.findings import render_findings
+from training.benchmarks.study.summary import mean_sweep, render_arms, summarise
+
+MISSING = "Not measured yet."
+TIME_LINE = "# Time: "
+
+
+def kept(name: str) -> Any:
+    """A file of `results/` by its name; None where there is none."""
+    path = RESULTS / f"{name}.json"
+    return read_json(path) if path.is_file() else None
+
+
+def rendered(name: str, render: Callable[[Any], str]) -> str:
+    """A file of `results/` as text."""
+    results = kept(name)
+    return MISSING if results is None else render(results)
+
+
+# --- studies ---------------------------------------------------------------------------------------------------------
+
 LABELLED = (0, 0.5, 0.8, 0.9, 1)  # alphas that the picture names
-TITLES = {"cifar10": "CIFAR-10, L∞ 8/255", "digits": "Digits, L∞ 0.15"}
-
-Arms = dict[str, dict[str, Any]]
-
-
 DIALS = {  # arm: label, color, marker, line of the plot
     "separate_clean": ("trained apart, clean F_S (paper)", "#b9b9b9", "s", "--"),
+    "pair_clean": ("trained apart, clean F_S (paper)", "#b9b9b9", "s", "--"),
     "jtdmoe_clean": ("JTDMoE, clean F_S (paper)", "#8fbde0", "o", "--"),
     "separate_dual": ("trained apart, F_S at eps / 2", "#6b6b6b", "s", "-"),
+    "dial_outputs": ("warm pair, outputs mixed", "#6b6b6b", "s", "-"),
+    "dial_weights": ("warm pair, weights mixed", "#2e8b57", "^", "-"),
     "separate_heads": ("trained apart, heads, F_S at eps / 2", "#2f2f2f", "^", "-"),
     "jtdmoe": ("JTDMoE, F_S at eps / 2", "#1f6fb4", "o", "-"),
     "jtdmoe_heads_warm": ("JTDMoE of heads, warm start", "#c8641e", "D", "-"),
+    "jtdmoe_warm": ("JTDMoE, warm start", "#c8641e", "D", "-"),
 }
 
 
-def read(name: str) -> dict[str, Any]:
-    """The kept results of a study.
-
-    Raises:
-        FileNotFoundError: There are none yet.
-    """
-    path = RESULTS / f"study_{name}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run the study {name!r}, then study.py --study {name} --render.")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    return {**results, "arms": summarise(results["runs"], results["study"])}
-
-
-# --- parts of the page -----------------------------------------------------------------------------------------------
-
-
-def main_table(arms: Arms) -> str:
-    """One row per arm, dual models with their F_R below."""
-    header = ["", "seeds", "parameters", "cost of an answer", "passes"]
-    header += ["SA %", "RA %, adaptive union", "RA %, PGD-10"]
-
-    def cell(values: dict[str, float]) -> str:
-        text = f"{values['mean']:.1f}"
-        return text if values["min"] == values["max"] else f"{text} ({values['min']:.1f} to {values['max']:.1f})"
-
-    rows = []
-    for name, arm in arms.items():
-        cost = [str(len(arm["seeds"])), f"{arm['parameters'] / 1e3:.0f}k", f"{arm['relative_flops']:.2f}x"]
-        cost.append(f"{arm['passes']:.0f}")
-        mark = arm.get("mark", "")
-        rows.append([name, *cost, cell(arm["sa"]), cell(arm["ra"]) + mark, f"{arm['ra_pgd']['mean']:.1f}"])
-        if "robust" in arm:
-            parts = [cell(arm["robust"]["sa"]), cell(arm["robust"]["ra"]) + mark]
-            rows.append([f"F_R of {name}", "", "", "", "", *parts, ""])
-    return "\n\n".join([markdown_table(header, rows), *notes(arms)[:1]])
+def render_study(results: dict[str, Any]) -> str:
+    """What one study found: its arms, their differences, and what is left of them on images not used before."""
+    arms, study = summarise(results["runs"], results["study"]), results["study"]
+    results = {**results, "arms": arms}
+    images = max(run["num_images"] for run in results["runs"])
+    extra = {arm: entry for arm, entry in arms.items() if study["arms"][arm].get("extra")}
+    names = "\n".join(f"- `{arm}`: {entry['about']}." for arm, entry in arms.items() if entry["about"])
+    blocks = [
+        f"Each arm trains for what {study['passes']} passes of one network over the training images cost, attack "
+        f'included, unless "passes" says otherwise: a dual model has two models to train. {images:,} test images; '
+        "mean of the seeds, range in brackets.",
+        render_arms({arm: entry for arm, entry in arms.items() if arm not in extra}),
+        *([folded("More arms, some with fewer seeds", render_arms(extra))] if extra else []),
+        folded("What the names mean", names),
+        render_findings(results),
+    ]
+    if again := confirmed(results):
+        images = max(run["num_images"] for run in again["runs"])
+        text = f"{images:,} test images that no seed had drawn, at the alphas chosen before:"
+        tables = f"{text}\n\n{render_arms(again['arms'])}\n\n{render_findings(again)}"
+        blocks.append(folded("The same models on images that no choice was made by", tables))
+    return "\n\n".join(filter(None, blocks))
 
 
 def confirmed(results: dict[str, Any]) -> dict[str, Any] | None:
@@ -80,30 +92,12 @@ def confirmed(results: dict[str, Any]) -> dict[str, Any] | None:
     return {**results, "runs": runs, "arms": summarise(runs, results["study"])} if runs else None
 
 
-def levers_table(results: dict[str, Any]) -> str:
-    """What each lever changes against the study's reference arm, and what it leaves of the training steps."""
-    reference = results["study"]["reference"]
-    rows = []
-    for name, arm in results["arms"].items():
-        changes = [in_words(differences(results, name, reference, key)) for key in MEASURES]
-        if name == reference:
-            changes = [f"{arm[key]['mean']:.1f} %" for key in MEASURES]
-        load = f"{arm['least_load']:.0f}" if "least_load" in arm else "-"
-        changes[-1] += arm.get("mark", "")
-        rows.append([f"`{name}`: {arm['about']}", *changes, str(arm["steps"]), load])
-    table = markdown_table(["lever", "SA, points", "RA (union), points", "steps", "least load %"], rows)
-    return "\n\n".join([table, *notes(results["arms"])[:1]])
+def dials(results: dict[str, Any]) -> tuple[dict[str, list[dict[str, float]]], list[int]]:
+    """The dials to draw, each the mean over the seeds that all of them have and all swept alike, and these seeds.
 
-
-def public_table() -> str:
-    """Numbers that others have published, for scale."""
-    rows = json.loads((RESULTS / "public_numbers.json").read_text(encoding="utf-8"))["rows"]
-    cells = [[row["what"], row["clean"], row["robust"], row["source"]] for row in rows]
-    return markdown_table(["CIFAR-10, L∞ 8/255 unless said otherwise", "clean %", "robust %", "source"], cells)
-
-
-def drawn(results: dict[str, Any]) -> tuple[dict[str, list[dict[str, float]]], list[int]]:
-    """The dials to draw, each the mean over the seeds that all of them have and all swept alike, and these seeds."""
+    Raises:
+        ValueError: The dials were swept with different attacks.
+    """
     runs: dict[str, dict[int, Any]] = {arm: {} for arm in DIALS}
     for run in results["runs"]:
         if run["arm"] in runs:
@@ -117,158 +111,209 @@ def drawn(results: dict[str, Any]) -> tuple[dict[str, list[dict[str, float]]], l
 
 
 def draw(studies: dict[str, dict[str, Any]], path: Path) -> None:
-    """Trade-off of the dual models along the dial, one panel per study."""
-    figure, panels = plt.subplots(
-        1, len(studies), figsize=(5.2 * len(studies), 4), layout="constrained", squeeze=False
-    )
-    for axes, (name, results) in zip(panels[0], studies.items(), strict=True):
-        dials, seeds = drawn(results)
-        for arm, points in dials.items():
+    """Trade-off of the dual models along the dial, one panel for each study, by its title."""
+    figure = Figure(figsize=(5.2 * len(studies), 4), layout="constrained")
+    panels = figure.subplots(1, len(studies), squeeze=False)[0]
+    for axes, (title, results) in zip(panels, studies.items(), strict=True):
+        curves, seeds = dials(results)
+        for arm, points in curves.items():
             label, color, marker, line = DIALS[arm]
-            where = ([p["ra"] for p in points], [p["sa"] for p in points])
+            where = [p["ra"] for p in points], [p["sa"] for p in points]
             axes.plot(*where, marker=marker, color=color, label=label, linestyle=line)
-            for point in points if arm == "jtdmoe" else []:
-                if point["alpha"] not in LABELLED:
-                    continue
-                axes.annotate(
-                    f"{point['alpha']:g}", (point["ra"], point["sa"]), (4, 4), textcoords="offset points", fontsize=8
-                )
-        over = "seed " + str(seeds[0]) if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
-        axes.set(title=f"{TITLES[name]}, {over}", xlabel="RA %, dial's attack, held-out images")
-        axes.set(ylabel="SA %, held-out images")
+        for point in curves.get("jtdmoe", curves.get("dial_weights", [])):
+            if point["alpha"] in LABELLED:
+                at = (point["ra"], point["sa"])
+                axes.annotate(f"{point['alpha']:g}", at, (4, 4), textcoords="offset points", fontsize=8)
+        over = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
+        axes.set(title=f"{title}, {over}", xlabel="RA %, dial's attack, held-out images", ylabel="SA %")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def folded(title: str, text: str) -> str:
-    """Markdown that a reader may open."""
-    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+# --- other sections --------------------------------------------------------------------------------------------------
 
 
-def sweep_text(results: dict[str, Any], arm: str) -> str:
-    """What an arm's dial was swept with, where that was less than the whole attack of the dial."""
-    members = [run["swept_with"] for run in results["runs"] if run["arm"] == arm and "swept_with" in run]
-    weakest = min(members, key=len, default=None)
-    return f"; its dial was chosen under {' and '.join(weakest)} alone" if weakest and len(weakest) == 1 else ""
+def render_public(results: dict[str, Any]) -> str:
+    """Numbers that others have published, for scale."""
+    rows = [[row["what"], row["clean"], row["robust"], row["source"]] for row in results["rows"]]
+    return markdown_table(["CIFAR-10, L∞ 8/255 unless said otherwise", "clean %", "robust %", "source"], rows, 4)
 
 
-def by_extra(results: dict[str, Any]) -> tuple[Arms, Arms]:
-    """The arms that a study runs always, and those that only `--arms` runs."""
-    extra = {arm for arm, entry in results["study"]["arms"].items() if entry.get("extra")}
-    arms = results["arms"]
-    return {n: arms[n] for n in arms if n not in extra}, {n: arms[n] for n in arms if n in extra}
+def render_calibration(results: dict[str, Any]) -> str:
+    """Plain mixing and mixing behind a logit map along the dial; an arrow marks what held-out images chose."""
+    rows = []
+    for run in results["runs"]:
+        for point in run["points"]:
+            mixing = point["mixing"] + (" ← chosen" if point["chosen"] else "")
+            numbers = [f"{point[key]:.2f}" for key in ("sa", "ra_pgd", "ra_adaptive_union", "ra_worst_case")]
+            rows.append([f"{run['model']}, {run['num_images']}", mixing, f"{point['alpha']:g}", *numbers])
+    header = ["model, images", "mixing", "alpha", "SA %", "RA % PGD", "RA % adaptive union", "RA % all attacks"]
+    accepted = all(run["calibration"]["accepted"] for run in results["runs"])
+    verdict = "Held-out images accepted the map." if accepted else "Held-out images did not accept the map."
+    return f"{markdown_table(header, rows, 2)}\n\n{verdict}"
 
 
-def study_section(name: str, results: dict[str, Any]) -> list[str]:
-    """What one study found: all arms, differences, aims, and what is left of it on images not used before."""
-    seeds = max(len(arm["seeds"]) for arm in results["arms"].values())
-    images, trained = max(run["num_images"] for run in results["runs"]), results["study"]["settings"]
-    limit = trained.get("max_train_samples")
-    about = {arm: f"{entry['about']}{sweep_text(results, arm)}" for arm, entry in results["arms"].items()}
-    names = "\n".join(f"- `{arm}`: {text}." for arm, text in about.items())
-    usual, extra = by_extra(results)
-    lines = [
-        f"### {TITLES[name]}" + (f", {limit:,} training images" if limit else ""),
-        f"Each method trains for what {results['study']['passes']} passes of one backbone over the training "
-        'images cost, attack included, unless "passes" says otherwise: a dual model has two models to train. '
-        f"{images:,} test images; seeds per method in the table, {seeds} at most (mean, range in brackets).",
-        main_table(usual),
-        *([folded("More arms, of which some have fewer seeds", main_table(extra))] if extra else []),
-        folded("What the names mean", names),
-        folded("Differences in points, mean and range over the seeds", "\n".join(findings(results))),
-        markdown_table(["aim", "found", "met"], [*targets(results), *targets_of_curves(results)]),
-    ]
-    if again := confirmed(results):
-        images = max(run["num_images"] for run in again["runs"])
-        lines += [
-            f"The same models, at the same alphas, on {images:,} test images that no seed had drawn and no choice was "
-            "made by:",
-            main_table(again["arms"]),
-            markdown_table(["aim", "found", "met"], targets(again)),
-        ]
-    return lines
-
-
-def summary() -> str:
-    """What the studies found, in one table: CIFAR-10, the same on images not used before, digits."""
-    studies = {name: read(name) for name in TITLES}
-    columns = [studies["cifar10"], confirmed(studies["cifar10"]) or {"runs": []}, studies["digits"]]
-    rows = [[title, *(in_short(results, arm, other) for results in columns)] for title, arm, other in SUMMARY]
-    table = markdown_table(["in points", "CIFAR-10", "CIFAR-10, fresh images", "digits"], rows)
-    return f"{table}\n\n{EARLIER_NOTE}" if EARLIER in table else table
-
-
-def page() -> str:
-    """The whole section in Markdown."""
-    studies = {name: read(name) for name in TITLES}
-    lines = [line for name, results in studies.items() for line in study_section(name, results)]
-    draw(studies, RESULTS / PICTURE)
-    lines.append(f"![Trade-off of the dual models along the dial](training/benchmarks/results/{PICTURE})")
-    if (RESULTS / "study_digits_levers.json").is_file():
-        levers = read("digits_levers")
-        lines += [
-            "### Levers, on digits",
-            f"{levers['study']['passes']} passes of a plain backbone per training image, but where the lever is the "
-            "length. That is far too short to saturate: levers that make a step dearer mostly show what fewer steps "
-            f"cost. Differences are to `{levers['study']['reference']}`; those smaller than the ranges over seeds in "
-            "the table above say nothing.",
-            folded("All levers", levers_table(levers)),
-        ]
-    lines += ["### For scale: what others have published", public_table()]
-    return "\n\n".join(lines)
-
-
-def reliability() -> str:
+def render_reliability() -> str:
     """What was tried to break runs and loading, and what came of it."""
-    kept = {
-        name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("survival", "fuzz", "smoke_recipes")
-    }
-    survival, fuzz = kept["survival"], kept["fuzz"]
+    survival, fuzz, recipes = (kept(name) for name in ("survival", "fuzz", "smoke_recipes"))
     where = ", ".join(f"{count} in {place}" for place, count in sorted(survival["where"].items()))
     equal = [name for name, same in survival["equal_to_the_bit"].items() if same]
-    smoked = [name for name, recipe in kept["smoke_recipes"]["recipes"].items() if "smoke" in recipe]
+    smoked = [name for name, recipe in recipes["recipes"].items() if "smoke" in recipe]
     versions = ", ".join(f"{name} {version}" for name, version in survival["environment"]["packages"].items())
     rows = [
         ["SIGKILL during one run", f"{survival['kills']} ({where})"],
         ["equal to the bit afterwards", f"{len(equal)} of {len(survival['equal_to_the_bit'])}: {', '.join(equal)}"],
         ["full disk", f"ends with a message; {survival['disk_full']['intact_checkpoint']} is whole, the run goes on"],
         ["fuzzed calls, configs, weight files and images", f"{fuzz['cases']:,}"],
-        [
-            "of these: work, refused with a clear error",
-            " / ".join(str(fuzz["outcomes"][n]) for n in ("works", "refused")),
-        ],
+        ["of these: work, refused with a clear error", f"{fuzz['outcomes']['works']} / {fuzz['outcomes']['refused']}"],
         ["of these: crash, hang or write elsewhere", str(len(fuzz["faults"]))],
         ["full-scale recipes killed and gone on with", ", ".join(smoked)],
         ["versions of these runs", versions],
-        *environments(),
     ]
-    return markdown_table(["tried", "outcome"], rows).replace("| --- | ---: |", "| --- | --- |")
+    core = ("torch", "transformers", "timm", "datasets", "huggingface_hub")
+    for name, suite in (kept("environments") or {"environments": {}})["environments"].items():
+        if "passed" in suite:
+            packages = ", ".join(f"{package} {suite['packages'][package]}" for package in core)
+            counts = ", ".join(f"{suite[count]:,} {count}" for count in ("passed", "failed", "errors", "skipped"))
+            rows.append([f"test suite, {name}: {packages}", counts])
+    return markdown_table(["tried", "outcome"], rows, 2)
 
 
-CORE = ("torch", "transformers", "timm", "datasets", "huggingface_hub")  # named in the table for each environment
+SECTIONS: dict[str, Callable[[], str]] = {
+    "study_cifar10_full": partial(rendered, "study_cifar10_full", render_study),
+    "study_cifar10": partial(rendered, "study_cifar10", render_study),
+    "study_digits": partial(rendered, "study_digits", render_study),
+    "public_numbers": partial(rendered, "public_numbers", render_public),
+    "certificates_digits": partial(rendered, "certificates_digits", certificates.render),
+    "certificates_cifar10": partial(rendered, "certificates_cifar10", certificates.render),
+    "certified_literature": certificates.render_literature,
+    "repeats_digits": partial(rendered, "repeats_digits", certificates.render_repeats),
+    "speed": partial(rendered, "speed", cpu.render),
+    "speed_gpu": lambda: gpu_table.render(*gpu_table.read_measurements()),
+    "full_scale": partial(rendered, "full_scale", full_scale.render),
+    "autoattack_parity": partial(rendered, "autoattack_parity", parity.render),
+    "reliability": render_reliability,
+    "smoke_recipes": partial(rendered, "smoke_recipes", smoke_recipes.render),
+    "study_digits_levers": partial(rendered, "study_digits_levers", render_study),
+    "calibrated_mixing": partial(rendered, "calibrated_mixing", render_calibration),
+}
 
 
-def environments() -> list[list[str]]:
-    """A row for each environment of tests/environments.py that had an interpreter."""
-    path = RESULTS / "environments.json"
-    rows = []
-    for name, result in json.loads(path.read_text(encoding="utf-8"))["environments"].items() if path.is_file() else ():
-        if "passed" not in result:
-            continue
-        packages = ", ".join(f"{package} {result['packages'][package]}" for package in CORE)
-        counts = ", ".join(f"{result[count]:,} {count}" for count in ("passed", "failed", "errors", "skipped"))
-        rows.append([f"test suite, {name}: {packages}", counts])
+# --- ten rows --------------------------------------------------------------------------------------------------------
+
+ROWS = 10
+HEADER = ["model", "dataset", "eps", "parameters", "networks per answer", "SA %", "RA % (attack)", "source"]
+STRONG = {"ra_autoattack": "AutoAttack", "ra_worst_case": "adaptive union"}  # what a row names
+ARMS = {  # study: its arms that may have a row, most interesting first, and what they are
+    "cifar10_full": {
+        "single": "one network",
+        "single_long": "one network, trained as long as a dual model in all",
+        "dial_weights": "weights of two networks mixed",
+        "dial_outputs": "outputs of the same two networks mixed",
+        "jtdmoe_warm": "JTDMoE, warm start",
+        "rt_er_heads": "RT-ER, four heads on one trunk",
+        "rt_er": "RT-ER, four thin experts",
+        "pair_clean": "outputs of a clean and a robust network mixed, as in the paper",
+    },
+    "cifar10": {
+        "single": "one network, 5,000 images",
+        "single_long": "one network, 5,000 images, trained as long as a dual model in all",
+        "jtdmoe_heads_warm": "JTDMoE of heads, warm start, 5,000 images",
+        "separate_warm": "outputs of two networks mixed, 5,000 images",
+        "rt_er_heads": "RT-ER, four heads on one trunk, 5,000 images",
+        "rt_er": "RT-ER, four thin experts, 5,000 images",
+    },
+}
+
+
+def radius(eps: float) -> str:
+    """A radius as a fraction of 255 where it is one."""
+    levels = 255 * eps
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+
+
+def robust_cell(metrics: dict[str, Any]) -> str:
+    """Robust accuracies with the attacks that gave them: the strong ones, else the PGD of the report."""
+    found = {title: metrics[name] for name, title in STRONG.items() if name in metrics}
+    weak = {name.replace("ra_pgd", "PGD-"): metrics[name] for name in metrics if name.startswith("ra_pgd")}
+    return ", ".join(f"{value:.1f} ({title})" for title, value in (found or weak).items())
+
+
+def card_rows(folder: Path) -> list[list[str]]:
+    """A shared model at its alpha, and its controls."""
+    path = folder / "results.json"
+    report, link = read_json(path), f"[card]({path.relative_to(CHECKOUT).parent.as_posix()}/README.md)"
+    model, threat = report["model"], (report["dataset"]["name"], radius(report["threat"]["eps"]))
+    networks = "2" if "alpha" in model and model["mixing"] != "weights" else "1"
+    name = f"{folder.name}, alpha {model['alpha']:g}" if "alpha" in model else folder.name
+    described = [(name, f"{model['parameters'] / 1e6:.2f} M", networks, report["metrics"])]
+    described += [(f"{folder.name}: {control}", "-", "-", metrics) for control, metrics in report["controls"].items()]
+    return [
+        [title, *threat, size, count, f"{metrics['sa']:.1f}", robust_cell(metrics), link]
+        for title, size, count, metrics in described
+    ]
+
+
+def study_rows(name: str) -> list[list[str]]:
+    """Arms of a study, mean over its seeds."""
+    results = kept(f"study_{name}")
+    if results is None:
+        return []
+    study, rows = results["study"], []
+    summary = summarise(results["runs"], study)
+    link = f"[study](training/benchmarks/README.md), {name}"
+    for arm, title in ARMS[name].items():
+        if entry := summary.get(arm):
+            networks = "2" if "robust" in entry and study["arms"][arm].get("mixing") != "weights" else "1"
+            eps = study["arms"][arm].get("settings", {}).get("eps", study["settings"]["eps"])
+            cells = ["cifar10", str(eps), f"{entry['parameters'] / 1e6:.2f} M", networks, f"{entry['sa']['mean']:.1f}"]
+            rows.append([title, *cells, f"{entry['ra']['mean']:.1f} (adaptive union)", link])
     return rows
 
 
+def render_summary() -> str:
+    """The ten rows: shared models with their controls, then the full study, or the small one before it has run."""
+    rows = [row for path in sorted(CHECKOUT.glob("model_cards/*/results.json")) for row in card_rows(path.parent)]
+    rows += study_rows("cifar10_full") or study_rows("cifar10")
+    return markdown_table(HEADER, rows[:ROWS])
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def with_time(recipe: str, text: str) -> str:
+    """A recipe whose last comment before the settings is the time that it takes."""
+    line = f"{TIME_LINE}{text}\n"
+    if re.search(f"^{TIME_LINE}.*\n", recipe, flags=re.MULTILINE):
+        return re.sub(f"^{TIME_LINE}.*\n", lambda _: line, recipe, flags=re.MULTILINE)
+    head = re.match(r"(#.*\n)*", recipe).group()
+    return head + line + recipe[len(head) :]
+
+
+def render_page(readme: Path = BENCHMARKS / "README.md", front: Path = CHECKOUT / "README.md") -> None:
+    """Write all sections, the ten rows of the front page, the picture of the dials, and the times of the recipes.
+
+    Raises:
+        ValueError: A README has no place for a section, or a results file is not fit to be shown.
+    """
+    texts = {name: render() for name, render in SECTIONS.items()}
+    for name, text in texts.items():
+        replace_section(name, text, readme)
+    if marks("results")[0] in front.read_text(encoding="utf-8"):
+        replace_section("results", render_summary(), front)
+    titles = {"cifar10_full": "CIFAR-10", "cifar10": "CIFAR-10, 5,000 images", "digits": "Digits"}
+    studies = {title: kept(f"study_{name}") for name, title in titles.items()}
+    draw({title: results for title, results in studies.items() if results}, RESULTS / "dials.png")
+    for recipe in smoke_recipes.FULL_SCALE:
+        path = TRAINING / "recipes" / f"{recipe}.yaml"
+        path.write_text(with_time(path.read_text(encoding="utf-8"), gpu_table.step_time(recipe)), encoding="utf-8")
+
+
 def main() -> int:
+    create_parser(__doc__).parse_args()
     try:
-        replace_section("summary", summary(), README)
-        replace_section("results", page(), README)
-        replace_section("reliability", reliability(), README)
+        render_page()
     except (ValueError, FileNotFoundError) as error:
         print(f"results_page.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,101 @@
+"""The smoke test of the full-scale recipes notices what goes wrong, and its results are of the recipes as they are."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from training.benchmarks.reliability import smoke_recipes
+from training.benchmarks.shared.files import RESULTS as KEPT
+from training.benchmarks.shared.files import read_json
+from training.run import RECIPES
+
+RESULTS = read_json(KEPT / "smoke_recipes.json")
+SMOKED = [name for name, result in RESULTS["recipes"].items() if "smoke" in result]
+
+
+@pytest.mark.parametrize("recipe", smoke_recipes.FULL_SCALE)
+def test_recorded_costs_are_of_the_recipes_as_they_are(recipe):
+    result = RESULTS["recipes"][recipe]
+    assert result["recipe_settings"] == yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+
+
+@pytest.mark.parametrize("recipe", SMOKED)
+def test_recorded_smoke_tests_are_of_the_recipes_as_they_are(recipe):
+    result = RESULTS["recipes"][recipe]
+    assert result["smoke"]["recipe_settings"] == yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+    assert result["settings"] == smoke_recipes.smoke_settings(
+        recipe, result["smoke"]["steps"], result["settings"]["per_device_train_batch_size"], pretrained=False
+    )
+    assert result["smoke"]["steps"] >= 200 > result["smoke"]["killed_after_step"]
+    assert result["smoke"]["resumed_from_step"] <= result["smoke"]["killed_after_step"]
+
+
+def test_an_estimate_keeps_the_smoke_test(tmp_path):
+    args = smoke_recipes.parse_args(["--output", str(tmp_path / "r.json")])
+    for recipe in ("paper", "cifar10_resnet18"):
+        smoke_recipes.save({"recipe": recipe, "cost": {"total_pflops": 100.0}, "smoke": {"steps": 200}}, args)
+    args = smoke_recipes.parse_args(["--output", str(tmp_path / "r.json"), "--estimate"])
+    smoke_recipes.save({"recipe": "paper", "cost": {"total_pflops": 200.0}}, args)
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert list(saved["recipes"]) == ["paper", "cifar10_resnet18"]
+    assert saved["recipes"]["paper"]["smoke"] == {"steps": 200}
+    assert [recipe["cost"]["total_pflops"] for recipe in saved["recipes"].values()] == [200, 100]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [(("--steps", "3"), "steps=3 must be at least 10"), (("--batch_size", "0"), "batch_size=0")]
+)
+def test_bad_arguments_are_refused(option, message, capsys):
+    with pytest.raises(SystemExit):
+        smoke_recipes.parse_args(list(option))
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def fake_run(tmp_path, monkeypatch):
+    """Puts a script in the place of training/run.py that logs and writes checkpoints, as told by its source."""
+
+    def put(resumes: bool, loss: float = 1.0) -> dict:
+        script = tmp_path / "run.py"
+        script.write_text(
+            "import json, sys, time\nfrom pathlib import Path\n"
+            "folder = Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+            "done = [int(p.name.split('-')[1]) for p in folder.glob('checkpoint-*')]\n"
+            f"start = max(done) if done and {resumes} else 0\n"
+            "for step in range(start + 1, 21):\n"
+            f"    print({{'loss': {loss}}}, flush=True)\n"
+            "    time.sleep(0.03)\n"
+            "    if step % 4 == 0:\n"
+            "        path = folder / f'checkpoint-{step}'\n"
+            "        path.mkdir(exist_ok=True)\n"
+            f"        state = {{'global_step': step, 'log_history': [{{'loss': {loss}}}] * step}}\n"
+            "        (path / 'trainer_state.json').write_text(json.dumps(state))\n"
+        )
+        monkeypatch.setattr(smoke_recipes, "RUN", script)
+        return {"max_steps": 20, "logging_steps": 1}
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ({"resumes": False}, "did not go on from there"),
+        ({"resumes": True, "loss": "float('nan')"}, "losses"),
+    ],
+)
+def test_the_smoke_test_notices_a_broken_training(fake_run, tmp_path, behaviour, message):
+    with pytest.raises(smoke_recipes.SmokeError, match=message):
+        smoke_recipes.smoke("any", tmp_path / "out", fake_run(**behaviour), torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.txt"]
+
+
+@pytest.mark.slow
+def test_the_smoke_test_kills_and_resumes_a_real_training(tmp_path):
+    changes = {"dataset_name": "digits", "width": "8,8,8,16", "max_train_samples": 64}
+    settings = smoke_recipes.smoke_settings("digits", 20, 4, False) | changes
+    result = smoke_recipes.smoke("digits", tmp_path / "out", settings, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert result["steps"] == 20 and 4 <= result["resumed_from_step"] <= result["killed_after_step"] < 20
+    assert result["loss_first"] > 0 and not list((tmp_path / "out").glob("checkpoint-*"))

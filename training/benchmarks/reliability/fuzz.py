@@ -1,0 +1,198 @@
+"""Nonsense for the public interface: each case must work on a tiny model or be refused with a documented error.
+
+python training/benchmarks/reliability/fuzz.py --cases 1000
+
+Settings, call arguments, config files, weight files and images are drawn by hypothesis, from sensible values and from
+wrong types and extreme numbers. Outcomes of a case:
+
+- works
+- refused: a documented error that names an argument of the case (or, for files: a documented error)
+- unnamed: a documented error that names none of them
+- fault: any other error, more than `DEADLINE` seconds, or a file written, a program started or a connection opened
+  outside the folder of the case
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+from hypothesis import strategies as st
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
+
+from hf_dualmoe.evaluation.environment import describe_environment
+from training.benchmarks.reliability.fuzz_cases import TARGETS, Target
+from training.benchmarks.shared.command_line import create_parser
+from training.benchmarks.shared.files import RESULTS, write_json
+from training.benchmarks.shared.time_guard import Clock, OutOfTime
+
+DEADLINE = 120  # seconds per case
+CHUNK = 100  # cases per seed
+
+
+class Watch:
+    """Notes what happens outside a folder while it is active: files changed, programs started, connections."""
+
+    def __init__(self):
+        self.folder: Path | None = None
+        self.seen: list[str] = []
+        sys.addaudithook(self._hook)  # stays for the life of the process
+
+    def _hook(self, event: str, args: tuple) -> None:
+        if self.folder is None:
+            return
+        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"):
+            self.seen.append(f"{event} {args[:2]}")
+        elif event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR):
+            self._check(event, args[0])
+        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree"):
+            self._check(event, args[0])
+
+    def _check(self, event: str, path: str | bytes) -> None:
+        path = Path(os.fsdecode(path)).absolute()
+        if path != Path(os.devnull) and self.folder not in (path, *path.parents):
+            self.seen.append(f"{event} {path}")
+
+    @contextlib.contextmanager
+    def on(self, folder: Path) -> Iterator[list[str]]:
+        """Watch while a case works in `folder`."""
+        self.seen = []
+        self.folder = folder.absolute()
+        try:
+            yield self.seen
+        finally:
+            self.folder = None
+
+
+@contextlib.contextmanager
+def working_in(folder: str) -> Iterator[None]:
+    """Make `folder` the current one."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@cache
+def watch() -> Watch:
+    """The one audit hook of this process."""
+    return Watch()
+
+
+def run_case(target: Target, drawn: Any, seconds: int = DEADLINE) -> tuple[str, str]:
+    """The outcome of a case (see above), and the error message."""
+    with tempfile.TemporaryDirectory() as temporary, working_in(temporary), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with watch().on(Path(temporary)) as seen:
+            outcome, message = attempt(target, drawn, Path(temporary), seconds)
+        return ("fault", f"outside its folder: {seen[0]}") if seen else (outcome, message)
+
+
+def attempt(target: Target, drawn: Any, folder: Path, seconds: int) -> tuple[str, str]:
+    """Run a case; the outcome but for what it did outside its folder."""
+    try:
+        with Clock(seconds).limit():
+            target.run(drawn, folder)
+    except target.errors as error:
+        message = f"{type(error).__name__}: {error}"
+        named = not isinstance(drawn, dict) or any(name.removeprefix("robust_") in message for name in drawn)
+        return "refused" if named else "unnamed", message
+    except OutOfTime:
+        return "fault", f"more than {seconds} s"
+    except Exception as error:
+        return "fault", f"{type(error).__name__}: {error}"
+    return "works", ""
+
+
+def fuzz(cases: int, seed: int, targets: list[Target] = TARGETS) -> list[dict[str, str]]:
+    """Draw and run cases; a record of each."""
+    records = []
+    weighted = [target for target in targets for _ in range(target.weight)]
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=cases,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(st.data())
+    def draw(data: st.DataObject) -> None:
+        target = data.draw(st.sampled_from(weighted))
+        drawn = data.draw(target.drawn)
+        started = time.perf_counter()
+        outcome, message = run_case(target, drawn)
+        record = {"target": target.name, "outcome": outcome, "drawn": shorten(drawn), "message": message[:400]}
+        records.append({**record, "seconds": round(time.perf_counter() - started, 3)})
+
+    draw()
+    return records
+
+
+def shorten(drawn: Any) -> str:
+    """What was drawn, as text of bounded length."""
+    try:
+        return repr(drawn)[:400]
+    except ValueError:  # an integer too long to be printed
+        return "..."
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of the outcomes, and the cases that should not be."""
+    by_target: dict[str, Counter] = {}
+    for record in records:
+        by_target.setdefault(record["target"], Counter())[record["outcome"]] += 1
+    return {
+        "cases": len(records),
+        "outcomes": dict(Counter(record["outcome"] for record in records)),
+        "by_target": {name: dict(by_target[name]) for name in sorted(by_target)},
+        "slowest_seconds": max((record["seconds"] for record in records), default=0),
+        "faults": [record for record in records if record["outcome"] == "fault"],
+        "unnamed": [record for record in records if record["outcome"] == "unnamed"],
+    }
+
+
+def quiet() -> None:
+    """No progress bars, messages or compiled files."""
+    sys.dont_write_bytecode = True
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+
+
+def main() -> None:
+    parser = create_parser(__doc__)
+    parser.add_argument("--cases", type=int, default=1000, help="number of cases")
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of the first {CHUNK} cases; the next have the next")
+    parser.add_argument("--output", type=Path, default=RESULTS / "fuzz.json", help="JSON file to write")
+    args = parser.parse_args()
+    quiet()
+    records, seeds, started = [], [], time.perf_counter()
+    while len(records) < args.cases:
+        seeds.append(args.seed + len(seeds))
+        records += fuzz(min(CHUNK, args.cases - len(records)), seeds[-1])
+        print(f"{len(records)} cases, {dict(Counter(record['outcome'] for record in records))}", flush=True)
+    result = summary(records) | {"seconds": round(time.perf_counter() - started, 1), "seeds": seeds}
+    packages = describe_environment("cpu") | {"hypothesis": version("hypothesis")}
+    write_json(args.output, result | {"environment": packages})
+    for record in result["faults"]:
+        print(f"FAULT {record['target']}({record['drawn']}): {record['message']}")
+    print(f"written to {args.output}")
+    sys.exit(1 if result["faults"] else 0)
+
+
+if __name__ == "__main__":
+    main()
