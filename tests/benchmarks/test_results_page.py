@@ -114,7 +114,7 @@ def test_a_row_names_model_threat_and_attack(tmp_path, monkeypatch):
     monkeypatch.setattr(results_page, "CHECKOUT", tmp_path)
     dual, control = results_page.card_rows(folder)
     link = "[card](model_cards/pets_dual/README.md)"
-    robust = "48.3 (AutoAttack), 46.0 (adaptive union)"
+    robust = "47.0 (adaptive union), 48.3 (AutoAttack)"
     assert dual == ["pets_dual, alpha 0.7", "pets", "4/255", "2.50 M", "2", "80.0", robust, link]
     assert control == ["pets_dual: one network", "pets", "4/255", "-", "-", "79.0", "50.0 (PGD-20)", link]
     report["model"] = {"parameters": 1000, "alpha": 0.7, "mixing": "weights"}

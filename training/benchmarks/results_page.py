@@ -204,10 +204,11 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 ROWS = 10
 HEADER = ["model", "dataset", "eps", "parameters", "networks per answer", "SA %", "RA % (attack)", "source"]
-STRONG = {"ra_autoattack": "AutoAttack", "ra_worst_case": "adaptive union"}  # what a row names
+STRONG = {"ra_adaptive_union": "adaptive union", "ra_autoattack": "AutoAttack"}  # what a row names
 ARMS = {  # study: its arms that may have a row, most interesting first, and what they are
     "cifar10_full": {
         "single": "one network",
+        "half_eps": "one network, in the end trained with half of eps",
         "single_long": "one network, trained as long as a dual model in all",
         "dial_weights": "weights of two networks mixed",
         "dial_outputs": "outputs of the same two networks mixed",
