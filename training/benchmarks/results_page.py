@@ -267,8 +267,13 @@ def study_rows(name: str) -> list[list[str]]:
     for arm, title in ARMS[name].items():
         if entry := summary.get(arm):
             networks = "2" if "robust" in entry and study["arms"][arm].get("mixing") != "weights" else "1"
-            eps = study["arms"][arm].get("settings", {}).get("eps", study["settings"]["eps"])
-            cells = ["cifar10", str(eps), f"{entry['parameters'] / 1e6:.2f} M", networks, f"{entry['sa']['mean']:.1f}"]
+            cells = [
+                "cifar10",
+                str(study["settings"]["eps"]),
+                f"{entry['parameters'] / 1e6:.2f} M",
+                networks,
+                f"{entry['sa']['mean']:.1f}",
+            ]
             rows.append([title, *cells, f"{entry['ra']['mean']:.1f} (adaptive union)", link])
     return rows
 
