@@ -126,7 +126,7 @@ def test_model_without_a_theorem_says_so_and_has_no_numbers(certify, saved, tmp_
     ("arguments", "message"),
     [
         (["--radii", "0"], "radii=[0.0] must hold at least one value, all > 0"),
-        (["--alphas", "1.2"], "alphas=[1.2] must hold at least one value, all in [0, 1]"),
+        (["--alphas", "1.2"], "alphas=[1.2] must hold at least one value, each in [0, 1]"),
         (["--sigmas", "0"], "sigma=0.0 must be finite and > 0"),
         (["--sigmas", "0.1", "--norm", "linf"], "smoothing certifies in L2 only"),
         (["--n", "0"], "n=0 must be an integer of at least 1"),

@@ -73,7 +73,7 @@ def test_dual_model_end_to_end_and_its_dial_is_written(evaluate, saved, tmp_path
     assert evaluate(*command) == 0
     report = RobustnessReport.load(tmp_path / "results.json")
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("results.json", "measurements", "tradeoff.png", "expert_load.png", "examples.png")
+        *("results.json", "outcomes.parquet", "measurements", "tradeoff.png", "expert_load.png", "examples.png")
     }
     out = capsys.readouterr().out
     assert report.table() in out and report.notes()[0] in out
