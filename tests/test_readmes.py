@@ -411,6 +411,8 @@ def check_tool(words: list[str]) -> dict:
     assert words[0] in EXTRAS
     if words[0] == "ruff":
         assert shlex.join(words) in (ROOT / ".ci" / "run").read_text()
+    if words[0] == "mypy":
+        assert words == ["mypy"] and "\nmypy" in (ROOT / ".ci" / "run").read_text() and "[tool.mypy]" in PROJECT
     if words[0] == "pre-commit":
         assert words[1:] == ["install"] and (ROOT / ".pre-commit-config.yaml").is_file()
     if words[0] == "pytest":
@@ -435,7 +437,7 @@ def check_command(command: str) -> dict:
     if words == ["python", "tests/api_page.py"]:
         assert (ROOT / words[1]).is_file()  # what it writes: test_api_page.py
         return {"tool": words[1]}
-    if words[0] in ("ruff", "pytest", "pre-commit"):
+    if words[0] in ("ruff", "mypy", "pytest", "pre-commit"):
         return check_tool(words)
     return pytest.fail(f"no rule for {command!r}")
 
