@@ -168,8 +168,8 @@ class RobustTrainingArguments(TrainingArguments):
     awp_gamma: float = field(
         default=0.0,
         metadata={
-            "help": "Adversarial weight perturbation (Wu et al. 2020): the gradient is that at the worst weights "
-            "within this share of their norm, >= 0 (paper: 0.005; 0 = off), and so are the logged losses. One more pass."
+            "help": "Adversarial weight perturbation (Wu et al. 2020): gradient and logged losses are those at the "
+            "worst weights within this share of their norm, >= 0 (paper: 0.005; 0 = off). Costs one more pass."
         },
     )
     ema_decay: float = field(
