@@ -21,6 +21,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
         "models.routing_dualmoe",
         "models.mixing_dualmoe",
         "models.loading",
+        "models.joining",
         "models.converting",
     ],
     "Data": ["data.datasets"],

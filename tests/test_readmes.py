@@ -103,6 +103,14 @@ def test_the_table_to_read_is_rendered_from_results():
     assert card("digits_dual").table() in PAGES["model_cards"]
 
 
+def test_the_three_numbers_are_those_of_the_card():
+    report = card("cifar10_dual")
+    names = ("sa", "ra_pgd20", "ra_worst_case")
+    clean, pgd, worst = (f"{report.metrics[name]:.1f} %" for name in names)
+    assert f"| {clean} | {pgd} | **{worst}** |" in README
+    assert "ra_autoattack" in report.metrics and report.dataset["num_images"] == 1000
+
+
 def test_the_front_page_is_short():
     assert len(README.splitlines()) <= 300
 

@@ -278,7 +278,7 @@ class APGD(Attack):
     target_classes: int = 9
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_eps(self.eps, self.norm)
         check_choice("objective", self.objective, APGD_OBJECTIVES)
         check_seed(self.seed)

@@ -89,7 +89,7 @@ class FAB(Attack):
     steps: int = 100
     target_classes: int = 9
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_eps(self.eps, self.norm)
         check_counts({"steps": self.steps, "target_classes": self.target_classes})
 

@@ -35,7 +35,7 @@ class NFGSM(Attack):
     objective: str = "ce"
     shard: tuple[int, int] = (0, 1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_eps(self.eps, "linf")
         if not isinstance(self.noise, (int, float)) or not 0 <= self.noise < float("inf"):
             raise ValueError(f"noise={self.noise!r} must be finite and >= 0, in units of eps.")

@@ -65,7 +65,7 @@ class PGD(Attack):
     seed: int | None = None
     shard: tuple[int, int] = (0, 1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_eps(self.eps, self.norm)
         check_choice("objective", self.objective, OBJECTIVES)
         check_counts({"steps": self.steps, "restarts": self.restarts})
@@ -171,7 +171,7 @@ class FGSM(Attack):
     objective: str = "ce"
     folds_batchnorm = False  # a single pass
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._as_pgd()
 
     def _as_pgd(self) -> PGD:

@@ -294,7 +294,7 @@ class Square(Attack):
     queries: int = 5000
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_eps(self.eps, self.norm)
         check_counts({"queries": self.queries})
         check_seed(self.seed)

@@ -199,7 +199,7 @@ class DataSplits:
     missing_classes: dict[str, list[str]] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         first, *others = self.sets
         names, expected = self.sets[first].class_names, tuple(self.sets[first].images.shape[1:])
         for role in others:

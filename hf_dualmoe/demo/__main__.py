@@ -20,6 +20,8 @@ def create_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="Saved folder or Hub id of an image classifier.")
     add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
     add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
+    add("--image_mean", type=float, nargs="+", help="Mean of the normalisation of a model without image processor.")
+    add("--image_std", type=float, nargs="+", help="Standard deviation of that normalisation.")
     add("--examples", metavar="FOLDER", help="Folder of images to offer; default: digits for a digits model.")
     add("--export", metavar="FOLDER", help="Write a Space of the Hub to this folder instead of starting the page.")
     add("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 = reachable from other computers.")
@@ -49,7 +51,9 @@ def main() -> None:
         "examples": args.examples,
     }
     try:
-        demo = load_demo_model(args.model, **options)
+        if args.export and (args.image_mean or args.image_std):
+            raise ValueError("export needs a model with an image processor; image_mean is for the page here.")
+        demo = load_demo_model(args.model, image_mean=args.image_mean, image_std=args.image_std, **options)
         if args.export:
             from .space import export_space
 

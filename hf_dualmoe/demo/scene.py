@@ -6,7 +6,7 @@ Images are floats (1, C, H, W) in [0, 1]; the parts of a dual model are called "
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,13 @@ class Scene:
 
 
 def load_demo_model(
-    name: str, *, revision: str = "main", trust_remote_code: bool = False, examples: str | os.PathLike | None = None
+    name: str,
+    *,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    examples: str | os.PathLike | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
 ) -> DemoModel:
     """Load an image classifier for the page.
 
@@ -142,15 +148,16 @@ def load_demo_model(
         revision: Branch, tag or commit of a model on the Hub.
         trust_remote_code: Whether to run code that comes with the model (ours needs none where this is installed).
         examples: Folder of images to offer; None = what is known to fit: scikit-learn's digits for a digits model.
+        image_mean, image_std: As in `load_classifier`.
 
     Raises:
         ValueError: There is no such model, it is no image classifier, or the folder of examples has no image.
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = load_classifier(name, **options)
-    config = model.config
-    processor = load_processor(name, config, options)
-    if isinstance(model, NormalizedClassifier):  # the attack counts in pixels: normalisation belongs behind it
+    model = load_classifier(name, image_mean=image_mean, image_std=image_std, **options)
+    config, normalises = model.config, isinstance(model, NormalizedClassifier)
+    processor = (model.processor if normalises else None) or load_processor(name, config, options)
+    if normalises:  # the attack counts in pixels: normalisation belongs behind it
         processor = pixels_only(processor, model)
     labels = [str(config.id2label[i]) for i in range(config.num_labels)]
     device = "cuda" if torch.cuda.is_available() else "cpu"

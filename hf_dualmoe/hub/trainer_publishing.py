@@ -47,7 +47,7 @@ class PublishingMixin:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
         """Save the model into `output_dir` and send it to the Hub in one commit, with its code, processor and card.
 

@@ -11,6 +11,7 @@ Calls: no other room.
 
 from .configuration_dualmoe import DualMoEConfig, MoEConfig
 from .converting import from_official
+from .joining import join_models
 from .loading import NormalizedClassifier, load_classifier
 from .modeling_dualmoe import DualMoEForImageClassification, DualMoEImageClassifierOutput
 from .moe_dualmoe import MoEForImageClassification, MoEImageClassifierOutput
@@ -31,6 +32,7 @@ __all__ = [
     "has_dial",
     "has_experts",
     "is_dual",
+    "join_models",
     "load_classifier",
     "logits_of",
     "mixes_weights",

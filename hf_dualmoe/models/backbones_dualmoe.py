@@ -28,7 +28,7 @@ MAX_PARAMETERS = 20_000_000_000  # of all experts
 MAX_TENSORS = 10_000  # of one network
 
 
-def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs) -> nn.Module:
+def create_backbone(config: MoEConfig, pretrained: bool = False, **timm_kwargs: Any) -> nn.Module:
     """Build one whole timm or 1-Lipschitz network with the config's classes, channels, size, width and stem.
 
     Args:

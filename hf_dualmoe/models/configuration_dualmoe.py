@@ -119,7 +119,7 @@ class MoEConfig(ValidatedConfig):
     output_router_logits: bool = False
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self._check_fields()
         self.backbone_kwargs = dict(self.backbone_kwargs or {})
         super().__post_init__(**kwargs)
@@ -238,7 +238,7 @@ class DualMoEConfig(ValidatedConfig):
     input_size: int | None = None
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.standard = self._component("standard")
         self.robust = self._component("robust")
         if self.id2label is None and kwargs.get("num_labels") is None:

@@ -8,6 +8,7 @@ Paper: *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model A
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
 
     @classmethod
     def from_models(
-        cls, standard: PreTrainedModel, robust: PreTrainedModel, alpha: float = 0.75, **config_kwargs
+        cls, standard: PreTrainedModel, robust: PreTrainedModel, alpha: float = 0.75, **config_kwargs: Any
     ) -> "DualMoEForImageClassification":
         """Join two trained image classifiers; any model that `AutoModelForImageClassification` gives will do.
 

@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
         *,
         pretrained: bool = False,
         init_experts_from: str | os.PathLike | nn.Module | None = None,
-        **timm_kwargs,
+        **timm_kwargs: Any,
     ) -> "MoEForImageClassification":
         """Build a mixture that starts from trained weights: of one network for trunk and experts, or of a mixture.
 

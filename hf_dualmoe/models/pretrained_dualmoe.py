@@ -51,7 +51,7 @@ class RobustPreTrainedModel(PreTrainedModel):
             if not any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
                 module._is_hf_initialized = True
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """Recompute activations in the backward pass, through timm's own checkpointing of each backbone.
 
         The arguments are those of the parent; timm's checkpointing has no settings.
@@ -119,11 +119,13 @@ class RobustPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, *args, **kwargs):
+    def _load_pretrained_model(
+        cls, model: Any, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
         check_weight_files(model, checkpoint_files)
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
-    def load_adapter(self, *args, **kwargs) -> None:
+    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse adapters, which `from_pretrained` and `pipeline` would load unasked; takes any arguments.
 
         Raises:

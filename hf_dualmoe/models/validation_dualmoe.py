@@ -225,7 +225,7 @@ class ValidatedConfig(PreTrainedConfig):
         "custom_pipelines",
     }
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         known = self.OTHER_KEYS | {field.name for field in fields(type(self))}
         if unknown := [key for key in kwargs if key not in known]:
             names = ", ".join(map(shown, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
@@ -241,7 +241,7 @@ class ValidatedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         for key in LOADING_KEYS & set(config_dict):
             check_loads_nothing("config", {key: config_dict[key]})
         if kwargs.get("num_labels") is not None:

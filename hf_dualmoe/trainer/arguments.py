@@ -214,7 +214,7 @@ class RobustTrainingArguments(TrainingArguments):
         default=50, metadata={"help": "Log every so many steps; a number below 1 is a share of the training steps."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._read_numbers()
         self._check_objective()
         self._check_attack()

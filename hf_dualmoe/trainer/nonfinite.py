@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from .checkpoints import list_checkpoints
@@ -79,12 +79,16 @@ class NonFiniteWatch(TrainerCallback):
                 f"The weights are not finite (NaN or infinite): {', '.join(names[:SHOWN])}{more}. {self._advice()}"
             )
 
-    def on_step_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         """Keep what the forward passes of this step will move."""
         if self.policy == "skip":
             self._buffers = copy_buffers(model)
 
-    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         """Look at the gradients, and take them away where the update is to be skipped: optimizers leave them alone."""
         gradients = [_own_part(p.grad) for p in model.parameters() if p.grad is not None]
         if self.looks_at_gradients and gradients:  # DeepSpeed keeps them to itself
@@ -108,16 +112,27 @@ class NonFiniteWatch(TrainerCallback):
                 f"Step {step}: not finite: {', '.join(found)}; its update was skipped ({self.skipped} so far)."
             )
 
-    def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
         """Stop where the norm of finite gradients overflows: clipping makes them zero, and nothing is learned."""
         if self.policy == "stop" and self.looks_at_gradients and not math.isfinite(logs.get("grad_norm", 0.0)):
             self._stop(state.global_step, ["grad_norm"])
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Forget an earlier training."""
         self._first.clear()
 
-    def on_train_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         """Do not hand over a model that is not finite."""
         self.check(model)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
@@ -60,7 +60,7 @@ class ResumableTrainer(Trainer):
         train_seconds: How long training has taken so far, over all starts of the run.
     """
 
-    def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs):
+    def __init__(self, model: nn.Module, args: RobustTrainingArguments, **kwargs: Any):
         super().__init__(model=model, args=args, **kwargs)
         if args.on_nan_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError("on_nan_loss='skip' does not work with DeepSpeed, which keeps the gradients to itself.")
@@ -285,14 +285,18 @@ def sum_and_count(values: Tensor) -> Tensor:
 class FinishedRunCallback(TrainerCallback):
     """A finished run that is started again neither evaluates nor saves once more."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.first_step = 0
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Remember where this start begins."""
         self.first_step = state.global_step
 
-    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Leave out what the parent does after an epoch, where the epoch had no step."""
         if state.global_step == self.first_step:
             control.should_evaluate = control.should_save = False
@@ -309,11 +313,15 @@ class EmaCallback(TrainerCallback):
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
 
-    def on_step_end(self, args, state, control, model: nn.Module, **kwargs) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         """Move the average towards the trained weights."""
         self.trainer.ema.update(model, step=state.global_step)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Leave the averaged weights (of the best checkpoint, where that was loaded) in the model."""
         self.trainer._choose_weights()
 

@@ -81,7 +81,7 @@ def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
     A model whose gradients are not finite is judged by its loss (`on_nan_loss`), not refused for its images.
     """
 
-    def finite_attack(model: nn.Module, images: Tensor, labels: Tensor, **kwargs) -> Tensor:
+    def finite_attack(model: nn.Module, images: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
         attacked = attack(model, images, labels, **kwargs)
         return torch.where(attacked.isfinite(), attacked, images)
 

@@ -20,7 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import Subset
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..evaluation.environment import describe_environment
@@ -201,7 +208,9 @@ class StepClock(TrainerCallback):
         self.effort, self.device = effort, device
         self.marks: list[float] = []
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Read the clock at the end of the warm-up and of each block."""
         done = state.global_step - self.effort.warmup
         if done >= 0 and done % self.effort.block == 0:

@@ -6,6 +6,7 @@ which leaves a smaller gap between training and test under attack (Wu et al. 202
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ def perturbed_loss(
         names[id(weight)]: weight + ascent_step(weight.detach(), gradient, gamma) for weight, gradient in ascent
     }
 
-    def at_perturbed_weights(*args, **kwargs) -> object:
+    def at_perturbed_weights(*args: Any, **kwargs: Any) -> object:
         return functional_call(network, perturbed, args, kwargs)
 
     again = {name: attack.again for name, attack in recorded.items()}

@@ -30,6 +30,16 @@ def test_other_data_means_the_recipe_for_own_images(parser):
     assert training.eps == pytest.approx(4 / 255)
 
 
+def test_a_trained_model_means_the_recipe_to_harden_it(parser):
+    data, model, training, run = parser.parse(["--model_name_or_path", "user/model", "--dataset_name", "somewhere"])
+    assert (run.recipe, training.method, training.training_attack) == ("harden", "at", "nfgsm")
+    assert training.label_smoothing_factor > 0 and training.learning_rate < 1e-3 and training.eps == 4 / 255
+    assert training.output_dir.startswith("outputs/harden-at-user-model-")
+    other = parser.parse(["--model_name_or_path", "user/other", "--image_mean", "0.5", "0.4", "0.3"])
+    assert other[2].output_dir != training.output_dir  # no two models meet in a folder
+    assert other[1].image_mean == [0.5, 0.4, 0.3]
+
+
 def test_command_line_overrides_recipe(parser):
     _, model, training, _ = parser.parse(
         ["--eps", "2/255", "--method", "at", "--num_experts", "2", "--horizontal_flip"]
@@ -144,7 +154,7 @@ def test_help_is_grouped_and_complete(monkeypatch):
     assert positions == sorted(positions)
     assert "--eps VALUE" in texts["--help"] and "--dataset-name" not in texts["--help"]
     assert "--adam_beta1" not in texts["--help"] and "--adam_beta1" in texts["--help_all"]
-    assert len(texts["--help"].splitlines()) < 300
+    assert len(texts["--help"].splitlines()) < 300 and "(default: None)" not in texts["--help_all"]
 
 
 def test_pixel_statistics_are_counted_once_and_without_a_float_copy(parser, monkeypatch):

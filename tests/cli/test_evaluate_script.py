@@ -73,7 +73,7 @@ def test_dual_model_end_to_end_and_its_dial_is_written(evaluate, saved, tmp_path
     assert evaluate(*command) == 0
     report = RobustnessReport.load(tmp_path / "results.json")
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("results.json", "measurements", "tradeoff.png", "expert_load.png", "examples.png")
+        *("results.json", "outcomes.parquet", "measurements", "tradeoff.png", "expert_load.png", "examples.png")
     }
     out = capsys.readouterr().out
     assert report.table() in out and report.notes()[0] in out
@@ -141,10 +141,12 @@ def test_foreign_model_is_measured_as_it_is_served_and_its_folder_left_alone(eva
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     command = [*QUICK[2:], "--model", folder, "--dataset_name", photos, "--level", "components"]
     assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
-    report = RobustnessReport.load(tmp_path / "out" / "results.json")
+    report, out = RobustnessReport.load(tmp_path / "out" / "results.json"), capsys.readouterr().out
     assert report.metrics["sa"] == 100 and report.dataset["num_images"] == 22
     assert report.model["kind"] == "ViTForImageClassification"
-    assert "No model card" in capsys.readouterr().out and not (tmp_path / "out" / "README.md").exists()
+    assert "No model card" in out and not (tmp_path / "out" / "README.md").exists()
+    said = "Cost: at most 2 gradient and 3 forward passes per image on 22 images, about"
+    assert 0 <= out.find(said) < out.index(report.table())
     assert evaluate(*command, "--output_dir", folder) == 2
     assert "holds a model that hf_dualmoe did not make" in capsys.readouterr().err
     with pytest.raises(ValueError, match="was not made by hf_dualmoe"):
@@ -153,6 +155,34 @@ def test_foreign_model_is_measured_as_it_is_served_and_its_folder_left_alone(eva
     identity = ["--image_mean", 0, "--image_std", 1, "--output_dir", tmp_path / "other"]
     assert evaluate(*command, *identity) == 0  # what was measured before
     assert RobustnessReport.load(tmp_path / "other" / "results.json").metrics["sa"] < 90
+
+
+def test_a_hardened_model_gets_its_card_and_keeps_what_it_is_compared_with(evaluate, foreign, tmp_path):
+    folder, photos = foreign
+    command = [*QUICK[2:], "--model", folder, "--dataset_name", photos, "--level", "components"]
+    assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
+    report = RobustnessReport.load(tmp_path / "out" / "results.json")
+    report.training, report.controls = {"method": "at", "license": "mit"}, {"before hardening": {"sa": 12.5}}
+    report.save(folder / "results.json")  # as run.py leaves it
+    assert evaluate(*command, "--output_dir", tmp_path / "again") == 0
+    card = (folder / "README.md").read_text()
+    assert "| before hardening | 12.50 |" in card and "license: mit" in card and "| **this model** | 100.00 |" in card
+    other = [*command, "--eps", 0.01, "--output_dir", tmp_path / "other"]
+    assert evaluate(*other) == 0 and "before hardening" not in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_classes_are_matched_however_they_are_spelled(evaluate, foreign, tmp_path, caplog):
+    folder, photos = foreign
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "Wire-haired Fox_Terrier", "1": "n02099601"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for part in photos.iterdir():
+        (part / "a").rename(part / "wire haired fox terrier")
+        (part / "b").rename(part / "golden retriever")
+    command = [*QUICK[2:], "--model", folder, "--dataset_name", photos, "--level", "components"]
+    assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
+    assert RobustnessReport.load(tmp_path / "out" / "results.json").metrics["sa"] == 100
+    assert "golden retriever = 'n02099601'; wire haired fox terrier = 'Wire-haired Fox_Terrier'" in caplog.text
 
 
 def test_controls_stand_on_the_card_if_they_were_measured_alike(evaluate, saved, tmp_path, capsys):
@@ -334,7 +364,7 @@ def test_some_of_the_classes_are_matched_by_name(evaluate, script, saved, named_
     (data,) = seen
     assert sorted(data.test.labels.tolist()) == [3, 3, 7, 7, 7] or sorted(data.test.labels.tolist()) == [3, 3, 3, 7, 7]
     assert data.class_names == [str(i) for i in range(10)] and data.name.endswith("images (2 of 10 classes)")
-    assert "has 2 of 10 classes of the model, matched by name: 3, 7" in caplog.text
+    assert "has 2 of 10 classes of the model, matched by name: 3; 7" in caplog.text
 
 
 def test_classes_that_the_model_does_not_have_are_refused(evaluate, saved, named_digits, capsys, monkeypatch):
@@ -342,7 +372,9 @@ def test_classes_that_the_model_does_not_have_are_refused(evaluate, saved, named
     for split in folder.iterdir():
         (split / "3").rename(split / "three")
     assert evaluate("--model", saved / "moe", "--eps", 0.05, "--dataset_name", folder) == 2
-    assert "dataset has 2 classes (7, three) but the model has 10" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "dataset has 2 classes (7, three) but the model has 10 (0, 1, 2, 3, ...)" in error
+    assert "1 of the dataset's are not among them: three" in error
 
 
 def test_two_processes_find_what_one_does(evaluate, saved, tmp_path):

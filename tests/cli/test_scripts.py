@@ -61,7 +61,7 @@ def test_run_trains_reports_and_saves(run, tmp_path, capsys):
     assert report.table() in capsys.readouterr().out
 
     model = AutoModelForImageClassification.from_pretrained(folder)
-    assert model.config.alpha == 0.8 and not model.training
+    assert model.config.alpha == 0.9 and not model.training
     with torch.no_grad():
         assert model(torch.rand(3, 1, 8, 8)).logits.shape == (3, 10)
 
@@ -164,13 +164,13 @@ def test_run_turns_the_dial_on_request(run, tmp_path, capsys, floor, chosen):
     run(*QUICK, "--output_dir", tmp_path, "--num_train_epochs", 1, "--choose_alpha", *floor)
     saved = json.loads((tmp_path / "model" / "config.json").read_text())
     report = RobustnessReport.load(tmp_path / "model" / "results.json")
-    assert ("The dial stays at alpha = 0.8: min_ra=99.9 cannot be reached" in capsys.readouterr().out) == (not chosen)
+    assert ("The dial stays at alpha = 0.9: min_ra=99.9 cannot be reached" in capsys.readouterr().out) == (not chosen)
     assert report.model["alpha"] == saved["alpha"]
     if chosen:
         assert saved["alpha"] == report.alpha_choice["alpha"]
         assert report.alpha_choice["chosen_on"] == "20 images held out of train"
     else:
-        assert saved["alpha"] == 0.8
+        assert saved["alpha"] == 0.9
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
+import foreign_models
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,31 @@ def test_loads_a_foreign_model_and_normalises_inside(native_vit, tmp_path):
     assert torch.allclose(look(demo, pixels).logits["the model"], expected, atol=1e-4)
     done = attack_scene(demo, new_scene(demo, pixels), AttackSettings(8 / 255, "linf", 2, "the model"))
     assert 0 < (done.attacked - pixels).abs().max() <= 8 / 255 + 1e-6
+
+
+def test_a_model_without_a_processor_takes_a_given_normalisation(native_vit, tmp_path, monkeypatch, capsys):
+    native_vit.save_pretrained(tmp_path / "vit")
+    demo = load_demo_model(str(tmp_path / "vit"), image_mean=[0.4], image_std=[0.3])
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8))
+    pixels = prepare(demo, picture)
+    assert torch.allclose(pixels, torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255, atol=1e-6)
+    with torch.no_grad():
+        expected = native_vit((pixels - 0.4) / 0.3).logits[0]
+    assert torch.allclose(look(demo, pixels).logits["the model"], expected, atol=1e-4)
+    words = ["demo", "--model", str(tmp_path / "vit"), "--image_mean", "0.4", "--export", str(tmp_path / "space")]
+    monkeypatch.setattr(sys, "argv", words)
+    page = SimpleNamespace(create_page=None, launch_page=None)  # which needs Gradio
+    monkeypatch.setitem(sys.modules, "hf_dualmoe.demo.page", page)
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "export needs a model with an image processor" in capsys.readouterr().err
+
+
+def test_a_processor_that_makes_bytes_is_undone(tmp_path):
+    foreign_models.save("vit of 0 .. 255", tmp_path)
+    demo = load_demo_model(str(tmp_path))
+    pixels = prepare(demo, Image.new("RGB", (32, 32), (51, 102, 255)))
+    assert torch.allclose(255 * pixels.amax(dim=(2, 3)).flatten(), torch.tensor([51.0, 102.0, 255.0]))
 
 
 def test_processor_that_cannot_be_taken_apart_is_refused(digits_demo):

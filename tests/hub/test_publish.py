@@ -341,6 +341,7 @@ def test_origins_are_hub_ids_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("user/images").mkdir(parents=True)
     data.dataset_name, model.init_experts_from, model.pretrained, model.backbone = "digits", None, False, "resnet18"
+    model.model_name_or_path = None
     assert run.origins(data, model) == {}
     data.dataset_name, model.pretrained = "uoft-cs/cifar10", True
     assert run.origins(data, model) == {"dataset_id": "uoft-cs/cifar10", "base_model": "timm/resnet18.a1_in1k"}

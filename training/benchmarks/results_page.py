@@ -204,10 +204,11 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 ROWS = 10
 HEADER = ["model", "dataset", "eps", "parameters", "networks per answer", "SA %", "RA % (attack)", "source"]
-STRONG = {"ra_autoattack": "AutoAttack", "ra_worst_case": "adaptive union"}  # what a row names
+STRONG = {"ra_adaptive_union": "adaptive union", "ra_autoattack": "AutoAttack"}  # what a row names
 ARMS = {  # study: its arms that may have a row, most interesting first, and what they are
     "cifar10_full": {
         "single": "one network",
+        "half_eps": "one network, in the end trained with half of eps",
         "single_long": "one network, trained as long as a dual model in all",
         "dial_weights": "weights of two networks mixed",
         "dial_outputs": "outputs of the same two networks mixed",
@@ -266,8 +267,13 @@ def study_rows(name: str) -> list[list[str]]:
     for arm, title in ARMS[name].items():
         if entry := summary.get(arm):
             networks = "2" if "robust" in entry and study["arms"][arm].get("mixing") != "weights" else "1"
-            eps = study["arms"][arm].get("settings", {}).get("eps", study["settings"]["eps"])
-            cells = ["cifar10", str(eps), f"{entry['parameters'] / 1e6:.2f} M", networks, f"{entry['sa']['mean']:.1f}"]
+            cells = [
+                "cifar10",
+                str(study["settings"]["eps"]),
+                f"{entry['parameters'] / 1e6:.2f} M",
+                networks,
+                f"{entry['sa']['mean']:.1f}",
+            ]
             rows.append([title, *cells, f"{entry['ra']['mean']:.1f} (adaptive union)", link])
     return rows
 
