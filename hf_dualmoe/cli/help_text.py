@@ -121,7 +121,6 @@ GROUPS = {  # everything else that transformers' Trainer takes is in `--help_all
         "channels_last",
         "torch_compile",
         "dataloader_num_workers",
-        "ddp_find_unused_parameters",
     ),
 }
 EVERYTHING_ELSE = "everything else of transformers.TrainingArguments"

@@ -80,8 +80,7 @@ class RobustTrainingArguments(TrainingArguments):
     clean_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight c of the clean images in method=at, in [0, 1): the loss is (1 - c) CE(attacked) + c "
-            "CE(clean), both in one forward pass. More clean accuracy for less robustness."
+            "help": "Weight c of clean images in method=at, in [0, 1): the loss is (1 - c) CE(attacked) + c CE(clean)."
         },
     )
     train_alpha: float = field(
@@ -169,9 +168,8 @@ class RobustTrainingArguments(TrainingArguments):
     awp_gamma: float = field(
         default=0.0,
         metadata={
-            "help": "Adversarial weight perturbation (Wu et al. 2020): take the gradient where the weights are worst "
-            "within this share of their norm, >= 0 (paper: 0.005); 0 = off. Costs one more forward and backward pass. "
-            "The log tells the losses at the perturbed weights."
+            "help": "Adversarial weight perturbation (Wu et al. 2020): gradient and logged losses are those at the "
+            "worst weights within this share of their norm, >= 0 (paper: 0.005; 0 = off). Costs one more pass."
         },
     )
     ema_decay: float = field(
