@@ -48,7 +48,6 @@ ATTACKS = {
     "fgsm": FGSM(eps=EPS),
     "n-fgsm": NFGSM(eps=EPS),
     "apgd": APGD(eps=EPS, steps=4, objective="dlr_targeted"),
-    "apgd all": APGD(eps=EPS, steps=4, stop_early=False),
     "fab": FAB(eps=EPS, steps=3),
     "square": Square(eps=EPS, queries=30),
     "square l2": Square(eps=0.3, norm="l2", queries=30),
