@@ -24,7 +24,7 @@ from training.benchmarks.parity import parity
 from training.benchmarks.reliability import smoke_recipes
 from training.benchmarks.shared.command_line import create_parser
 from training.benchmarks.shared.files import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
-from training.benchmarks.shared.tables import folded, markdown_table, marks, replace_section
+from training.benchmarks.shared.tables import folded, markdown_table, replace_section
 from training.benchmarks.speed import cpu, gpu_table
 from training.benchmarks.study.findings import render_findings
 from training.benchmarks.study.summary import mean_sweep, render_arms, summarise
@@ -267,14 +267,9 @@ def study_rows(name: str) -> list[list[str]]:
     for arm, title in ARMS[name].items():
         if entry := summary.get(arm):
             networks = "2" if "robust" in entry and study["arms"][arm].get("mixing") != "weights" else "1"
-            cells = [
-                "cifar10",
-                str(study["settings"]["eps"]),
-                f"{entry['parameters'] / 1e6:.2f} M",
-                networks,
-                f"{entry['sa']['mean']:.1f}",
-            ]
-            rows.append([title, *cells, f"{entry['ra']['mean']:.1f} (adaptive union)", link])
+            size, sa, ra = f"{entry['parameters'] / 1e6:.2f} M", entry["sa"]["mean"], entry["ra"]["mean"]
+            cells = ["cifar10", str(study["settings"]["eps"]), size, networks, f"{sa:.1f}"]
+            rows.append([title, *cells, f"{ra:.1f} (adaptive union)", link])
     return rows
 
 
@@ -306,8 +301,7 @@ def render_page(readme: Path = BENCHMARKS / "README.md", front: Path = CHECKOUT 
     texts = {name: render() for name, render in SECTIONS.items()}
     for name, text in texts.items():
         replace_section(name, text, readme)
-    if marks("results")[0] in front.read_text(encoding="utf-8"):
-        replace_section("results", render_summary(), front)
+    replace_section("results", render_summary(), front)
     titles = {"cifar10_full": "CIFAR-10", "cifar10": "CIFAR-10, 5,000 images", "digits": "Digits"}
     studies = {title: kept(f"study_{name}") for name, title in titles.items()}
     draw({title: results for title, results in studies.items() if results}, RESULTS / "dials.png")
