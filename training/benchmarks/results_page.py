@@ -48,13 +48,12 @@ def rendered(name: str, render: Callable[[Any], str]) -> str:
 # --- studies ---------------------------------------------------------------------------------------------------------
 
 LABELLED = (0, 0.5, 0.8, 0.9, 1)  # alphas that the picture names
-DIALS = {  # arm: label, color, marker, line of the plot
+DIALS = {  # arm: label, color, marker, line of the plot; not those in the weights, which meet a weaker attack
     "separate_clean": ("trained apart, clean F_S (paper)", "#b9b9b9", "s", "--"),
     "pair_clean": ("trained apart, clean F_S (paper)", "#b9b9b9", "s", "--"),
     "jtdmoe_clean": ("JTDMoE, clean F_S (paper)", "#8fbde0", "o", "--"),
     "separate_dual": ("trained apart, F_S at eps / 2", "#6b6b6b", "s", "-"),
     "dial_outputs": ("warm pair, outputs mixed", "#6b6b6b", "s", "-"),
-    "dial_weights": ("warm pair, weights mixed", "#2e8b57", "^", "-"),
     "separate_heads": ("trained apart, heads, F_S at eps / 2", "#2f2f2f", "^", "-"),
     "jtdmoe": ("JTDMoE, F_S at eps / 2", "#1f6fb4", "o", "-"),
     "jtdmoe_heads_warm": ("JTDMoE of heads, warm start", "#c8641e", "D", "-"),
@@ -120,7 +119,7 @@ def draw(studies: dict[str, dict[str, Any]], path: Path) -> None:
             label, color, marker, line = DIALS[arm]
             where = [p["ra"] for p in points], [p["sa"] for p in points]
             axes.plot(*where, marker=marker, color=color, label=label, linestyle=line)
-        for point in curves.get("jtdmoe", curves.get("dial_weights", [])):
+        for point in curves.get("jtdmoe", curves.get("dial_outputs", [])):
             if point["alpha"] in LABELLED:
                 at = (point["ra"], point["sa"])
                 axes.annotate(f"{point['alpha']:g}", at, (4, 4), textcoords="offset points", fontsize=8)

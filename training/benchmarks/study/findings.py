@@ -89,10 +89,11 @@ COMPARISONS = (
     Comparison("The pair of heads against two single networks", "separate_heads", "separate_single"),
     Comparison("The pair of heads against one network as long, 3/4 of eps", "separate_heads", "single_long_milder"),
 )
-CURVES = (  # whose dial should lie above whose
-    ("dial_weights", "dial_outputs", "The dial in the weights above that in the outputs"),
+# Whose dial should lie above whose. Not those in the weights: fewer members of the dial's attack apply to one network,
+# which the sweeps show where both are F_R alone.
+CURVES = (
     ("pair_clean_mapped", "pair_clean", "The dial behind MixedNUTS' logit map above that without"),
-    ("jtdmoe_warm", "dial_weights", "The dial of JTDMoE, warm start, above that in the weights"),
+    ("jtdmoe_warm", "dial_outputs", "The dial of JTDMoE, warm start, above that of the warm pair"),
     ("jtdmoe_clean", "separate_clean", "The dial of the paper's JTDMoE above that of its pair trained apart"),
     ("jtdmoe", "separate_clean", "The dial of JTDMoE with F_S at eps / 2 above that of the paper's pair"),
     ("jtdmoe", "separate_dual", "The dial of JTDMoE with F_S at eps / 2 above that of such a pair"),
