@@ -82,7 +82,8 @@ def test_the_page_is_written_into_its_places(elsewhere, tmp_path):
 
 
 def test_a_study_that_was_not_run_is_said_to_be_missing(elsewhere, tmp_path):
-    (tmp_path / "results" / "study_cifar10.json").unlink()
+    for name in ("study_cifar10", "study_cifar10_full"):
+        (tmp_path / "results" / f"{name}.json").unlink()
     assert results_page.SECTIONS["study_cifar10"]() == "Not measured yet."
     assert len(results_page.render_summary().splitlines()) < 2 + results_page.ROWS
 
