@@ -328,6 +328,8 @@ def numbers(report: RobustnessReport) -> dict[str, Any]:
 
 
 def main() -> None:
+    if len(sys.argv) < 5:
+        sys.exit("usage: run.py STUDY.json ARM SEED FOLDER [confirm]")
     study, arm, seed, folder, *more = sys.argv[1:]
     run = StudyRun(read_json(Path(study)), arm, int(seed), Path(folder))
     if more == ["confirm"]:
