@@ -1,7 +1,7 @@
 """What the output folder of a training remembers: its settings and data, so that only the same run goes on in it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..trainer.checkpoints import last_good_checkpoint, list_checkpoints, remove
 from .arguments import DataArguments, ModelArguments
 
 SETTINGS_NAME = "settings.json"
+GROUPS = {"data": DataArguments, "model": ModelArguments, "training": RobustTrainingArguments}
 # settings that may change when a run is gone on with
 FREE = ("on_nan_loss", "max_skipped_steps", "logging_nan_inf_filter", "step_graph", "hub_strategy")
 TRAINER_SETTINGS = (  # those of transformers that make two runs differ
@@ -71,10 +72,15 @@ def recorded_settings(output_dir: Path, settings: dict[str, Any], fresh: bool) -
 
 
 def differing_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Name -> (there, here) of the arguments that differ."""
+    """Name -> (there, here) of the arguments that differ.
+
+    A run that was begun before an argument existed had what is its default now.
+    """
     found = {}
-    for group in ("data", "model", "training"):
+    for group, arguments in GROUPS.items():
         there, here = recorded.get(group, {}), settings[group]
+        defaults = {field.name: field.default for field in fields(arguments) if field.default is not MISSING}
+        there = {name: defaults.get(name) for name in here} | there
         names = [name for name in {**there, **here} if name not in FREE]
         found |= {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
     return found

@@ -335,7 +335,9 @@ def test_run_goes_on_from_the_last_whole_checkpoint(script, run_dir):
         ({"num_train_epochs": 3}, {"num_train_epochs": 2}, "num_train_epochs: 3 there, 2 here"),
         ({"max_steps": -1}, {"max_steps": 9}, "max_steps: -1 there, 9 here"),
         ({"num_train_epochs": 2, "beta": 1.0}, {"num_train_epochs": 3, "beta": 2.0}, "beta: 1.0 there, 2.0 here"),
-        ({"num_train_epochs": 2}, {"num_train_epochs": 2, "beta": 2.0}, "beta: None there, 2.0 here"),
+        ({}, {"awp_gamma": 0.0}, None),  # begun before the argument existed
+        ({}, {"awp_gamma": 0.005}, "awp_gamma: 0.0 there, 0.005 here"),
+        ({"beta": 2.0, "gone": 1}, {"beta": 2.0}, "gone: 1 there, None here"),
     ],
     ids=str,
 )
