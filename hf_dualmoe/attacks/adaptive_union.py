@@ -3,9 +3,8 @@
     result = worst_case(model, images, labels, eps=8 / 255)
     result.accuracy, result.members, result.to_dict()
 
-Hard routing and mixing both hide gradients: that of a routed model is blind to the router, that of a mixture to a
-saturated component. `worst_case` climbs surrogates that are each blind to other things (`members`); the real model
-judges.
+Hard routing and mixing both hide gradients: the gradient of a routed model is blind to the router, that of a mixture
+to a saturated component. `worst_case` climbs surrogates with different blind spots (`members`); the real model judges.
 """
 
 import math
@@ -89,7 +88,7 @@ class _Search:
         own_accuracy: bool,
         batch_size: int,
     ):
-        self.images, self.labels, self.ids = images.cpu(), labels.cpu(), ids
+        self.images, self.labels, self.ids = images.cpu(), labels.cpu(), ids  # all N; batches move to the device
         self.eps, self.norm, self.steps, self.restarts, self.seed = eps, norm, steps, restarts, seed
         self.own_accuracy, self.batch_size = own_accuracy, batch_size
         self.device = device_of(model, images.device)
@@ -117,6 +116,7 @@ class _Search:
         """Run one member; (N,) bool: which images stand under it. A fresh look at projected images decides."""
         stands = self.clean_correct.clone()
         for restart in range(self.restarts):
+            # hash() differs between processes
             seed = self.seed + RUN_SEED * restart + zlib.crc32(member.name.encode())
             for rows, images, labels in self._batches(stands if self.own_accuracy else self.robust):
                 start = random_start(images, self.eps, self.norm, seed=seed, ids=self.ids[rows])
@@ -125,7 +125,7 @@ class _Search:
                 if not torch.isfinite(logits).all():
                     raise ValueError(f"model returned logits that are NaN or infinite on images of {member.name!r}.")
                 broken = (logits.argmax(dim=1) != labels).cpu()
-                first = broken & self.robust[rows]
+                first = broken & self.robust[rows]  # keep what the first member found
                 self.adversarial[rows[first]] = found.cpu()[first]
                 stands[rows[broken]] = self.robust[rows[broken]] = False
         return stands
@@ -150,7 +150,7 @@ class _Search:
             if step in reviews:
                 ascent.review(step - last_review)
                 last_review = step
-        found[ascent.rows] = ascent.peak
+        found[ascent.rows] = ascent.peak  # what stood so far gets a last look from the judge, in `run`
         return found
 
     def _step(
@@ -191,6 +191,7 @@ class _Search:
             return value
 
         self.surrogate.model = look
+        # the surrogate returns the value itself in the place of logits
         gradient, _, value = value_and_gradient(self.surrogate, points, labels, lambda value, *_: value)
         return gradient, value, own[0]
 

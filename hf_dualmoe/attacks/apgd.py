@@ -1,7 +1,7 @@
 """APGD: projected gradient ascent that chooses its own step size (Croce & Hein 2020, https://arxiv.org/abs/2003.01690).
 
-attack = APGD(eps=8 / 255, objective="dlr_targeted")
-attacked = attack(model, images, labels)
+    attack = APGD(eps=8 / 255, objective="dlr_targeted")
+    attacked = attack(model, images, labels)
 """
 
 from dataclasses import dataclass, fields
@@ -117,7 +117,7 @@ class PassCounter(nn.Module):
 
 def checkpoints(steps: int) -> list[int]:
     """Steps after which the step size is reviewed (Sec. 3.1): w_j = ceil(p_j * steps), p in whole hundredths."""
-    found, p, width = [], 0, 22
+    found, p, width = [], 0, 22  # p_1 = 0.22; each interval is 0.03 shorter than the last, but 0.06 at least
     while p + width <= 100:
         p += width
         found.append(-(-p * steps // 100))
@@ -207,7 +207,7 @@ class Ascent:
         self.rises = self.rises + (value > self.value)
         self.previous, self.current = self.current, proposal
         self.gradient, self.value = gradient, value
-        higher = value > self.peak_value
+        higher = value > self.peak_value  # where, not masks: a masked write waits for the device
         self.peak_value = torch.where(higher, value, self.peak_value)
         self.peak = torch.where(per_image(higher, proposal), proposal, self.peak)
         self.peak_gradient = torch.where(per_image(higher, gradient), gradient, self.peak_gradient)
@@ -289,12 +289,12 @@ class APGD(Attack):
         logits = logits_of(model, images)
         check_logits(logits, labels)
         check_classes(logits, MIN_CLASSES[self.objective], f"objective={self.objective!r}")
-        outcome = _Outcome(images, logits.argmax(dim=1) != labels)
+        outcome = _Outcome(images, logits.argmax(dim=1) != labels)  # wrong when clean: nothing to search
         targets = labels[:, None]  # of no use to an untargeted objective
         if self.objective == "dlr_targeted":
             targets = wrong_classes(logits, labels, self.target_classes)
         ids = numbered(ids, labels)
-        for run in range(self.restarts * targets.shape[1] if self.eps > 0 else 0):
+        for run in range(self.restarts * targets.shape[1] if self.eps > 0 else 0):  # an empty ball has one point
             rows = (~outcome.wrong).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
@@ -324,10 +324,12 @@ class APGD(Attack):
         reviews, last_review = checkpoints(self.steps), 0
         for step in range(1, self.steps + 1):
             wrong = logits.argmax(dim=1) != ascent.labels
+            # the gradient's pass gave the logits already
             outcome.update(ascent.rows, ascent.current, wrong, ascent.value)
             ascent.keep((~wrong).nonzero().squeeze(1))
             if len(ascent.rows) == 0:
                 return
+            # no last move to blend with yet
             proposal = ascent.proposal(self.eps, self.norm, MOMENTUM if step > 1 else 1.0)
             if step == self.steps:  # the last point needs no gradient
                 break

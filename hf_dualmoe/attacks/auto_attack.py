@@ -178,6 +178,7 @@ def autoattack(
     }
     settings = {"eps": eps, "norm": norm, "seed": seed, "version": version, "budgets": budgets}
     settings |= {"backend": backend_name(backend), "attack_dtype": attack_dtype}
+    # inference tensors take no gradients, and TF32 would make numbers depend on the GPU
     with torch.inference_mode(False), full_precision(), frozen(model):
         run = AutoAttackRun(model, images, labels, numbered(ids, labels), settings, state_file)
         run.prepare(batch_size)

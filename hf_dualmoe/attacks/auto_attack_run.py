@@ -1,4 +1,4 @@
-"""One run of the AutoAttack union: attack after attack, batch after batch, each on the images that still stand."""
+"""One run of the AutoAttack union: attack by attack, batch by batch, on the images that still stand."""
 
 import os
 import time
@@ -126,7 +126,7 @@ class AutoAttackRun:
                     self._save()
                     bar.update(len(rows))
                     bar.set_postfix(robust=f"{self.robust.double().mean():.2%}")
-            self.progress.accuracy[name] = self.robust.double().mean().item()
+            self.progress.accuracy[name] = self.robust.double().mean().item()  # exact counts / N, no float32 rounding
             self.progress.stage, self.pending = self.progress.stage + 1, self.robust.clone()
         self._save()
 
@@ -153,8 +153,10 @@ class AutoAttackRun:
         self, name: str, attack: Strike, images: Tensor, labels: Tensor, ids: Tensor, half: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attacked images (B, ...), and two masks (B,): wrong in fp32, wrong in the precision of the search."""
+        # folded around search and claim alike, so that both see the same rounding; in fp32 an attack folds by itself
         with half_precision(self.device, half), folded(self.model if half else None, images):
             attacked = attack(self.counter, images, labels, ids=ids)
+            # whatever the backend returned
             attacked = project(attacked, images, self.settings["eps"], self.settings["norm"])
             claimed = self.counter(attacked) if half else None
         logits = self.counter(attacked)
@@ -175,6 +177,7 @@ class AutoAttackRun:
         images = found[broken].to(self.adversarial)
         self.adversarial[fallen.to(images.device)] = images
         if self.file is not None:
+            # before `_save`: the state names only what is written
             self.file.append(fallen, images, self.progress.broken)
             self.progress.broken += len(fallen)
 

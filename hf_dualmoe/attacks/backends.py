@@ -44,6 +44,7 @@ def _torchattacks_attack(name: str, budget: dict[str, int], *, eps: float, norm:
     def attack(model: nn.Module, images: Tensor, labels: Tensor, *, ids: Tensor | None = None) -> Tensor:
         with torch.no_grad():
             classes = model(images[:1]).shape[1]
+        # torchattacks aims at n_classes - 1
         targets = {"n_classes": min(classes, budget.get("target_classes", 9) + 1)}
         made = {
             "apgd-ce": lambda: torchattacks.APGD(model, steps=budget["steps"], loss="ce", **common),
@@ -52,6 +53,7 @@ def _torchattacks_attack(name: str, budget: dict[str, int], *, eps: float, norm:
             "square": lambda: torchattacks.Square(model, n_queries=budget["queries"], **common),
         }[name]()
         made.set_device(images.device)
+        # attacks here run under no_grad; torchattacks seeds globally
         with torch.enable_grad(), torch.random.fork_rng():
             return made(images, labels).detach()
 

@@ -1,7 +1,7 @@
-"""What all attacks share: what they attack, how it is held still meanwhile, how they are called, what they refuse.
+"""What all attacks share: the call, the frozen model, the checks of arguments.
 
-Images are floats in [0, 1] and radii count in the same units. `model` is any callable from images to logits, or to
-what `logits_of` finds them in: an output of transformers, a dictionary, a tuple.
+Images are floats in [0, 1], radii are in the same units. `model` is any callable from images to logits, or to
+something in which `logits_of` finds them: an output of transformers, a dictionary, a tuple.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,26 +37,24 @@ def gather_weights(model: Classifier) -> None:
 
 @contextmanager
 def frozen(model: Classifier, *, seed: int | None = None) -> Iterator[None]:
-    """Hold a model still while it is attacked: eval mode and no parameter gradients.
+    """Freeze a model while it is attacked: eval mode and no parameter gradients.
 
-    Every module's own train/eval flag and every parameter's `requires_grad` come back on exit, also after an
-    exception.
-    BatchNorm statistics do not move in eval mode, and `.grad` is not written since nothing requires it; not computing
-    weight gradients also makes an attack about a third cheaper.
-    Weights that FSDP has spread over processes are gathered before, see `gather_weights`, and stay so: FSDP would
-    spread them after each gradient of an attack, and gather them with their gradients on.
+    Every train/eval flag and every `requires_grad` comes back on exit, also after an exception. BatchNorm statistics
+    stay, `.grad` stays, and without weight gradients an attack is about a third cheaper. Weights that FSDP has
+    spread over processes are gathered first and stay gathered: FSDP would spread them after each gradient of an
+    attack, and gather them with their gradients on.
 
     Args:
-        model: Model to hold; a callable that is no `nn.Module` is left alone.
-        seed: Seed the global random number generators for the block and put their state back on exit; None = draw from
+        model: Model to freeze; a callable that is no `nn.Module` is left alone.
+        seed: Seeds the global random number generators within the block and restores them on exit; None draws from
             them as they are, so that training resumes exactly.
     """
     gather_weights(model)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    modes = [(module, module.training) for module in modules]
+    modes = [(module, module.training) for module in modules]  # each its own: model.train() would wake frozen parts
     needs_grad = [parameter for parameter in parameters if parameter.requires_grad]
-    devices = list({p.device for p in parameters if p.is_cuda})
+    devices = list({p.device for p in parameters if p.is_cuda})  # else fork_rng copies the state of every GPU
     spread = sharded_modules(model) if needs_grad else []  # not again within another `frozen`
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:
@@ -124,6 +122,7 @@ def check_eps(eps: float | Tensor, norm: str) -> None:
     check_choice("norm", norm, NORMS)
     if isinstance(eps, Tensor) and eps.ndim == 0:  # of a step that is captured; its number was checked before
         return
+    # a bool is a Real: eps=True would be radius 1
     if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps < float("inf"):  # also false for NaN
         raise ValueError(f"eps={eps!r} must be a finite radius >= 0 in [0, 1] pixel units.")
     if norm == "linf" and eps > 1:
@@ -163,6 +162,7 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({len(images)},) and int64."
         )
+    # values are read below, and to read them is to wait for the device
     if values_are_trusted():
         return
     low, high = (float(v) for v in torch.aminmax(images))

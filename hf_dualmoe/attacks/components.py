@@ -34,7 +34,7 @@ def soft_mixture(moe: nn.Module, images: Tensor, temperature: float) -> Tensor:
     T counts in standard deviations of each image's router scores g (B, E): larger scores alone hide nothing.
     """
     logits, scores = moe.expert_logits(images)
-    unit = scores.detach().std(dim=1, correction=0, keepdim=True).clamp_min(1e-12)
+    unit = scores.detach().std(dim=1, correction=0, keepdim=True).clamp_min(1e-12)  # equal scores have no spread
     log_gate = (scores / unit / temperature).log_softmax(dim=1)
     return (log_gate[:, :, None] + logits.float().log_softmax(dim=2)).logsumexp(dim=1)
 
@@ -128,12 +128,12 @@ def attack_router(
         route = scores.argmax(dim=1)
         best = Best(images, scores, margin_objective(scores, route), route)  # the value is -inf where E = 1
         for shift in range(1, scores.shape[1]):
-            pair = torch.stack([route, (route + shift) % scores.shape[1]], dim=1)
+            pair = torch.stack([route, (route + shift) % scores.shape[1]], dim=1)  # i differs from image to image
 
             def pair_scores(points: Tensor, pair: Tensor = pair) -> Tensor:
                 return moe.route(points).gather(1, pair)
 
-            attacked = attack(pair_scores, images, torch.zeros_like(route), ids=ids)
+            attacked = attack(pair_scores, images, torch.zeros_like(route), ids=ids)  # column 0 of the pair is g_i
             scores = moe.route(attacked)
             best.update(attacked, scores, margin_objective(scores, route))
     return best.images

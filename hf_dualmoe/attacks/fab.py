@@ -94,7 +94,7 @@ class FAB(Attack):
         check_counts({"steps": self.steps, "target_classes": self.target_classes})
 
     def _attack(self, model: Classifier, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
-        images = images.clamp(0, 1)
+        images = images.clamp(0, 1)  # x * (1 / 255) may lie just above 1, outside the box that steps are projected to
         logits = logits_of(model, images)
         check_logits(logits, labels)
         check_classes(logits, 2, "FAB")
@@ -127,7 +127,7 @@ class FAB(Attack):
                 current = project(closest, images, self.eps, self.norm)
             wrong = logits_of(model, current).argmax(dim=1) != labels
             distance = norm_of(current - images, self.norm)
-            done = wrong & (distance <= self.eps * (1 + 1e-6))
+            done = wrong & (distance <= self.eps * (1 + 1e-6))  # the same 1e-6 that all attacks promise
             nearer = wrong & (distance < nearest)
             closest = torch.where(per_image(nearer, current), current, closest)
             nearest = torch.where(nearer, distance, nearest)
@@ -150,10 +150,11 @@ class FAB(Attack):
         step = box_projection(current, gradient, -gap, self.norm)
         step_from_image = box_projection(images, gradient, -(gap + back), self.norm)
         length, length_from_image = norm_of(step, self.norm), norm_of(step_from_image, self.norm)
+        # the farther the boundary, the harder the pull
         alpha = (length / (length + length_from_image).clamp_min(1e-12)).clamp_max(PULL)
         alpha = per_image(alpha, current)
         blend = (1 - alpha) * (current + OVERSHOOT * step) + alpha * (images + OVERSHOOT * step_from_image)
-        return torch.where(torch.isfinite(blend), blend, images).clamp(0, 1)
+        return torch.where(torch.isfinite(blend), blend, images).clamp(0, 1)  # a zero gradient has no boundary
 
 
 __all__ = ["FAB"]

@@ -1,6 +1,6 @@
 """The sanity checks of AutoAttack (Croce & Hein 2020, https://arxiv.org/abs/2003.01690, and its public code).
 
-Each says whether a model behaves in a way under which gradient attacks, and so robust accuracies, cannot be trusted.
+A raised flag says that gradient attacks on this model, and so its robust accuracy, cannot be trusted.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # NumPy has no bfloat16
     return found.hexdigest()
 
 
@@ -104,7 +104,7 @@ def gradient_counts(model: Classifier, images: Tensor, labels: Tensor) -> dict[s
     Raises:
         NoGradientError: No gradient flows from the logits to the images.
     """
-    images = images.detach().requires_grad_(True)
+    images = images.detach().requires_grad_(True)  # a leaf of its own, since the caller's may be part of a graph
     with torch.enable_grad():
         logits = logits_of(model, images)
         losses = ce_objective(logits, labels)
@@ -135,9 +135,9 @@ def square_flag(accuracy: dict[str, float], count: int) -> Flag:
     """
     names = list(accuracy)
     after = accuracy["square"]
-    before = accuracy[names[names.index("square") - 1]]
+    before = accuracy[names[names.index("square") - 1]]  # after all gradient attacks: Square runs last
     found = round((before - after) * count)
-    raised = found >= 2 and found > SQUARE_SHARE * count
+    raised = found >= 2 and found > SQUARE_SHARE * count  # one image may be luck
     return Flag(raised, f"Square broke {found} of {count} images that the gradient attacks had left standing")
 
 

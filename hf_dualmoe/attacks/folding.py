@@ -1,4 +1,4 @@
-"""Fold BatchNorm into the convolutions before it while a model is held still: the same function in fewer operations.
+"""Fold BatchNorm into the convolutions before it while a model is frozen: the same function in fewer operations.
 
     with frozen(model), folded(model, images):
         attacked = ...
@@ -8,8 +8,8 @@ tens of passes on frozen weights, so folding them once makes every pass cheaper;
 autocast the weights of convolutions and linear layers are cast once as well: autocast keeps its casts only of weights
 that require gradients, and would cast them anew in every pass of an attack.
 
-What may be folded and cast is found by a trial, and kept for as long as the model is built the same way (`flow_key`).
-Outside training every use is compared with the plain model again, on an image.
+A trial finds what may be folded and cast; its result is kept while the model is built the same way (`flow_key`).
+Outside training, every use is compared with the plain model again on a few images.
 """
 
 import copy
@@ -72,6 +72,7 @@ def folded(model: object, images: Tensor) -> Iterator[None]:
         yield
         return
     found = _holdable(model, images)
+    # the first image and one or two others, since the trial saw only the first PROBE_IMAGES
     if not values_are_trusted() and not _is_same_function(model, found, images[:: max(1, len(images) // 2)]):
         _trials.pop(model, None)
         found = Holdable()
@@ -151,6 +152,7 @@ def _plain_value(value: Any) -> object:
 def _try(model: nn.Module, images: Tensor) -> Holdable:
     """Find what may be held, on a copy that nobody else sees."""
     devices = list({p.device for p in model.parameters() if p.is_cuda})
+    # a model that draws random numbers must not move the caller's generators
     with torch.no_grad(), torch.random.fork_rng(devices=devices), _eagerly(model):
         twin = _structural_copy(model).eval()  # statistics are shared
         pairs, casts = _find(twin, images[:PROBE_IMAGES].detach().clone())
@@ -235,6 +237,7 @@ def _find(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, str]], list
     def note_run(layer: nn.Module, _: tuple) -> None:
         runs[layer] = runs.get(layer, True) and torch.is_autocast_enabled(kind)
 
+    # exact types: a subclass may compute something else
     handles = [m.register_forward_hook(note_output) for m in names if type(m) is nn.Conv2d]
     handles += [m.register_forward_pre_hook(note_input) for m in names if type(m) in (nn.BatchNorm2d, BatchNormAct2d)]
     handles += [m.register_forward_pre_hook(note_run) for m in names if type(m) in (nn.Conv2d, nn.Linear)]
@@ -244,11 +247,12 @@ def _find(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, str]], list
     for handle in handles:
         handle.remove()
     convs = list(pairs.values())
+    # one weight cannot hold the scales of two BatchNorms
     folds = [(conv, norm) for norm, conv in pairs.items() if conv is not None and convs.count(conv) == 1]
     if seen != set(layers):  # other images may flow through what these did not: through another BatchNorm, say
         folds = []
     casts = [layer for layer, always in runs.items() if always]
-    for found in (Holdable(folds, casts), Holdable(folds), Holdable([], casts)):
+    for found in (Holdable(folds, casts), Holdable(folds), Holdable([], casts)):  # the most first
         with _applied(found, dtype):
             outputs = _all_outputs(model, images.clone())
         if _agree(expected, outputs, dtype):
@@ -293,6 +297,7 @@ def _can_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
 
 def _folded_weights(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """Weight (channels last, which convolutions take over for all that follows) and bias of both in one."""
+    # BatchNorm is (conv(x) - mean) * scale + shift
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -335,7 +340,7 @@ def _applied(found: Holdable, dtype: torch.dtype | None) -> Iterator[None]:
                     silenced.append(norm)
                     norm.forward = partial(_drop_and_act, norm) if isinstance(norm, BatchNormAct2d) else _pass_on
             for layer in casts:
-                if _is_plain(layer):
+                if _is_plain(layer):  # not those folded above: they are cast already
                     bias = None if layer.bias is None else layer.bias.to(dtype)
                     swap(layer, layer.weight.to(dtype), bias)
         yield

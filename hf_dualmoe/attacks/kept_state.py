@@ -1,7 +1,7 @@
-"""What an AutoAttack run keeps on disk, so that a killed one goes on where it was.
+"""The files of an AutoAttack run, from which a killed run resumes.
 
-A small safetensors file holds what is known of every image and is written anew after each batch. The broken images go
-to the end of a second file, named as the first with ".images" behind: each is written once.
+A small safetensors file holds what is known of every image; each batch writes it anew. Broken images are appended to
+a second file, "<first file>.images": each is written once.
 """
 
 import json
@@ -67,8 +67,8 @@ class KeptState:
         """Write broken images (n, C, H, W) and their row numbers (n,) behind the `before` ones that are there."""
         records = np.empty(len(rows), self.record)
         records["row"] = rows.numpy()
-        records["image"] = found.cpu().flatten(1).contiguous().view(torch.uint8).numpy()
-        with open(images_file(self.path), "r+b") as file:
+        records["image"] = found.cpu().flatten(1).contiguous().view(torch.uint8).numpy()  # NumPy has no bfloat16
+        with open(images_file(self.path), "r+b") as file:  # not "ab": what a killed run left unfinished is overwritten
             file.seek(before * self.record.itemsize)
             file.write(records.tobytes())
 
@@ -76,6 +76,7 @@ class KeptState:
         """Write the state beside its file and move it there, so that a kill never leaves half a file."""
         partial = self.path.with_name(self.path.name + ".partial")
         metadata = {"format": str(FORMAT), "autoattack": json.dumps(asdict(progress))}
+        # safetensors refuses tensors that are not contiguous
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
         os.replace(partial, self.path)
 
@@ -112,6 +113,7 @@ class KeptState:
         if not path.is_file() or path.stat().st_size < count * self.record.itemsize:
             raise ValueError(f"state_file={str(self.path)!r} has lost images that belong in {path.name}; delete both.")
         records = np.fromfile(path, self.record, count)
+        # a field has gaps: row numbers
         images = torch.from_numpy(np.ascontiguousarray(records["image"])).view(self.dtype)
         return torch.from_numpy(records["row"].astype(np.int64)), images.view(count, *self.shape)
 

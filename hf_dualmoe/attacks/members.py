@@ -1,4 +1,4 @@
-"""What the adaptive union climbs: the members that apply to a model, each blind to other things than the others."""
+"""The members of the adaptive union: functions to climb, each with other blind spots than the rest."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -82,6 +82,7 @@ def component_members(dual: nn.Module, alphas: Sequence[float]) -> list[Member]:
     def member(name: str, scores: Callable[[Any], Tensor], alpha: float | None = None) -> Member:
         def look(images: Tensor, labels: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             output = dual(images, alpha=alpha)
+            # the judge is the model at its own alpha, whatever alpha the member climbs
             own = output.logits if alpha is None else dual.mix(output.standard_logits, output.robust_logits)
             return soft_margin(scores(output).float(), labels), own.float()
 
@@ -143,6 +144,7 @@ def members_of(
 
     A dial in the weights leaves one network, with nothing mixed: it gets the members of a single network.
     """
+    # F_R last: route_members needs it
     parts = [model.standard, model.robust] if is_dual(model) else [answering(model)]
     members = whole_members(model, num_classes)
     members += component_members(model, alphas) if is_dual(model) else []

@@ -1,7 +1,7 @@
 """N-FGSM: one gradient step from a noisy image, for training only (https://arxiv.org/abs/2202.01181).
 
-It costs one forward and gradient pass where PGD-10 costs ten. The noise is wider than the ball and the result is not
-projected back onto it, which is what keeps single-step training from collapsing; so it is no attack to evaluate with.
+It costs one forward and gradient pass where PGD-10 costs ten. Noise wider than the ball, and no projection back onto
+it, keep single-step training from collapsing. So it is no attack to evaluate with.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class NFGSM(Attack):
         start = images + (2 * image_noise(images, shard=self.shard) - 1) * (self.noise * self.eps)
         objective, rescale = checked(OBJECTIVES[self.objective]), may_flush_gradients(model, images)
         gradient = input_gradient(model, start, labels, objective, reference, rescale=rescale)
-        return round_inwards((start + self.eps * gradient.sign()).clamp(0, 1), images)
+        return round_inwards((start + self.eps * gradient.sign()).clamp(0, 1), images)  # no projection: see above
 
 
 __all__ = ["NFGSM"]

@@ -3,9 +3,8 @@
     attack = PGD(eps=8 / 255, steps=20)
     attacked = attack(model, images, labels)
 
-An attack is a small frozen dataclass that is called with any callable from images to logits. It returns detached
-images that lie, up to 1e-6, inside the ball of radius eps around the originals and inside [0, 1]. The model comes back
-as it was.
+An attack is a frozen dataclass; call it with any callable from images to logits. It returns detached images inside
+[0, 1] and, up to 1e-6, inside the ball of radius eps around the originals. The model comes back as it was.
 """
 
 from collections.abc import Iterator
@@ -73,6 +72,7 @@ class PGD(Attack):
         allowed = self.step_size is None or isinstance(self.step_size, (int, float, Tensor))
         if not allowed or (isinstance(self.step_size, (int, float)) and not 0 < self.step_size < float("inf")):
             raise ValueError(f"step_size={self.step_size!r} must be finite and > 0, in the units of eps.")
+        # KL is 0 and smallest at the clean image
         if self.objective == "kl" and not self.random_start and self.eps > 0:
             raise ValueError("objective='kl' has no gradient at the image itself; it needs random_start=True.")
         if self.restarts > 1 and not (self.keep_best and self.random_start):
@@ -98,6 +98,7 @@ class PGD(Attack):
 
     @property
     def _step_size(self) -> float | Tensor:
+        # Madry et al. 2018: far enough to reach the border from anywhere in the ball, and to move along it
         return 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
 
     def _start(self, images: Tensor, ids: Tensor | None, restart: int) -> Tensor:
@@ -128,14 +129,15 @@ class PGD(Attack):
         objective = OBJECTIVES[self.objective]
         clean_logits = logits_of(model, images)
         check_logits(clean_logits, labels)
+        # the clean image is the first candidate: what is wrong already comes back so
         best = Best(images, clean_logits, objective(clean_logits, labels, clean_logits), labels)
         for restart in range(self.restarts):
             perturbed = images
             for previous, perturbed, logits, value in self._iterates(  # noqa: B007 - the last iterate is used below
                 model, images, labels, clean_logits, ids, restart
             ):
-                best.update(previous, logits, value)
-            logits = logits_of(model, perturbed)
+                best.update(previous, logits, value)  # its logits came with the gradient, for no extra pass
+            logits = logits_of(model, perturbed)  # the last iterate: no gradient pass has looked at it
             best.update(perturbed, logits, objective(logits, labels, clean_logits))
         return best.images
 
@@ -150,7 +152,7 @@ class Best:
     def update(self, images: Tensor, logits: Tensor, value: Tensor) -> None:
         """Take over the rows of (B, ...) candidates that are better."""
         wrong = logits.argmax(dim=1) != self.labels
-        better = (wrong & ~self.wrong) | ((wrong == self.wrong) & (value > self.value))
+        better = (wrong & ~self.wrong) | ((wrong == self.wrong) & (value > self.value))  # false where the value is NaN
         self.images = torch.where(per_image(better, images), images, self.images)
         self.value = torch.where(better, value, self.value)
         self.wrong = self.wrong | wrong

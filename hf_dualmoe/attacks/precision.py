@@ -22,6 +22,7 @@ def full_precision() -> Iterator[None]:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     off.enter_context(torch.autocast(device, enabled=False))
+            # every part by name: "highest" leaves some of them at TF32
             _set_precision(dict.fromkeys(_LEGACY, "highest"), parts, ["ieee"] * len(parts))
             yield
     finally:
@@ -46,7 +47,7 @@ def _float32_parts() -> list[Any]:
 
 def _own_precision(part: Any) -> str:
     """What a part was set to by itself; "none" where it goes by the setting of all, which may change later."""
-    value, part.fp32_precision = part.fp32_precision, "none"
+    value, part.fp32_precision = part.fp32_precision, "none"  # "none" makes the part show the setting of all
     return "none" if part.fp32_precision == value else value
 
 
@@ -59,7 +60,7 @@ def _readable(read: Callable[[], str]) -> str | None:
 
 def _set_precision(legacy: dict[str, str], parts: list[Any], values: list[str]) -> None:
     for name, value in legacy.items():
-        _LEGACY[name][1](value)
+        _LEGACY[name][1](value)  # first: it writes some of the parts as well
     for part, value in zip(parts, values, strict=True):
         part.fp32_precision = value
 

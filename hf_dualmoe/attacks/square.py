@@ -59,7 +59,7 @@ def window_size(query: int, queries: int, shape: torch.Size, norm: str) -> int:
     p = LARGEST / 2 ** sum(position > halving for halving in HALVINGS)
     side = max(1, round((p * height * width) ** 0.5))
     if norm == "l2":
-        side = max(3, side) // 2 * 2 + 1
+        side = max(3, side) // 2 * 2 + 1  # eta has a centre
     return min(side, height, width)
 
 
@@ -193,6 +193,7 @@ class _Search:
             self.numbers, kinds = proposal_numbers(self.uniform, side, self.images.shape)
         if linf and side != self.side:
             kept = kinds + 1 if kinds <= self.attack.queries else 0  # the last one takes what is not to be noted
+            # numbers count squares of one size: what another size refused says nothing
             self.refused = torch.zeros(len(self.rows), kept, dtype=torch.bool, device=self.rows.device)
         self.side = side
 
@@ -203,6 +204,7 @@ class _Search:
             new &= ~self.refused.gather(1, self.numbers)
         new &= ~self.done[:, None]
         active = new.any(dim=1).sum().clamp_min(1)
+        # never more than the batch had at first
         several = (1 + self.streak // PATIENCE).clamp_max(self.size // active)
         new &= new.cumsum(dim=1, dtype=torch.int32) <= several[:, None]
         return new.nonzero(as_tuple=True)
@@ -216,6 +218,7 @@ class _Search:
         drawn = self.uniform[at, place]
         proposal = propose(self.images[at], self.current[at], self.attack.eps, self.side, drawn)
         margin, wrong = self.best[at], torch.zeros_like(at, dtype=torch.bool)
+        # the square may be there already
         changed = (proposal != self.current[at]).flatten(1).any(dim=1).nonzero().squeeze(1)
         if len(changed):
             margin[changed], wrong[changed] = self.ask(model, proposal[changed], self.labels[at[changed]])
@@ -234,7 +237,7 @@ class _Search:
         if self.refused.shape[1]:
             number = self.numbers[at, place].where(known, self.refused.shape[1] - 1)
             self.refused[at, number] = True
-            self.refused &= ~took[:, None]
+            self.refused &= ~took[:, None]  # the image changed: what it refused before may help now
         self.current = torch.where(per_image(took, self.current), proposal[chosen], self.current)
         self.best = torch.where(took, margin[chosen], self.best)
         self.wrong |= took & wrong[chosen]

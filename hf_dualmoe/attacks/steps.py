@@ -1,4 +1,4 @@
-"""The small parts that gradient attacks are composed of: noise, starts, projections, steps, objectives, gradients."""
+"""Building blocks of gradient attacks: noise, starts, projections, steps, objectives, gradients."""
 
 from collections.abc import Callable
 from functools import partial
@@ -63,6 +63,7 @@ def image_noise(
                 noise = drawn
         return noise
     ids = range(len(images)) if ids is None else ids.tolist()
+    # ids below a million never meet the generator of another seed; drawn on the CPU, so equal on every device
     noise = [
         draw(images.shape[1:], generator=torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)) for i in ids
     ]
@@ -87,8 +88,9 @@ def random_start(
     else:  # direction from a normal, length from the d-th root of a uniform
         direction = image_noise(images, normal=True, seed=seed, ids=ids, shard=shard)
         one_pixel = images.flatten(1)[:, :1]
+        # another seed, or the length would repeat the direction's first number
         radius = image_noise(one_pixel, seed=None if seed is None else seed + 1, ids=ids, shard=shard)
-        radius = radius.flatten().pow(1 / images[0].numel())
+        radius = radius.flatten().pow(1 / images[0].numel())  # the volume within r grows as r**d
         noise = direction / l2_norm(direction).clamp_min(1e-12) * per_image(radius, images) * eps
     return project(images + noise, images, eps, norm)
 
@@ -98,7 +100,7 @@ def project(perturbed: Tensor, images: Tensor, eps: float | Tensor, norm: str) -
 
     Values that are not finite (a gradient overflowed) fall back to the clean pixel.
     """
-    wide = torch.promote_types(images.dtype, torch.float32)
+    wide = torch.promote_types(images.dtype, torch.float32)  # half precision would round off part of delta
     delta = torch.nan_to_num(perturbed.to(wide) - images.to(wide), nan=0.0, posinf=0.0, neginf=0.0)
     if norm == "linf":
         delta = delta.clamp(-eps, eps)
@@ -111,7 +113,7 @@ def round_inwards(perturbed: Tensor, images: Tensor) -> Tensor:
     """Round to the precision of `images`, in half precision always towards `images`: else 2e-3 outside the ball."""
     rounded = perturbed.to(images.dtype)
     if images.dtype not in (torch.float16, torch.bfloat16):
-        return rounded
+        return rounded  # float32 is off by 6e-8 at most, within the promise of 1e-6
     moved = rounded.float() - images.float()
     excess = moved.abs() > (perturbed - images.float()).abs()
     bits = rounded.view(torch.int16)  # values in [0, 1] are ordered like their bit patterns
@@ -126,13 +128,14 @@ def step_in_ball(
     The L-inf ball within [0, 1] is a box whose bounds are computed once, so a step is four operations. Where a
     gradient is NaN, its pixel stays. Other cases are `steepest` and `project`.
     """
+    # L2 is no box, and half precision has to round inwards
     if norm != "linf" or images.dtype not in (torch.float32, torch.float64):
         return lambda perturbed, gradient: project(perturbed + step_size * steepest(gradient, norm), images, eps, norm)
     low, high = (images - eps).clamp_min(0), (images + eps).clamp_max(1)
 
     def step(perturbed: Tensor, gradient: Tensor) -> Tensor:
         direction = gradient.sign().nan_to_num_(0)
-        if isinstance(step_size, Tensor):
+        if isinstance(step_size, Tensor):  # `alpha=` takes a number: to read one from a device is to wait
             return (perturbed + step_size * direction).clamp_(low, high)
         return torch.add(perturbed, direction, alpha=step_size).clamp_(low, high)
 
@@ -145,7 +148,7 @@ def steepest(gradient: Tensor, norm: str) -> Tensor:
         return gradient.sign()
     largest = per_image(gradient.flatten(1).abs().amax(dim=1), gradient)
     scaled = gradient / largest.where(largest > 0, 1)  # a confident model's gradients are so small that squares vanish
-    return scaled / l2_norm(scaled).clamp_min(1)
+    return scaled / l2_norm(scaled).clamp_min(1)  # the largest entry is 1, so only a zero gradient is shorter
 
 
 # --- objectives: what an attack raises, per image --------------------------------------------------------------------
@@ -205,17 +208,18 @@ def value_and_gradient(
         logits = logits_of(model, perturbed)
         if not logits.requires_grad:
             raise ValueError(NO_GRADIENT)
-        leaf = logits.detach().requires_grad_(True)
+        leaf = logits.detach().requires_grad_(True)  # stop here, to rescale the slope before the network
         value = objective(leaf, labels, reference)
-        slope = torch.autograd.grad(value.sum(), leaf)[0]
+        slope = torch.autograd.grad(value.sum(), leaf)[0]  # rows do not mix: the sum's gradient is each row's own
         size = slope.abs().view(len(slope), -1).amax(dim=1)  # logits may be (B,): some surrogates have one value
         usable = torch.isfinite(size) & (size > 0)
+        # 2**exponent and 2**-exponent must both be float32 numbers
         exponent = torch.frexp(size.where(usable, torch.ones_like(size))).exponent.clamp(-100, 100)
         scaled = torch.ldexp(slope, per_image(-exponent, slope))
         gradient = torch.autograd.grad(logits, perturbed, scaled, allow_unused=True)[0]
         if gradient is None:  # the logits depend on parameters that want gradients, and not on the images
             raise ValueError(NO_GRADIENT)
-    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # its own tiny size fits no float16
     return torch.ldexp(gradient, per_image(exponent, gradient)), logits.detach(), value.detach()
 
 

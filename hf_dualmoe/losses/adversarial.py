@@ -1,7 +1,7 @@
 """Training objectives: standard, AT, TRADES, RT-ER and JTDMoE, one function each.
 
-Every function crafts its own attacked images on the frozen model, then makes one forward through `forward` (the model
-itself, or its distributed wrapper) on all images of all its terms, and returns named terms.
+Each function attacks the frozen model, then makes one forward through `forward` (the model or its distributed wrapper)
+on the images of all terms, and returns named terms.
 
     output = rt_er_loss(model, images, labels, attack=PGD(keep_best=False), beta=6.0)
     output.loss.backward()
@@ -55,7 +55,7 @@ def kl_divergence(attacked_logits: Tensor, clean_logits: Tensor) -> Tensor:
 
     This is the direction of TRADES' published code. Gradients flow into both arguments.
     """
-    return kl_objective(attacked_logits.float(), None, clean_logits.float()).mean()
+    return kl_objective(attacked_logits.float(), None, clean_logits.float()).mean()  # labels play no part in it
 
 
 def second_expert(router_logits: Tensor) -> Tensor:
@@ -150,6 +150,7 @@ def at_loss(
     if not 0 <= clean_weight < 1:
         raise ValueError(f"clean_weight={clean_weight!r} must be in [0, 1).")
     attacked = attack(model, images, labels)
+    # one batch: DDP allows one forward per backward
     batch = torch.cat([attacked, images]) if clean_weight > 0 else attacked
     output = (model if forward is None else forward)(batch)
     logits, count = find_logits(output), len(images)
@@ -222,15 +223,16 @@ def craft_rt_er(
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
-    with frozen(model), folded(model, images):
+    with frozen(model), folded(model, images):  # once for both attacks
         with torch.no_grad():
-            second = second_expert(model.route(images))
+            second = second_expert(model.route(images))  # of the clean image: Eq. 6 compares the same expert on both
         routed = torch.full_like(second, -1)
         attacked = attack(model, images, labels)
-        batch = [attacked, images] if second_term == "kl" else [attacked]
+        batch = [attacked, images] if second_term == "kl" else [attacked]  # `rt_er_terms` splits in this order
         experts = [routed, second] if second_term == "kl" else [routed]
         if second_attack == "own":
             attacked_second = attack(partial(model, expert_index=second), images, labels)
+            # 3B or 2B images
             return RTERBatch(attacked, torch.cat([*batch, attacked_second]), torch.cat([*experts, second]))
     if second_term == "ce":
         return RTERBatch(attacked, attacked, extra_expert_index=second)
@@ -350,7 +352,9 @@ def jtdmoe_loss(
             model.robust, images, labels, attack=attack, second_term=second_term, second_attack=second_attack
         )
         if standard_attack is not None:
+            # at the training alpha, not the dial's
             images = standard_attack(partial(model, alpha=alpha), images, labels)
+        # on the same images as F_S; no_grad is Eq. 11's stop-gradient
         fixed_robust_logits = logits_of(model.robust, images)
     output = (model if forward is None else forward)(
         images,

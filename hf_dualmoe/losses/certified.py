@@ -1,4 +1,4 @@
-"""Training for certificates: differentiable penalties on what the theorems of `certifier.py` divide and compare.
+"""Training for certificates: differentiable penalties on the margins and slopes in the theorems of `certifier.py`.
 
     loss = certified_loss(model, images, labels, radius=0.5, margin_weight=1.0, route_weight=0.1).loss
 
@@ -41,6 +41,7 @@ def route_margins(moe: nn.Module, images: Tensor, norm: str = "l2", scores: Tens
     first = scores.argmax(dim=1)
     constants = gate_constants(moe, norm)[first]
     gaps = scores.gather(1, first[:, None]) - scores
+    # 0 / 1 for the first choice itself; experts with equal rows never overtake, and would divide by 0
     return gaps / constants.scatter(1, first[:, None], 1.0).clamp_min(1e-12)
 
 
@@ -70,8 +71,8 @@ def route_margin_penalty(
     check_positive("radius", radius)
     margins = route_margins(moe, images, norm, scores)
     first = margins.detach().argmin(dim=1)
-    nearest = margins.scatter(1, first[:, None], math.inf).amin(dim=1)
-    return F.relu(radius - nearest).mean() / radius
+    nearest = margins.scatter(1, first[:, None], math.inf).amin(dim=1)  # without the first choice, whose margin is 0
+    return F.relu(radius - nearest).mean() / radius  # in units of the radius: a weight fits any radius
 
 
 def gate_lipschitz_penalty(moe: nn.Module) -> Tensor:
@@ -153,6 +154,7 @@ def backbone_slope(moe: nn.Module) -> float:
     config = moe.config
     if not config.backbone.startswith(LIPSCHITZ):
         raise ValueError(f"backbone={config.backbone!r} is no 1-Lipschitz backbone.")
+    # a difference of two logits is sqrt(2) as steep as the logits; normalisation divides by the std
     return math.sqrt(2) * config.backbone_kwargs.get("logit_scale", 1.0) / min(config.image_std)
 
 
@@ -185,6 +187,7 @@ def certified_loss(
         label_smoothing: In [0, 1).
     """
     slope = backbone_slope(model)
+    # one pass serves all penalties
     output = (model if forward is None else forward)(images, output_router_logits=True)
     terms = {
         "ce": cross_entropy(output.logits, labels, label_smoothing),
