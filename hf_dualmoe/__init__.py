@@ -53,12 +53,12 @@ _ROOMS = {  # of the names that are loaded when they are first used
 }
 
 for _config, _model in ((MoEConfig, MoEForImageClassification), (DualMoEConfig, DualMoEForImageClassification)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)  # a reload registers twice, which would raise
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageClassification.register(_config, _model, exist_ok=True)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Any:  # PEP 562: `import hf_dualmoe` needs no datasets and evaluate, which take seconds
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_ROOMS[name]}", __name__), name)

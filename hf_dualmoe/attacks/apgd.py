@@ -2,6 +2,8 @@
 
     attack = APGD(eps=8 / 255, objective="dlr_targeted")
     attacked = attack(model, images, labels)
+
+It halves the step of an image where its progress stalls.
 """
 
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""Networks of timm as trunk and experts: creation, stem, width, cutting, and a limit of their size.
+"""timm networks as trunk and experts: create them, change stem and width, cut them in two, limit their size.
 
 This file travels to the Hub as remote code together with the other *_dualmoe.py files.
 """
@@ -103,19 +103,19 @@ def adapt_resnet_stem(resnet: nn.Module, config: MoEConfig, stem_channels: int |
     narrowed = channels != old_channels
     if config.stem == "cifar":
         resnet.conv1 = new_conv(config.num_channels, channels, kernel_size=3, padding=1)
-        resnet.maxpool = nn.Identity()
+        resnet.maxpool = nn.Identity()  # small images have no pixels to spare
     elif narrowed:
         if not isinstance(resnet.conv1, nn.Conv2d):
             raise ValueError("width cannot narrow a deep stem (resnet*d, *c, *s, *t); use stem='cifar'.")
         resnet.conv1 = new_conv(config.num_channels, channels, kernel_size=7, stride=2, padding=3)
     if narrowed:
-        resnet.bn1 = type(resnet.bn1)(channels)
+        resnet.bn1 = type(resnet.bn1)(channels)  # backbone_kwargs may ask for another norm_layer
         block = resnet.layer1[0]
         kernel_size, padding = block.conv1.kernel_size, block.conv1.padding
         block.conv1 = new_conv(channels, block.conv1.out_channels, kernel_size=kernel_size, padding=padding)
-        out_channels = resnet.feature_info[1]["num_chs"]
+        out_channels = resnet.feature_info[1]["num_chs"]  # entry 0 is the stem, entry n the output of stage n
         if channels == out_channels:
-            block.downsample = None
+            block.downsample = None  # equal channels and stride 1: the identity fits
         else:
             position = next(i for i, m in enumerate(block.downsample) if isinstance(m, nn.Conv2d))
             block.downsample[position] = new_conv(channels, out_channels, kernel_size=1)

@@ -53,6 +53,7 @@ def weighted_batchnorm(module: nn.Module, weights: Tensor | None) -> Iterator[No
     try:
         for layer in layers:
             layer.forward = partial(_weighted_batchnorm, layer, weights)
+        # each call has a `forward` of its own, for which torch would compile anew
         with torch.compiler.set_stance("force_eager") if layers and module._compiled_call_impl else nullcontext():
             yield
     finally:
@@ -61,16 +62,17 @@ def weighted_batchnorm(module: nn.Module, weights: Tensor | None) -> Iterator[No
 
 
 def _weighted_batchnorm(layer: nn.BatchNorm2d, weights: Tensor, features: Tensor) -> Tensor:
-    x = features.float()
+    x = features.float()  # PyTorch's own keeps its statistics in float32 too
     rows, size = weights.sum(), x.shape[2] * x.shape[3]
     share = (weights / (rows * size).clamp_min(1))[:, None, None, None]
     mean = (share * x).sum(dim=(0, 2, 3))
     var = (share * (x - mean[:, None, None]).square()).sum(dim=(0, 2, 3))
-    enough = rows > 1
+    enough = rows > 1  # a tensor, and `where` below: an `if` would wait for the device
     with torch.no_grad():
         rate = layer.momentum * enough.float()
+        # running_var is unbiased, as in nn.BatchNorm2d
         unbiased = var * (rows * size / (rows * size - 1).clamp_min(1))
-        old_mean, old_var = layer.running_mean.clone(), layer.running_var.clone()
+        old_mean, old_var = layer.running_mean.clone(), layer.running_var.clone()  # one row uses them as they were
         layer.running_mean.lerp_(mean.detach().where(enough, old_mean).to(old_mean), rate)
         layer.running_var.lerp_(unbiased.where(enough, old_var).to(old_var), rate)
         layer.num_batches_tracked.add_(enough)

@@ -33,6 +33,7 @@ def match_names(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
     Names in the same order stand for each other even where one of them stands twice, as "crane" does in ImageNet.
     """
     ours, theirs = [spellings(name) for name in names], [spellings(name) for name in known]
+    # "crane" twice, and in order
     if len(ours) == len(theirs) and all(a & b for a, b in zip(ours, theirs, strict=True)):
         return list(range(len(names)))
     exact, by_spelling = positions([{name} for name in known]), positions(theirs)

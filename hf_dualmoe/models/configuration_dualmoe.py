@@ -99,6 +99,7 @@ class MoEConfig(ValidatedConfig):
     """
 
     model_type = "robust_moe"
+    # else Trainer.evaluate gathers them as predictions
     keys_to_ignore_at_inference = ["router_logits", "expert_index", "aux_loss"]
 
     backbone: str = "resnet18"
@@ -111,7 +112,7 @@ class MoEConfig(ValidatedConfig):
     image_mean: list[float] | float = 0.5
     image_std: list[float] | float = 0.25
     num_experts: int = 4
-    router_top_k: int = 1
+    router_top_k: int = 1  # not `top_k`: transformers reserves the names of generation parameters
     router: str = "linear"
     router_pool_size: int = 4
     shared_stages: int = 0
@@ -121,7 +122,7 @@ class MoEConfig(ValidatedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_fields()
-        self.backbone_kwargs = dict(self.backbone_kwargs or {})
+        self.backbone_kwargs = dict(self.backbone_kwargs or {})  # a copy: the caller may reuse its dict
         super().__post_init__(**kwargs)
 
     def _check_fields(self) -> None:
@@ -212,7 +213,7 @@ class DualMoEConfig(ValidatedConfig):
     """
 
     model_type = "dual_moe"
-    sub_configs = {"standard": AutoConfig, "robust": AutoConfig}
+    sub_configs = {"standard": AutoConfig, "robust": AutoConfig}  # parts of any model type
     keys_to_ignore_at_inference = [
         "standard_logits",
         "robust_logits",
@@ -272,7 +273,7 @@ class DualMoEConfig(ValidatedConfig):
     def _check_input_size(self, standard: int | None, robust: int | None) -> None:
         check_count("input_size", self.input_size, 1, MAX_SIZES["image_size"])
         for name, size in (("standard", standard), ("robust", robust)):
-            ours = getattr(self, name).model_type == MoEConfig.model_type
+            ours = getattr(self, name).model_type == MoEConfig.model_type  # not isinstance: see `create_component`
             if size is None or (ours and size != self.input_size):
                 allowed = f"{self.input_size}, the input_size: our mixtures resize nothing" if ours else "an integer"
                 raise ValueError(f"{name}.image_size={size} must be {allowed}.")

@@ -103,7 +103,7 @@ def create_mixture(state: dict[str, Tensor], settings: dict) -> MoEForImageClass
     config = MoEConfig(
         **BACKBONES[found[1]],
         num_experts=len(gate),
-        image_size=math.isqrt(gate.shape[1] // 3),
+        image_size=math.isqrt(gate.shape[1] // 3),  # the gate sees 3 * size**2 numbers
         num_labels=0 if head is None else len(head),
         **settings,
     )

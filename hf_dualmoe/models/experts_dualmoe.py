@@ -1,4 +1,4 @@
-"""Each expert runs once on its images, and the answers are put back in order: hard and soft routing.
+"""Hard and soft routing: run each expert once on its images, then put the answers back in order.
 
 B images, N units of work (an image may be one for several experts), E experts, C labels, k experts per image.
 
@@ -71,6 +71,7 @@ def hard_route(
         log_gate = router_logits.log_softmax(dim=1).gather(1, index[:, None])
         weight = torch.exp(log_gate - log_gate.detach())
         if forced is not None:
+            # nothing to learn from a given route
             weight = torch.where(forced[:, None], torch.ones_like(weight), weight)
         logits = logits * weight.to(logits.dtype)
     return logits, index, extra_logits
@@ -120,8 +121,8 @@ class Slots(NamedTuple):
 
 def choose_slots(router_logits: Tensor, top_k: int, expert_index: Tensor | None) -> Slots:
     """The slots of each image, from the router logits (B, E) and the experts that are given, as in `hard_route`."""
-    values, index = router_logits.topk(top_k, dim=1)
-    log_weights = values.log_softmax(dim=1)
+    values, index = router_logits.topk(top_k, dim=1)  # (B, k) each
+    log_weights = values.log_softmax(dim=1)  # over the k chosen: their weights add up to 1
     used = torch.ones_like(index, dtype=torch.bool)
     if expert_index is not None:
         forced = expert_index[:, None] >= 0
@@ -138,9 +139,10 @@ def mix_used(
     """Log-probabilities (B, C) of the mixture, and those extra logits; each expert sees the images that use it."""
     batch_size, top_k = slots.index.shape
     used = slots.used.flatten().nonzero().squeeze(1)
-    rows = torch.arange(batch_size, device=hidden.device).repeat_interleave(top_k)
+    rows = torch.arange(batch_size, device=hidden.device).repeat_interleave(top_k)  # (B * k,) the image of each slot
     logits, extra_logits = run_experts(experts, hidden, slots.index.flatten()[used], rows[used], extra)
     log_probs = logits.float().log_softmax(dim=1)
+    # slots without a run stay 0: their log weight is -inf
     by_slot = log_probs.new_zeros(batch_size * top_k, log_probs.shape[1]).index_copy(0, used, log_probs)
     by_slot = by_slot.view(batch_size, top_k, -1)
     return (slots.log_weights[:, :, None] + by_slot).logsumexp(dim=1), extra_logits
@@ -171,7 +173,7 @@ def run_experts(
     experts: nn.ModuleList, hidden: Tensor, expert_of: Tensor, rows: Tensor | None, extra: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`dispatch`, and with it one more expert `extra` (B,) for each image, -1 = none: (N, C) and (B, C) logits."""
-    if shapes_are_static() and not (extra is None and len(experts) == 1):
+    if shapes_are_static() and not (extra is None and len(experts) == 1):  # one expert sees all images anyway
         uses = count_uses(len(experts), expert_of[:, None], None, extra)
         by_expert = run_all(experts, hidden, uses)
         return pick_expert(by_expert, expert_of), None if extra is None else pick_expert(by_expert, extra)
@@ -198,14 +200,14 @@ def dispatch(experts: nn.ModuleList, hidden: Tensor, expert_of: Tensor, rows: Te
     """
     if rows is None and len(experts) == 1:
         return run_expert(experts[0], hidden)
-    sizes = torch.bincount(expert_of, minlength=len(experts)).tolist()
+    sizes = torch.bincount(expert_of, minlength=len(experts)).tolist()  # the host must know them: waits for the device
     if rows is None and max(sizes) == len(hidden):  # one group: nothing to sort or copy
         return run_expert(experts[sizes.index(len(hidden))], hidden)
     order = expert_of.argsort(stable=True)
     groups = hidden[order if rows is None else rows[order]].split(sizes)
     # a ViT cannot reshape an empty batch
     outputs = [run_expert(experts[i], group) for i, group in enumerate(groups) if len(group) > 0]
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))  # order's inverse
     return torch.cat(outputs)[back]
 
 
@@ -235,6 +237,7 @@ def count_uses(num_experts: int, index: Tensor, used: Tensor | None, extra: Tens
 
 def pick_expert(by_expert: Tensor, index: Tensor) -> Tensor:
     """The logits (B, C) of expert `index` (B,) from those of all (B, E, C); zeros where it is -1."""
+    # -1 picks expert 0 here and is set to 0 below: a branch would look at the device
     chosen = by_expert.gather(1, index.clamp_min(0)[:, None, None].expand(-1, 1, by_expert.shape[2])).squeeze(1)
     return chosen * (index >= 0)[:, None]
 

@@ -53,6 +53,7 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int, image_size: int 
         raise ValueError(
             f"pixel_values are {height}x{width} pixels; this model takes image_size={image_size} squared."
         )
+    # a meta tensor has no values: such models are built to see their size
     if pixel_values.requires_grad or values_are_trusted() or pixel_values.is_meta:
         return
     low, high = (float(v) for v in torch.aminmax(pixel_values.detach()))

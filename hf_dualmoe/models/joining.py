@@ -72,7 +72,7 @@ def network_of(part: nn.Module) -> PreTrainedModel:
     if not isinstance(part, NormalizedClassifier):
         return part
     if size_of(part.network.config) != part.config.image_size:
-        part.network.config.image_size = part.config.image_size
+        part.network.config.image_size = part.config.image_size  # DualMoEConfig reads it, to check and to resize
     return part.network
 
 
@@ -81,7 +81,7 @@ def normalisation(name: str, part: nn.Module) -> dict[str, list[float]]:
     if not isinstance(part, NormalizedClassifier):
         return {}
     mean, std = part.preprocessing.mean, part.preprocessing.std
-    if set(mean) == {0.0} and set(std) == {1.0}:
+    if set(mean) == {0.0} and set(std) == {1.0}:  # the identity would cost a pass over each image
         return {}
     return {f"{name}_image_mean": mean, f"{name}_image_std": std}
 

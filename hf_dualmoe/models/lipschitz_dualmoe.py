@@ -49,8 +49,9 @@ class LipschitzWeight:
                 _, vector, _ = spectral_normalization(matrix, self.top_singular_vector)
                 self.top_singular_vector.copy_(vector)
             norm = torch.linalg.norm(vector @ matrix.t())
+            # norm below 1, where Bjorck converges
             weight = bjorck_normalization(matrix / (norm + 1e-3)).view_as(self.weight)
-            weight = self.scale / self.operator_norm(weight) * weight
+            weight = self.scale / self.operator_norm(weight) * weight  # a kernel's operator is larger than its matrix
         self.applied_weight.copy_(weight.detach())
         return weight
 
@@ -101,12 +102,12 @@ class LipschitzConv2d(LipschitzWeight, nn.Conv2d):
         stride, padding = self.stride, self.padding
         with torch.no_grad():
             image = self.top_image
-            for _ in range(2):
+            for _ in range(2):  # two steps are enough: `top_image` is kept from forward to forward
                 image = F.conv2d(image, weight, stride=stride, padding=padding)
                 image = torch.nn.grad.conv2d_input(self.top_image.shape, weight, image, stride, padding)
                 image = image / image.norm().clamp_min(1e-12)
             self.top_image.copy_(image)
-        return F.conv2d(image, weight, stride=stride, padding=padding).norm()
+        return F.conv2d(image, weight, stride=stride, padding=padding).norm()  # with gradient, unlike the iteration
 
     def forward(self, images: Tensor) -> Tensor:
         return F.conv2d(images, self.current_weight(), self.bias, self.stride, self.padding)
@@ -146,7 +147,7 @@ def lipschitz_mlp(
     check_sizes("hidden_sizes", hidden_sizes)
     sizes = [in_chans * img_size**2, *hidden_sizes]
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in zip(sizes, hidden_sizes, strict=False):
+    for before, after in zip(sizes, hidden_sizes, strict=False):  # `sizes` has one more, for the last layer
         layers += [LipschitzLinear(before, after), PairSort()]
     return nn.Sequential(*layers, LipschitzLinear(sizes[-1], num_classes, logit_scale))
 

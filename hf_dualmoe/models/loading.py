@@ -3,9 +3,9 @@
     model = load_classifier("microsoft/resnet-50")  # a folder or an id on the Hub
     logits = model(images).logits                   # (B, 3, 224, 224) in [0, 1]; model.config.image_size is 224
 
-Attacks count in pixels, so what a model expects instead of pixels belongs into the model. Its image processor knows:
-it is shown pictures of one colour, and what it makes of them gives the size, the mean and the standard deviation,
-whatever its settings are called and whatever its rescale factor is.
+Attacks count in pixels, so the normalisation that a model expects becomes part of it. We show its image processor
+pictures of one colour; what comes out gives size, mean and standard deviation, whatever the processor's settings are
+called and whatever its rescale factor is.
 """
 
 import copy
@@ -158,6 +158,7 @@ def load_classifier(
 
 def load_network(name: str, dtype: torch.dtype | str, options: dict[str, Any]) -> PreTrainedModel:
     """The model as transformers loads it; a ValueError where there is none, or not all of one."""
+    # no id on the Hub looks like this, so the Hub is not asked
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model={name!r}: there is no such folder.")
     try:
@@ -230,8 +231,9 @@ def what_is_made_by(processor: Any, name: str) -> Preprocessing:
         raise refusal(processor, name, f"of RGB pictures it makes {shape} and {others[0]}, not squares of one size")
     black, white, other = (pixels[0, :, 0, 0].double() for pixels in made)
     reach = white - black  # 1 / std
-    expected = black + reach * torch.tensor(OTHER).double() / 255
+    expected = black + reach * torch.tensor(OTHER).double() / 255  # where (x - mean) / std puts the third colour
     tolerance = 1e-3 * reach
+    # a picture of one colour must stay one: padding would show
     flat = all(((p - p[:, :, :1, :1]).abs().amax(dim=(0, 2, 3)) <= tolerance).all() for p in made)
     if not (flat and (reach > 0).all() and ((other - expected).abs() <= tolerance).all()):
         raise refusal(processor, name, "it changes colours by more than a factor and an offset, or pads")
@@ -261,7 +263,7 @@ def refusal(processor: Any, name: str, reason: str) -> ValueError:
 def warn_of_other_framing(processor: Any, wanted: Preprocessing, name: str) -> None:
     """Say so where a processor stretches or crops pictures otherwise than our decoding of data does."""
     rows, columns = np.indices((96, 144))
-    coordinates = np.stack([rows * 255 / 95, columns * 255 / 143, rows * 0], axis=2)
+    coordinates = np.stack([rows * 255 / 95, columns * 255 / 143, rows * 0], axis=2)  # colours say where a pixel was
     picture, size = Image.fromarray(coordinates.astype(np.uint8)), wanted.size
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (wanted.mean, wanted.std))
     theirs = process(processor, picture, name) * std + mean

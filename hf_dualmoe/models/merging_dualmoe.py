@@ -51,7 +51,7 @@ def weights_cosine(standard: nn.Module, robust: nn.Module) -> float:
     pairs = [(other[name].flatten().double(), own[name].flatten().double()) for name in names]
     product = sum(float(start @ end) for start, end in pairs)
     lengths = [sum(float(pair[i] @ pair[i]) for pair in pairs) ** 0.5 for i in (0, 1)]
-    return product / max(lengths[0] * lengths[1], 1e-30)
+    return product / max(lengths[0] * lengths[1], 1e-30)  # all weights 0: no direction
 
 
 def interpolate(standard: nn.Module, robust: nn.Module, alpha: float) -> nn.Module:
@@ -72,7 +72,7 @@ def interpolate(standard: nn.Module, robust: nn.Module, alpha: float) -> nn.Modu
             if tensor.is_floating_point():
                 wide = torch.promote_types(tensor.dtype, torch.float32)
                 start, end = (weights[name].to(tensor.device, wide) for weights in ends)
-                tensor.copy_(torch.lerp(start, end, alpha))
+                tensor.copy_(torch.lerp(start, end, alpha))  # lerp gives both ends exactly
     return merged
 
 

@@ -53,7 +53,7 @@ def mix_logits(standard_logits: Tensor, robust_logits: Tensor, alpha: float | Te
     if mixing == "logits":
         return (1 - alpha) * standard_logits + alpha * robust_logits
     log_standard, log_robust = standard_logits.log_softmax(dim=1), robust_logits.log_softmax(dim=1)
-    return torch.logaddexp((1 - alpha).log() + log_standard, alpha.log() + log_robust)
+    return torch.logaddexp((1 - alpha).log() + log_standard, alpha.log() + log_robust)  # log(0) = -inf drops a part
 
 
 def check_alpha(alpha: float | Tensor) -> None:

@@ -109,7 +109,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         """
         named = common_labels(standard.config.id2label, robust.config.id2label)
         config_kwargs = {"id2label": named, "label2id": {name: i for i, name in named.items()}, **config_kwargs}
-        configs = copy.deepcopy((standard.config, robust.config))
+        configs = copy.deepcopy((standard.config, robust.config))  # the joined config writes into its parts
         for config, model in zip(configs, (standard, robust), strict=True):
             config.architectures = [type(model).__name__]  # transformers has two classes for some model types
         config = cls.config_class(standard=configs[0], robust=configs[1], alpha=alpha, **config_kwargs)
@@ -120,10 +120,10 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
             check_same_parameters(getattr(joined, name).state_dict(), model.state_dict(), target)
         joined.standard = standard
         joined.robust = copy.deepcopy(robust) if robust is standard else robust  # shared tensors cannot be saved
-        joined._create_normalizers()
+        joined._create_normalizers()  # again, since those of above are on the meta device
         if joined.config.mixing == "weights":
             joined._check_mergeable()
-        return joined.train(standard.training)
+        return joined.train(standard.training)  # one mode for both: F_S and F_R may differ
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,6 +173,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         model.config.id2label, model.config.label2id = dict(self.config.id2label), dict(self.config.label2id)
         return model
 
+    # it looks at versions and addresses of tensors, which a compiled graph does not know
     @torch.compiler.disable
     def merged_network(self, alpha: float | None = None) -> PreTrainedModel | None:
         """With mixing="weights" the network that answers, kept until alpha or a weight changes; else None.
@@ -314,6 +315,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         output_router_logits: bool | None,
     ) -> DualMoEImageClassifierOutput:
         network = self.merged_network(alpha)
+        # as F_R, since merged parts are normalised alike (`merge_obstacles`)
         output = self._run("robust", pixel_values, labels, expert_index, output_router_logits, network=network)
         logits, aux_loss = output.logits.float(), self._weighted_aux_loss("robust", output)
         return DualMoEImageClassifierOutput(
@@ -370,9 +372,10 @@ def common_labels(standard: dict[int, str], robust: dict[int, str]) -> dict[int,
 
 def create_component(config: PreTrainedConfig, dual_config: DualMoEConfig) -> PreTrainedModel:
     """Build F_S or F_R with the dual model's number of labels."""
+    # from_pretrained(..., num_labels=) changes the outer config alone
     if config.num_labels != dual_config.num_labels:
         config.num_labels = dual_config.num_labels
-    if config.model_type == MoEConfig.model_type:
+    if config.model_type == MoEConfig.model_type:  # not isinstance: code from the Hub has config classes of its own
         return MoEForImageClassification(config)
     with limited_size():  # without memory, to see how large it would be
         AutoModelForImageClassification.from_config(config)

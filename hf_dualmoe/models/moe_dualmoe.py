@@ -24,7 +24,7 @@ from .inputs_dualmoe import Normalize, check_expert_index, check_labels, check_p
 from .pretrained_dualmoe import RobustPreTrainedModel, check_same_parameters
 from .routing_dualmoe import create_router, load_balancing_loss
 
-INITIALISED_BY_PARENT = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
+INITIALISED_BY_PARENT = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)  # by transformers' own _init_weights
 
 
 @dataclass
@@ -62,13 +62,13 @@ class MoEForImageClassification(RobustPreTrainedModel):
     config: MoEConfig
 
     def __init__(self, config: MoEConfig):
-        check_model_size(config)
+        check_model_size(config)  # before anything takes memory: a config may come from a stranger
         super().__init__(config)
         self.normalize = Normalize(config.image_mean, config.image_std)
         self.trunk = Trunk(config)
         self.experts = nn.ModuleList(self._create_expert() for _ in range(config.num_experts))
         self.router = create_router(config, self.trunk.num_features)
-        self._keep_initialisation()
+        self._keep_initialisation()  # before post_init, which would fill timm's layers anew
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -89,7 +89,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
         whole_names = {id(m): name for part in self._backbone_parts() for name, m in part.named_modules()}
         if id(module) not in whole_names:
             return
-        with torch.device("cpu"):
+        with torch.device("cpu"):  # from_pretrained builds on the meta device, where there are no values to copy
             fresh = create_backbone(self.config).get_submodule(whole_names[id(module)])
         for name in names:
             getattr(module, name).copy_(getattr(fresh, name))
@@ -184,6 +184,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
             pixel_values = luminance(pixel_values)
         check_pixel_values(pixel_values, channels, self.config.image_size)
         images = self.normalize(pixel_values)
+        # autocast casts by itself
         return images if torch.is_autocast_enabled(images.device.type) else images.to(self.dtype)
 
     def _encode(self, pixel_values: Tensor, route: bool = True) -> tuple[Tensor, Tensor]:
@@ -203,7 +204,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
     def expert_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of every expert (B, E, C), at the cost of E experts, and router logits (B, E) before softmax."""
         hidden, router_logits = self._encode(pixel_values)
-        return torch.stack([expert(hidden) for expert in self.experts], dim=1), router_logits
+        return torch.stack([expert(hidden) for expert in self.experts], dim=1), router_logits  # (B, E, C)
 
     def forward(
         self,
@@ -231,6 +232,7 @@ class MoEForImageClassification(RobustPreTrainedModel):
             ValueError: Wrong shape, dtype or values of an argument.
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        # not in passes of an attack
         balanced = labels is not None or (torch.is_grad_enabled() and self._learns_routes())
         hidden, router_logits = self._encode(pixel_values, route=balanced or wanted or len(self.experts) > 1)
         check_expert_index("expert_index", expert_index, len(pixel_values), len(self.experts))
@@ -258,11 +260,13 @@ class MoEForImageClassification(RobustPreTrainedModel):
         top_k = self.config.router_top_k
         if top_k > 1:
             return soft_route(self.experts, hidden, router_logits, top_k, expert_index, extra)
+        # an attack freezes the router: no straight-through weight, so it sees the true gradient
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.router.parameters())
         return hard_route(self.experts, hidden, router_logits, expert_index, extra, learns)
 
     def _aux_loss(self, router_logits: Tensor, expert_index: Tensor | None) -> Tensor:
         """The balance loss over the rows that the router decided."""
+        # a route that was given says nothing about the router
         rows = None if expert_index is None else expert_index < 0
         return load_balancing_loss(router_logits, self.config.router_top_k, rows)
 

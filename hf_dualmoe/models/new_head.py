@@ -41,8 +41,8 @@ def head_of(network: PreTrainedModel) -> list[str]:
     """
     names = [f"LABEL_{i}" for i in range(network.config.num_labels)]
     shapes = []
-    for more in ([], ["one more"]):
-        with torch.device("meta"):
+    for more in ([], ["one more"]):  # two twins: what changes shape with one class more is the head
+        with torch.device("meta"):  # shapes are enough
             twin = type(network)(with_class_names(network.config, [*names, *more]))
         shapes.append({name: tensor.shape for name, tensor in twin.state_dict().items()})
     found = [name for name, shape in shapes[0].items() if shapes[1].get(name) != shape]

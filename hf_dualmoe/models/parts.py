@@ -34,7 +34,7 @@ def answering(model: Callable) -> Callable:
 
 def at_alpha(model: nn.Module, alpha: float) -> nn.Module:
     """The same dual model, weights shared, with its dial at `alpha`."""
-    twin = copy.copy(model)
+    twin = copy.copy(model)  # shallow: modules and weights are those of the model
     twin.config = copy.copy(model.config)
     twin.set_alpha(alpha)
     return twin

@@ -107,7 +107,8 @@ class RobustPreTrainedModel(PreTrainedModel):
         """
         if not use_safetensors:
             raise ValueError("use_safetensors=False is not allowed: other weight files can run code.")
-        refuse_adapter(pretrained_model_name_or_path, kwargs)
+        refuse_adapter(pretrained_model_name_or_path, kwargs)  # before transformers reads, and follows, the file
+        # mismatches are let through here, so that check_loaded_weights names them with all else that is wrong
         options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs, **options)
@@ -233,7 +234,7 @@ def check_weight_files(model: nn.Module, files: list[str] | None) -> None:
         raise ValueError(f"{others[0]} is not loaded: only safetensors are, since other weight files can run code.")
     numbers = sum(tensor.numel() for tensor in model.state_dict().values())
     size = sum(os.path.getsize(file) for file in files)
-    if numbers > 4 * size + 10**8:
+    if numbers > 4 * size + 10**8:  # more than four numbers in a byte: no format is that dense
         raise ValueError(f"The config asks for {numbers:,} numbers, but the weight files have {size:,} bytes only.")
 
 
@@ -264,7 +265,7 @@ def check_loaded_weights(model: nn.Module, info: dict, ignore_mismatched_sizes: 
         raise ValueError(f"The weights do not fit the config: {'; '.join(reasons)}.")
     for name, tensor in model.state_dict().items():
         if tensor.dtype in FLOATS and tensor.numel() > 0 and not tensor.is_meta:
-            if not all(math.isfinite(value) for value in torch.aminmax(tensor)):
+            if not all(math.isfinite(value) for value in torch.aminmax(tensor)):  # NaN comes through both
                 raise ValueError(f"The weight {name} holds values that are NaN or infinite.")
 
 

@@ -81,8 +81,9 @@ def load_balancing_loss(router_logits: Tensor, top_k: int = 1, rows: Tensor | No
     Returns:
         Scalar in [0, E]; 0 for an empty batch. Only P carries gradient.
     """
-    if router_logits.shape[0] == 0:
+    if router_logits.shape[0] == 0:  # 0, still part of the graph
         return router_logits.sum()
+    # f_i counts images: as in the Switch Transformer, only P_i has a gradient
     gates, probs = gate_weights(router_logits.detach(), top_k), router_logits.float().softmax(dim=1)
     if rows is None:
         load, mean_probs = gates.mean(dim=0), probs.mean(dim=0)  # (E,) each
@@ -92,7 +93,7 @@ def load_balancing_loss(router_logits: Tensor, top_k: int = 1, rows: Tensor | No
     average = None if torch.compiler.is_compiling() else _load_average.get()
     if average is not None:
         load = average(load)
-    return router_logits.shape[1] * (load * mean_probs).sum()
+    return router_logits.shape[1] * (load * mean_probs).sum()  # times E: 1 when balanced, whatever E
 
 
 __all__ = ["averaged_loads", "gate_weights", "load_balancing_loss"]
