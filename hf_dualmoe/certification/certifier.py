@@ -159,6 +159,7 @@ class BoundedModel:
             return experts[0]
         if self.rule == "hard gate":
             return HardGateFloor(self.router.radii(images), experts)
+        # constants round up
         return SoftGateFloor(self.router.scores(images), self.router.constants * OUTWARD, experts)
 
 
@@ -172,7 +173,7 @@ def expert_bounds(moe: nn.Module, norm: str) -> list[LipschitzBound]:
     shape = (1, config.num_channels, config.image_size, config.image_size)
     example = moe.normalize.mean.new_zeros(shape)
     shapes = input_shapes(moe, lambda: moe.expert_logits(example)[0])
-    shapes["outputs"] = (1, config.num_labels)
+    shapes["outputs"] = (1, config.num_labels)  # a chain ends in one expert's logits, not in those of all
     normalisation = float((1 / moe.normalize.std.double()).max()) * OUTWARD
     trunk = chain_of(moe.trunk.stages)
     chains = (trunk + chain_of(expert) for expert in moe.experts)
@@ -220,7 +221,7 @@ class Certifier:
         check_eval_mode(model)
         check_no_autocast()
         if mixes_weights(model) and isinstance(model.normalize_robust, nn.Identity):
-            model = model.merge()
+            model = model.merge()  # a plain network from here on
         self.model, self.norm = model, norm
         self.dual, self.reason = is_dual(model), ""
         part = model.robust if self.dual else model
@@ -228,7 +229,7 @@ class Certifier:
             if not has_experts(part):
                 raise ValueError("shape=None: give the shape (C, H, W) of an image for a network that is no mixture.")
             shape = (part.config.num_channels, part.config.image_size, part.config.image_size)
-        self.limit = largest_distance(shape, norm)
+        self.limit = largest_distance(shape, norm)  # images in [0, 1] are nowhere farther apart
         self.robust = self.standard = None
         with full_precision():
             try:
@@ -302,6 +303,7 @@ class Certifier:
         self, prediction: Tensor, images: Tensor, alpha: float, robust: Floor, standard: Floor | None
     ) -> Certificates:
         def mixed(radius: Tensor, joint: bool) -> Tensor:
+            # without a bound F_S may be as wrong as probabilities can be: margins of -1
             others = weighted(1 - alpha, standard(radius).clamp_min(-1)) if joint else alpha - 1
             return (others + weighted(alpha, robust(radius)) > PROBABILITY_ERROR).all(dim=1)
 
@@ -309,6 +311,7 @@ class Certifier:
         rules = {}
         if alpha > 0.5:
             name = f"dual over {self.robust.rule}"
+            # radii round down
             rules[name] = largest_radius(lambda radius: mixed(radius, False), self.limit, batch) / OUTWARD
         if standard is not None:
             name = f"joint with {self.standard.rule}, {self.robust.rule}"

@@ -1,4 +1,4 @@
-"""What is left of a classifier's margins at a distance from an image: proved lower bounds as functions of the radius.
+"""Proved lower bounds of a classifier's margins at a distance from an image, as functions of the radius.
 
 A floor maps radii (B,) to lower bounds (B, C) of the probability margins p_y(x') - p_j(x') over all x' within that
 distance of image x, with y the class to keep and +inf at j = y. It never rises with the radius, so the largest radius
@@ -37,6 +37,7 @@ def probability_margins(logit_margins: Tensor) -> Tensor:
     tanh((z_y - z_j) / 2) >= tanh(m_j / 2).
     """
     right = 1 / (1 + torch.exp(-logit_margins).sum(dim=1, keepdim=True))
+    # expm1: 1 - exp(-m) would lose the digits of small margins
     floors = torch.where(logit_margins >= 0, -right * torch.expm1(-logit_margins), torch.tanh(logit_margins / 2))
     return floors.masked_fill(torch.isposinf(logit_margins), torch.inf)
 
@@ -142,7 +143,7 @@ class SoftGateFloor:
 def corner_minimum(floors: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Least sum_i w_i h_i / sum_i w_i over log w_i in [low_i, high_i]; h (B, E, C) ascending along E -> (B, C)."""
     top = high.amax(dim=1, keepdim=True)
-    low, high = (low - top).exp(), (high - top).exp()
+    low, high = (low - top).exp(), (high - top).exp()  # a common factor leaves the ratio as it is, and exp in range
     values = []
     for count in range(floors.shape[1] + 1):  # the `count` lowest have the largest weights
         weights = torch.cat([high[:, :count], low[:, count:]], dim=1)

@@ -114,7 +114,7 @@ def gram_norm(matrices: Tensor) -> float:
     """The largest singular value of matrices (..., m, n), from the eigenvalues of their smaller Gram matrix."""
     wide = matrices.shape[-2] < matrices.shape[-1]
     gram = matrices @ matrices.mH if wide else matrices.mH @ matrices
-    return math.sqrt(max(float(torch.linalg.eigvalsh(gram)[..., -1].max()), 0.0))
+    return math.sqrt(max(float(torch.linalg.eigvalsh(gram)[..., -1].max()), 0.0))  # rounding may leave -1e-17
 
 
 def spread(weight: Tensor, dilation: Sequence[int]) -> Tensor:
@@ -130,7 +130,7 @@ def spread(weight: Tensor, dilation: Sequence[int]) -> Tensor:
 def split_phases(weight: Tensor, stride: Sequence[int]) -> Tensor:
     """The kernel (O, I * s * s, Q, Q) of stride 1 that does on stacked phases what (O, I, K, K) does with stride s."""
     (height, width), (down, right) = weight.shape[2:], stride
-    weight = F.pad(weight, (0, -width % right, 0, -height % down))
+    weight = F.pad(weight, (0, -width % right, 0, -height % down))  # phases of one length; zeros change no norm
     outputs, inputs, height, width = weight.shape
     phases = weight.view(outputs, inputs, height // down, down, width // right, right)
     return phases.permute(0, 1, 3, 5, 2, 4).reshape(outputs, -1, height // down, width // right)

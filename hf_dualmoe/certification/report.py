@@ -1,4 +1,4 @@
-"""Certified accuracy of a model on a dataset: measured in batches and processes, reported as table, JSON and plot."""
+"""Certified accuracy of a model on a dataset, as table, JSON and plot."""
 
 import json
 import math
@@ -37,7 +37,7 @@ from .smoothing import Votes, certify_votes, check_confidence, check_sigma, samp
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-ALPHAS = (0.6, 0.75, 0.9, 1.0)
+ALPHAS = (0.6, 0.75, 0.9, 1.0)  # above 1/2, where F_R's certificates carry over
 CURVE_POINTS = 101
 
 
@@ -174,7 +174,7 @@ class Certification:
         failed = found.failed | (found.tensors["counts"] < 0)
         votes = Votes(found.tensors["selected"], found.tensors["counts"].clamp_min(0), n, sigma)
         for alpha in alphas if dual else (None,):
-            if alpha is not None and alpha <= 0.5:
+            if alpha is not None and alpha <= 0.5:  # no theorem: F_S can outvote F_R
                 continue
             certificates = certify_votes(votes, alpha=alpha or 1.0, confidence=confidence)
             tensors = {
@@ -186,6 +186,7 @@ class Certification:
             entry = {"alpha": alpha, "kind": "smoothing", "confidence": confidence}
             name = title if alpha in (None, 1.0) else f"dual over {title}, alpha = {alpha:g}"
             part = Found(found.rows, tensors=tensors, failed=failed, sums=rules)
+            # F_S did not vote: no SA of the mixture
             sa = percent(found.tensors["right"]) if alpha in (None, 1.0) else None
             self.add(name, part, entry, sa=sa)
 
@@ -321,7 +322,7 @@ def certify_dataset(
         run = Certification(model, report, measurer, path)
         run.all_proofs(alphas)
         for sigma in sigmas:
-            positions = [*dict.fromkeys((1.0, *alphas))]
+            positions = [*dict.fromkeys((1.0, *alphas))]  # 1.0: F_R alone is always reported
             run.smoothing(sigma, positions, n0=n0, n=n, confidence=confidence, seed=seed)
         run.write()
     return report

@@ -1,4 +1,4 @@
-"""Randomized smoothing: L2 certificates for any classifier, that hold with a stated confidence.
+"""Randomized smoothing: L2 certificates for any classifier, with a stated confidence.
 
     certificates = smoothed_certificates(model, images, sigma=0.25, seed=0, ids=ids)
     certificates = smoothed_certificates(dual, images, sigma=0.25, alpha=0.8)
@@ -24,7 +24,7 @@ from .certifier import Certificates
 from .lipschitz import check_eval_mode
 from .theorems import check_alpha_certifies
 
-OUTWARD = 1 + 1e-9
+OUTWARD = 1 + 1e-9  # relative: all here is float64
 DRAWS = 100  # noisy copies per generator: part of what makes the noise of an image, whatever the batch size
 SELECTION, ESTIMATION = 0, 1  # separate noise: the class must not be chosen on the votes that are counted
 
@@ -63,6 +63,7 @@ def lower_probability(counts: Tensor, num_samples: int, confidence: float = 0.99
     counts = counts.long().cpu()
     if num_samples < 1 or not ((counts >= 0) & (counts <= num_samples)).all():
         raise ValueError(f"counts={counts.tolist()} must lie in [0, num_samples] = [0, {num_samples}].")
+    # Beta(0, n + 1) does not exist; its rows are set to 0 below
     quantile = beta.ppf(
         1 - confidence, counts.clamp_min(1).double().numpy(), (num_samples - counts + 1).double().numpy()
     )
@@ -100,7 +101,7 @@ def smoothed_radius(probability: Tensor, sigma: float, alpha: float = 1.0) -> Te
     if not ((probability >= 0) & (probability <= 1)).all():
         raise ValueError(f"probability={probability.tolist()} must lie in [0, 1].")
     normal = torch.distributions.Normal(0.0, 1.0)
-    needed = NormalDist().inv_cdf(1 / (2 * alpha)) * (OUTWARD if alpha < 1 else 1)
+    needed = NormalDist().inv_cdf(1 / (2 * alpha)) * (OUTWARD if alpha < 1 else 1)  # exactly 0 at alpha = 1
     return sigma * (normal.icdf(probability.double() / OUTWARD) - needed) / OUTWARD
 
 
@@ -114,6 +115,7 @@ def noise_block(
 
     Each kind of device has a sequence of its own: votes repeat on the same kind, and are as good on another.
     """
+    # one-to-one while ids and blocks stay below 1,000,003: no two draws share a generator
     key = (((seed * 1_000_003 + image_id) * 2 + stage) * 1_000_003 + block) % 2**63
     generator = torch.Generator(device).manual_seed(key)
     return torch.randn((DRAWS, *shape), generator=generator, device=device)
@@ -134,7 +136,7 @@ def count_votes(
     for start in range(0, blocks, per_batch):
         numbers = range(start, min(start + per_batch, blocks))
         noise = torch.cat([noise_block(image.shape, *key, block, image.device) for block in numbers])
-        noise = noise[: num_samples - start * DRAWS].to(image)
+        noise = noise[: num_samples - start * DRAWS].to(image)  # the last block is drawn whole, then cut
         predictions = []
         for part in noise.split(batch_size):
             logits = logits_of(classifier, (image + sigma * part).clamp(0, 1))
@@ -202,6 +204,7 @@ def certify_votes(votes: Votes, *, alpha: float = 1.0, confidence: float = 0.999
     radius = smoothed_radius(lower_probability(votes.counts, votes.num_samples, confidence), votes.sigma, alpha)
     rule = "smoothing" if alpha == 1 else "dual over smoothing"
     certificates = Certificates.from_radii(votes.selected, {rule: radius}, "l2", confidence)
+    # where the vote abstains, the smoothed model has no class that is known with confidence
     certificates.prediction = certificates.prediction.masked_fill(certificates.radius.isnan(), -1)
     return certificates
 
@@ -243,7 +246,7 @@ def smoothed_certificates(
     """
     check_confidence(confidence)
     if alpha is not None and mixes_weights(model):
-        model, alpha = at_alpha(model, alpha), None
+        model, alpha = at_alpha(model, alpha), None  # one network answers, and it has no dial
     dual = is_dual(model)
     if alpha is not None and not dual:
         raise ValueError(f"alpha={alpha!r} was given, but the model has no dial.")

@@ -94,7 +94,7 @@ class ImageTensorDataset(Dataset):
         counts = torch.stack(counted).sum(dim=0).numpy()  # (C, 256)
         values, total = np.arange(256) / 255, counts[0].sum()
         mean = counts @ values / total
-        squares = (counts * (values - mean[:, None]) ** 2).sum(axis=1)
+        squares = (counts * (values - mean[:, None]) ** 2).sum(axis=1)  # two passes: mean(x**2) - mean**2 would cancel
         return mean.tolist(), np.sqrt(squares / max(total - 1, 1)).tolist()
 
     def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> "ImageTensorDataset":
@@ -163,7 +163,7 @@ def augment(
     if crop_padding == 0 and not flip:
         return images
     b, c, h, w = images.shape
-    rank, processes = shard
+    rank, processes = shard  # draws below are for all processes: equal generators, and each takes its rows
     own = slice(rank * b, (rank + 1) * b)
     top, left = torch.randint(2 * crop_padding + 1, (2, processes * b, 1), device=images.device)[:, own]  # (B, 1) each
     rows = top + torch.arange(h, device=images.device)  # (B, H)
@@ -224,7 +224,7 @@ class DataSplits:
             total.update(json.dumps([role, list(data.images.shape)]).encode())
             for part in data.images.split(AT_ONCE):  # one by one: a subset may not be contiguous
                 total.update(part.contiguous().numpy())
-            total.update(data.labels.contiguous().numpy().astype("<i8"))
+            total.update(data.labels.contiguous().numpy().astype("<i8"))  # little-endian, whatever the machine
         return total.hexdigest()
 
     @property
@@ -252,7 +252,7 @@ def load_digits_splits() -> DataSplits:
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # from 0..16
     labels = digits.target.astype(np.int64)
-    rest, test = hold_out(np.arange(len(labels)), labels, round(0.25 * len(labels)), seed=0)
+    rest, test = hold_out(np.arange(len(labels)), labels, round(0.25 * len(labels)), seed=0)  # never the caller's seed
     train, validation = hold_out(rest, labels, round(0.15 * len(labels)), seed=0)
     whole = ImageTensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels), [str(d) for d in range(10)])
     return DataSplits(whole.subset(train), whole.subset(validation), whole.subset(test), name="digits")
@@ -324,7 +324,7 @@ def load_splits(
             raise ValueError(f"max_{role}_samples={limit!r}; allowed are integers >= 1, and None")
     if not isinstance(validation_fraction, (int, float)):
         raise ValueError(f"validation_fraction={validation_fraction!r}; allowed is 0 < validation_fraction < 1")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:  # as NumPy's RandomState takes
         raise ValueError(f"seed={seed!r}; allowed are integers with 0 <= seed < 2**32")
     asked = {"train": train_split, "validation": validation_split, "test": test_split}
     if name == "digits":
@@ -334,7 +334,7 @@ def load_splits(
     sources = load_source(name, config_name, revision, token)
     roles = assign_roles(list(sources), asked, needs_train)
     parts, class_names = read_labels(sources, roles, label_column, one_class=not needs_train)
-    choose_rows(parts, validation_fraction, limits, seed)
+    choose_rows(parts, validation_fraction, limits, seed)  # before decoding: only what is used is decoded
     sets, skipped = dict.fromkeys(ROLES), {}
     for role in (role for role in ROLES if role in parts):
         images, rows, bad = decode_part(parts[role], image_column, image_size, num_channels, on_bad_image)

@@ -33,7 +33,7 @@ MAX_IMAGE_SIZE = 4096  # side in pixels, as in `MoEConfig`
 GREY_MODES = ("1", "L", "LA", "La")
 # EPS starts another program; Pillow knows the others by name but cannot show them
 UNREADABLE_FORMATS = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-Image.init()
+Image.init()  # registers all plug-ins, which Pillow loads late: Image.OPEN has few of them before
 
 
 def decode_images(
@@ -65,7 +65,7 @@ def decode_images(
     array, done, failures = None, 0, {}
     for position, image in enumerate(tqdm(encoded, "decoding", total, disable=total <= 2_000)):
         try:
-            pixels = _decode_image(image, image_size, num_channels)
+            pixels = _decode_image(image, image_size, num_channels)  # (C, H, W)
         except Exception as error:  # damage shows as OSError, SyntaxError, struct.error, DecompressionBombError, ...
             failures[position] = f"{_name(image)}{type(error).__name__}: {error}"
             continue
@@ -158,7 +158,7 @@ def _decode_image(encoded: Mapping[str, Any] | None, image_size: int | None, num
         image = resize_and_crop(image, image_size)
     grey = num_channels == 1 or (num_channels is None and image.mode == "L")
     pixels = np.asarray(image.convert("L" if grey else "RGB"))  # after resizing, as in a model that gets RGB
-    return pixels[None] if grey else pixels.transpose(2, 0, 1)
+    return pixels[None] if grey else pixels.transpose(2, 0, 1)  # (H, W) or (H, W, C) -> (C, H, W)
 
 
 def _as_system_names_it(path: str) -> str | bytes:

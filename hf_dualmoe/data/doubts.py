@@ -1,4 +1,4 @@
-"""What makes accuracies on a dataset doubtful: classes without an image, images that are in train too."""
+"""Reasons to doubt accuracies on a dataset: classes without an image, images that are in train too."""
 
 import logging
 from collections import Counter
@@ -48,6 +48,7 @@ def count_duplicates(train: Tensor, others: Tensor) -> int:
     """
     train_rows, other_rows = train.flatten(1).numpy(), others.flatten(1).numpy()
     start = max(0, (train_rows.shape[1] - LOOK) // 2)
+    # hash() is salted in each process, which is fine for a comparison within one
     looks = [[hash(row[start : start + LOOK].tobytes()) for row in rows] for rows in (train_rows, other_rows)]
     alike = set(looks[0]) & set(looks[1])
     whole = [

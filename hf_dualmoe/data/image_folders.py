@@ -112,8 +112,9 @@ def scan(path: Path) -> Scan:
         FolderError: It or a folder below may not be read.
     """
     real = path.resolve()
-    found = Scan(Folder(path), defaultdict(list))
+    found = Scan(Folder(path), defaultdict(list))  # paths as given; only the search for circles resolves links
     try:
+        # a link to these is a circle
         _scan_into(found.root, found, readable_endings(), frozenset({real, *real.parents}))
     except PermissionError as error:
         raise FolderError(f"folder {error.filename!r} may not be read: {error.strerror}") from error
@@ -121,7 +122,7 @@ def scan(path: Path) -> Scan:
 
 
 def _scan_into(folder: Folder, found: Scan, endings: set[str], above: frozenset[Path]) -> None:
-    for entry in sorted(os.scandir(folder.path), key=lambda entry: entry.name):
+    for entry in sorted(os.scandir(folder.path), key=lambda entry: entry.name):  # labels follow from the order
         path = folder.path / entry.name
         if reason := _reason_to_leave_out(entry, endings):
             found.leave_out(reason, path)
@@ -140,7 +141,7 @@ def _reason_to_leave_out(entry: os.DirEntry, endings: set[str]) -> str | None:
     if name.startswith(".") or name in HIDDEN:
         return "hidden"
     text = text_of(name)
-    if text.encode("utf-8", "surrogateescape") != text.encode("utf-8", "replace"):
+    if text.encode("utf-8", "surrogateescape") != text.encode("utf-8", "replace"):  # Arrow holds UTF-8 alone
         return "names that are no UTF-8"
     if entry.is_dir():
         return None
@@ -204,7 +205,7 @@ def _class_folders(folder: Folder, found: Scan) -> list[Folder]:
     if below:
         place = below[0].path.relative_to(found.root.path)
         parent = below[0].path.parent
-        parent = parent.parent if role_of(text_of(parent.name)) else parent
+        parent = parent.parent if role_of(text_of(parent.name)) else parent  # the folder above a split has the dataset
         raise _refusal(
             found,
             f"one folder per class ({_describe_all(folder.folders)}), but {place}/ with {_count(below[0])} lies one "

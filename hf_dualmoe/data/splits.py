@@ -1,7 +1,4 @@
-"""Reading labelled images from where they are: which split plays which role, labels, rows, decoded pixels.
-
-The steps behind `load_splits`, whose docstring has the rules.
-"""
+"""The steps behind `load_splits`, whose docstring has the rules: find splits, labels, rows; decode the pixels."""
 
 import glob
 import logging
@@ -43,7 +40,7 @@ def load_source(
         raise ValueError(f"name={name!r} is a file; allowed are folders and .parquet files")
     try:
         if path.is_file():
-            return datasets.load_dataset("parquet", data_files={"train": glob.escape(str(path))})
+            return datasets.load_dataset("parquet", data_files={"train": glob.escape(str(path))})  # it takes patterns
         if path.is_dir():
             return _load_folder(path, config_name)
         return datasets.load_dataset(name, config_name, revision=revision, token=token)
@@ -144,7 +141,7 @@ def read_labels(
         if len(source) == 0:
             raise ValueError(f"empty dataset: split {split!r} has no rows")
         column = _find_column(source.features, label_column, "label", ClassLabel, LABEL_COLUMNS)
-        values = source.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+        values = source.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()  # images stay unread
         if isinstance(source.features[column], ClassLabel):
             names = dict(enumerate(source.features[column].names))
             values = [names.get(value, value) for value in values]
@@ -189,7 +186,7 @@ def choose_rows(parts: dict[str, Part], fraction: float, limits: Mapping[str, in
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction={fraction}; allowed is 0 < validation_fraction < 1")
     train = parts.get("train")
-    n = max(1, round(fraction * len(train.rows))) if train else 0
+    n = max(1, round(fraction * len(train.rows))) if train else 0  # of the whole train, for both sets held out
     for role in ("test", "validation"):
         if role not in parts and train:
             train.rows, held = hold_out(train.rows, train.labels, n, seed)
@@ -207,6 +204,7 @@ def decode_part(
     import datasets
 
     column = _find_column(part.source.features, image_column, "image", datasets.Image, IMAGE_COLUMNS)
+    # bytes and paths as they are: `decoding` has one rule for all images, and survives bad ones
     source = part.source.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     tables = source.select(part.rows).with_format("arrow").iter(batch_size=256)
     encoded = (image for table in tables for image in table.column(0).to_pylist())
