@@ -103,7 +103,7 @@ class RobustTrainingArguments(TrainingArguments):
 
     # Certificates: method="certified"
     certify_radius: PixelValue = field(
-        default=PixelValue("108/255"),
+        default=PixelValue("108/255"),  # a radius at which papers on 1-Lipschitz networks report
         metadata={"help": "L2 radius that method=certified asks for, > 0, in [0, 1] pixel units (fractions work)."},
     )
     margin_weight: float = field(
@@ -325,7 +325,7 @@ class RobustTrainingArguments(TrainingArguments):
         return PGD(
             eps=self.eps * eps_scale,
             steps=self.attack_steps,
-            step_size=max(step_size * eps_scale, 1e-12),
+            step_size=max(step_size * eps_scale, 1e-12),  # PGD refuses 0, which eps=0 makes
             norm=self.norm,
             objective=objective,
             keep_best=False,

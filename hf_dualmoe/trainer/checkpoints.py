@@ -119,8 +119,8 @@ def finish_checkpoint(run_dir: "str | Path", step: int) -> Path:
         _flush(path)
     if target.exists():  # a damaged one, or one of an earlier training in this folder
         remove_checkpoint(target)
-    folder.rename(target)
-    _flush(run_dir)
+    folder.rename(target)  # the last act: the name appears when all is there
+    _flush(run_dir)  # else a crash could undo the rename
     clear_unfinished(run_dir)
     return target
 

@@ -39,8 +39,9 @@ def check_optimizer(args: RobustTrainingArguments, model: nn.Module) -> None:
     """
     try:
         create, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        optimizer = create([nn.Parameter(torch.zeros(1))], **settings)
+        optimizer = create([nn.Parameter(torch.zeros(1))], **settings)  # of the model itself it would take memory
         specific = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+        # any length will do
         get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(1000), 1000, **specific)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         names = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")

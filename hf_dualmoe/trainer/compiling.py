@@ -1,7 +1,7 @@
-"""`torch_compile` for training: the networks inside a model are compiled, one by one, and not the model around them.
+"""`torch_compile` for training: compile the networks inside a model one by one, not the model around them.
 
-So the same code serves the training pass and the passes of the attack, with BatchNorm folded there, and it can be
-recorded in a step graph. Routing, mixing and losses stay as they are: they are few operations.
+The same code then serves the training pass and the passes of the attack, where BatchNorm is folded, and a step graph
+can record it. Routing, mixing and losses are few operations and stay as they are.
 """
 
 from collections.abc import Callable

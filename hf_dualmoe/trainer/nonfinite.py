@@ -1,4 +1,4 @@
-"""What training does about numbers that are NaN or infinite: stop with their names, or leave that update out.
+"""NaN and infinite numbers in training: stop and name them, or skip that update.
 
 The first step at which each loss term was not finite is kept in a tensor on the device. `stop` reads it where the
 trainer waits for the device anyway (a log, an evaluation, a checkpoint), so no step waits for it. `skip` has to know
@@ -51,6 +51,7 @@ class NonFiniteWatch(TrainerCallback):
         """`note` of values (N,) that are together already."""
         finite = values.isfinite()
         steps = torch.where(finite, NEVER, step)
+        # the earliest
         self._first[names] = torch.minimum(self._first[names], steps) if names in self._first else steps
 
     def found(self) -> dict[str, int]:
@@ -59,7 +60,7 @@ class NonFiniteWatch(TrainerCallback):
             return {}
         first = torch.cat(list(self._first.values()))
         if several_processes():
-            dist.all_reduce(first, op=dist.ReduceOp.MIN)
+            dist.all_reduce(first, op=dist.ReduceOp.MIN)  # all processes must stop or skip together
         names = [name for group in self._first for name in group]
         return {name: step for name, step in zip(names, first.tolist(), strict=True) if step < NEVER}
 

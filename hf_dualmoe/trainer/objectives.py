@@ -26,6 +26,7 @@ def create_objective(args: RobustTrainingArguments) -> Callable[..., LossOutput]
     }[args.method]
     if args.method in ("rt_er", "jtdmoe"):
         objective = partial(objective, beta=args.beta, second_term=args.second_term, second_attack=args.second_attack)
+    # the parent's argument; its own smoother is not called, since we override compute_loss
     return partial(objective, label_smoothing=args.label_smoothing_factor)
 
 

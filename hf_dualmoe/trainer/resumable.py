@@ -1,7 +1,7 @@
-"""`ResumableTrainer`: what `RobustTrainer` needs to survive: whole checkpoints, exact resuming, finite numbers.
+"""`ResumableTrainer`: whole checkpoints, exact resuming, finite numbers.
 
-A run that was killed anywhere goes on from its last checkpoint and ends with the weights that it would have had, on a
-CPU to the bit, the moving average included. (A log line that the kill fell into tells of the steps since.)
+A run that is killed anywhere resumes from its last checkpoint and ends with the same weights and moving average, on a
+CPU to the bit. (A log line that spans the kill tells of the steps since.)
 """
 
 import json
@@ -103,6 +103,7 @@ class ResumableTrainer(Trainer):
             resume_from_checkpoint = str(last)
         is_named = resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool)
         progress = self._take_over(resume_from_checkpoint) if is_named else {}
+        # no jumps of the wall clock
         self._started, self._earlier_seconds = time.monotonic(), progress.get("seconds", 0.0)
         self._sums.clear()
         try:
@@ -158,7 +159,8 @@ class ResumableTrainer(Trainer):
 
     def _gather_sums(self) -> dict[str, list[float]]:
         """(sum, count) of each logged quantity over all processes."""
-        names = sorted(self._sums)
+        names = sorted(self._sums)  # in one order on all processes
+        # one exchange for all
         sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
         return dict(zip(names, sums.tolist(), strict=True))
 
@@ -277,6 +279,7 @@ class ResumableTrainer(Trainer):
 
 def sum_and_count(values: Tensor) -> Tensor:
     """(2,): the sum of the values that are finite (all of them, but in steps that are skipped), and their number."""
+    # MPS has no float64
     values = values.detach().double().flatten() if values.device.type != "mps" else values.detach().float().flatten()
     finite = values.isfinite()
     return torch.stack([torch.where(finite, values, 0.0).sum(), finite.sum().to(values.dtype)])

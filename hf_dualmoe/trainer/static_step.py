@@ -101,7 +101,7 @@ class StaticStep:
     def __init__(self, trainer: "RobustTrainer", batch: dict[str, Tensor]):
         self.trainer = trainer
         self.batch = {name: torch.empty_like(tensor) for name, tensor in batch.items()}
-        self.accumulation = torch.ones((), device=trainer.args.device)
+        self.accumulation = torch.ones((), device=trainer.args.device)  # a Python number would be recorded for good
         self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         self.sums: dict[str, Tensor] = {}  # of the log: (sum, count) each, added up in place
         self.attacks = {name: StaticAttack(a, trainer.args.device) for name, a in trainer.step_attacks().items()}
@@ -110,7 +110,7 @@ class StaticStep:
     def fill(self, batch: dict[str, Tensor]) -> None:
         """Take over a batch, and all that changes from step to step."""
         for name, tensor in batch.items():
-            self.batch[name].copy_(tensor, non_blocking=True)
+            self.batch[name].copy_(tensor, non_blocking=True)  # into the memory that the graph reads
         self.accumulation.fill_(self.trainer.current_gradient_accumulation_steps)
         if self.radii_change:
             for name, attack in self.trainer.step_attacks().items():
@@ -128,6 +128,7 @@ class StaticStep:
             images = trainer.to_images(self.batch["pixel_values"])
             output = trainer.run_objective(trainer.model, images, self.batch["labels"], attacks)
         loss = output.loss / self.accumulation
+        # not backward(): the Trainer sets .grad to None between steps, and a graph writes to fixed tensors
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         self._sum_up(output)
         values = torch.stack([value.detach().float() for value in (output.loss, *output.terms.values())])
@@ -140,7 +141,7 @@ class StaticStep:
         for name, added in self.trainer.log_sums(output, self.batch["labels"]).items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(added)
-            self.sums[name].add_(added)
+            self.sums[name].add_(added)  # in place, so that replays add to the same tensor
 
     def take_sums(self) -> dict[str, Tensor]:
         """The sums since the last call."""

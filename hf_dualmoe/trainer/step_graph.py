@@ -35,11 +35,11 @@ from .step_parts import recomputes_activations
 if TYPE_CHECKING:
     from .trainer import RobustTrainer
 
-WARMUP_STEPS = 3
-CHECKED_REPLAYS = 2
+WARMUP_STEPS = 3  # libraries set themselves up lazily, which cannot be recorded
+CHECKED_REPLAYS = 2  # the second has another batch: an input that was recorded as a constant shows
 LARGEST_DIFFERENCE = 0.25  # of the norm of the gradient; a graph that reads stale numbers is off by about 1
 MOST_CHANGES = 10  # of a model: layers that begin to learn, switches; each takes a few eager steps
-OWN_GRAPHS = ("reduce-overhead", "max-autotune")
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 logger = logging.get_logger(__name__)
 
@@ -100,7 +100,7 @@ class CudaRecorder:
         """What the function returns, without a value yet, and the call that computes it."""
         graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         pool = torch.cuda.graph_pool_handle()  # named: a graph whose recording failed does not tell its own
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # so that what is reserved from here on is the graph's
         reserved = torch.cuda.memory_reserved(self.device)
         try:
             # thread_local: threads that load data may allocate pinned memory meanwhile
@@ -225,7 +225,7 @@ class StepGraph:
     def _state_of_model(self) -> tuple:
         """What a graph has taken for granted: how data flows, and where the weights are and which of them learn."""
         model = self.trainer.model
-        weights = tuple((p.data_ptr(), p.requires_grad) for p in model.parameters())
+        weights = tuple((p.data_ptr(), p.requires_grad) for p in model.parameters())  # a graph writes to addresses
         return flow_key(model), weights, tuple(b.data_ptr() for b in model.buffers())
 
     def _begin_step(self, batch: dict[str, Tensor], key: tuple) -> None:
@@ -251,6 +251,7 @@ class StepGraph:
         elif self.is_recorded:
             result = self._replayed()
         else:
+            # the last one: by then nothing is set up any more
             result = self._eager(watched=self._steps == WARMUP_STEPS)
         self._hand_over(result.gradients)
         return result
@@ -289,7 +290,7 @@ class StepGraph:
         before = self._moving_state()
         expected = self._eager()
         after = self._moving_state()
-        self._restore(before)
+        self._restore(before)  # the replay has to start where the eager step did
         return expected, lambda done: self._restore(after if done else before)
 
     def _checked_replay(self, expected: StepResult, undo: Callable[[bool], None]) -> StepResult:
@@ -332,7 +333,7 @@ class StepGraph:
         for parameter, gradient in fresh:
             parameter.grad = torch.empty_like(gradient)
         if fresh:
-            torch._foreach_copy_([p.grad for p, _ in fresh], [g for _, g in fresh])
+            torch._foreach_copy_([p.grad for p, _ in fresh], [g for _, g in fresh])  # one launch for all
 
     def _add(self, pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
         if pairs:

@@ -1,4 +1,4 @@
-"""Small parts of a training step: what is checked on the host, shared between processes, and kept finite."""
+"""Small parts of a training step: checks on the host, exchange between processes, numbers kept finite."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ class CheckedCollator:
         batch = self.collator(items)
         images, labels = batch.get("pixel_values"), batch.get("labels")
         if isinstance(images, Tensor) and isinstance(labels, Tensor) and images.device.type == "cpu":
+            # batches made on a device are looked at there, once: see `_has_checked_a_batch`
             if images.is_floating_point():  # uint8 is in range
                 check_batch(images, labels)
             if self.num_labels is not None and labels.dtype == torch.int64 and labels.numel() > 0:
@@ -59,7 +60,7 @@ def share_buffers(model: nn.Module) -> None:
     """
     if not several_processes():
         return
-    for dtype in sorted({buffer.dtype for buffer in model.buffers()}, key=str):
+    for dtype in sorted({buffer.dtype for buffer in model.buffers()}, key=str):  # in one order on all ranks
         buffers = [buffer for buffer in model.buffers() if buffer.dtype == dtype and buffer.numel() > 0]
         flat = torch.cat([buffer.flatten() for buffer in buffers])
         dist.broadcast(flat, src=0)
@@ -71,7 +72,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
     """The mean of a tensor over all processes, each of which has to call; the tensor itself where there is one."""
     if not several_processes():
         return values
-    dist.all_reduce(values)
+    dist.all_reduce(values)  # in place
     return values / dist.get_world_size()
 
 
@@ -83,7 +84,7 @@ def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def finite_attack(model: nn.Module, images: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
         attacked = attack(model, images, labels, **kwargs)
-        return torch.where(attacked.isfinite(), attacked, images)
+        return torch.where(attacked.isfinite(), attacked, images)  # masked writes would wait for the device
 
     return finite_attack
 

@@ -1,4 +1,4 @@
-"""How long a training will take, measured: a few steps and one evaluation of a copy of the model.
+"""Estimate how long a training will take from a few steps and one evaluation of a copy of the model.
 
     print(estimate_time(trainer).text())
 
@@ -155,7 +155,7 @@ def measure(trainer: RobustTrainer, effort: Effort, step_graph: str) -> Measured
     with tempfile.TemporaryDirectory() as folder:
         args = short_run(trainer.args, folder, effort.steps, step_graph)
         twin = type(trainer)(
-            copy.deepcopy(trainer.model),
+            copy.deepcopy(trainer.model),  # its own optimizer will change it
             args,
             train_dataset=trainer.train_dataset,
             eval_dataset=trainer.eval_dataset,

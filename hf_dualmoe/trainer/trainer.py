@@ -136,6 +136,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         self._first_steps: list[float] = []  # seconds
         self._compiles = self.args.torch_compile
         if self._compiles:  # the networks, in place of the whole model, which an attack cannot go through
+            # else accelerate compiles the model as well
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
             compile_networks(self.model, self.args.torch_compile_backend, self.args.torch_compile_mode)
         self.step_graph = StepGraph(self)
@@ -156,8 +157,9 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
             OutOfMemoryError: The batch does not fit; the message says which does.
         """
         began = time.perf_counter()
-        model.train()
+        model.train()  # here, since a step of the graph does not go through the parent's, which does it
         inputs = send_to_device(inputs, self.args.device)
+        # the first batch is looked at on the device as well: a collator of your own may not check
         with trusted_values(self._has_checked_a_batch):
             loss = self._fitting_step(model, inputs, num_items_in_batch)
         self._has_checked_a_batch = True
@@ -168,7 +170,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         try:
             return self._step(model, inputs, num_items)
         except torch.OutOfMemoryError as error:
-            if self.args.auto_find_batch_size:
+            if self.args.auto_find_batch_size:  # accelerate lowers the batch size and starts again
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the activations
             self.model.zero_grad()
@@ -181,7 +183,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
     def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         if not self.step_graph.takes(inputs):
             return self._ordinary_step(model, inputs, num_items)
-        if callable(getattr(self.optimizer, "train", None)):
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers; as the parent does
             self.optimizer.train()
         step = self.step_graph.training_step(inputs)
         names = ("loss", *(f"loss_{name}" for name in step.output.terms))
@@ -213,7 +215,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         try:
             return largest_that_fits(lambda size: try_step(partial(step, size)), len(inputs["labels"]))
         finally:
-            restore_buffers(raw, buffers)
+            restore_buffers(raw, buffers)  # trial steps moved BatchNorm's statistics
 
     def _note_compile_time(self, seconds: float) -> None:
         """With torch_compile, let the first log tell how much longer the first step took than the third."""
@@ -229,7 +231,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
     ) -> Tensor | tuple[Tensor, LossOutput]:
         """Augment, attack the raw model, then one forward of the wrapped model on all that the objective needs."""
         raw = self._raw_model()
-        share_buffers(raw)
+        share_buffers(raw)  # before the attack, which runs on the raw model
         images, labels = self.to_images(inputs["pixel_values"]), inputs["labels"]
         output = self.run_objective(model, images, labels, self.step_attacks())
         terms = {f"loss_{name}": term for name, term in output.terms.items()}
@@ -288,6 +290,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         optimizer = super().create_optimizer(model)
         if created and self.args.standard_learning_rate is not None:
             own = {id(p) for p in self.model.standard.parameters()}
+            # split each group in place: it keeps its weight decay, and the optimizer its class
             groups, optimizer.param_groups = list(optimizer.param_groups), []
             for group in groups:
                 for is_standard in (True, False):
@@ -304,6 +307,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         """What each step adds to the log: (sum, count) by name, tensors on the device: no step waits for them."""
         values = {f"loss_{name}": term for name, term in output.terms.items()}
         if output.attacked_logits is not None:
+            # in train mode, so not quite RA
             values["train_ra"] = 100.0 * (output.attacked_logits.argmax(dim=1) == labels)
         return {name: sum_and_count(value) for name, value in values.items()}
 
@@ -312,7 +316,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         self.step_graph.flush()
         if "loss" in logs and len(self._first_steps) == 3:
             logs["compile_seconds"] = round(max(0.0, sum(self._first_steps) - 3 * self._first_steps[2]), 1)
-            self._first_steps.append(0.0)
+            self._first_steps.append(0.0)  # a fourth entry: told once
         super().log(logs, start_time)
 
     def _logs_after_this_step(self) -> bool:
@@ -382,7 +386,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         inputs = send_to_device(inputs, self.args.device)
         images, labels = to_unit_range(inputs["pixel_values"]), inputs["labels"]
         raw = self._raw_model()
-        with torch.no_grad(), frozen(raw), self.accelerator.autocast():
+        with torch.no_grad(), frozen(raw), self.accelerator.autocast():  # the attack turns gradients on for itself
             clean = logits_of(raw, images)
             loss = nn.functional.cross_entropy(clean, labels)
             if prediction_loss_only:

@@ -14,6 +14,7 @@ def robust_accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
     correct = [values.argmax(axis=1) == prediction.label_ids for values in logits]
     metrics = {"sa": 100 * float(correct[0].mean())}
     if len(correct) == 2:
+        # an image that is wrong when clean is not robust
         metrics["ra"] = 100 * float((correct[0] & correct[1]).mean())
         metrics["sa_ra_mean"] = (metrics["sa"] + metrics["ra"]) / 2
     return metrics

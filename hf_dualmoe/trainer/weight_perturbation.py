@@ -1,7 +1,7 @@
-"""Adversarial weight perturbation: a training step takes its gradient where the weights are worst for its images.
+"""Adversarial weight perturbation: take the gradient of a step where the weights are worst for its images.
 
-Attacked images make a network fit the attack of the day; weights that are attacked too keep the loss flat around them,
-which leaves a smaller gap between training and test under attack (Wu et al. 2020, https://arxiv.org/abs/2004.05884).
+Attacking the weights as well as the images keeps the loss flat around the weights, which narrows the gap between
+training and test under attack (Wu et al. 2020, https://arxiv.org/abs/2004.05884).
 """
 
 from collections import deque
@@ -59,7 +59,7 @@ def perturbed_loss(
     def at_perturbed_weights(*args: Any, **kwargs: Any) -> object:
         return functional_call(network, perturbed, args, kwargs)
 
-    again = {name: attack.again for name, attack in recorded.items()}
+    again = {name: attack.again for name, attack in recorded.items()}  # attacked once, at w: half the cost
     return objective(model, images, labels, forward=at_perturbed_weights, **again)
 
 
@@ -91,7 +91,8 @@ def ascent_direction(
         # The sum over images: in float16 the gradient of their mean would vanish. Only the direction matters.
         found = torch.autograd.grad(loss * len(labels), weights, allow_unused=True)
     finally:
-        restore_buffers(model, buffers)
+        restore_buffers(model, buffers)  # BatchNorm counts each batch once: in the pass at w + v
+    # an expert without images has none here, but may have one in another process
     gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
     return list(zip(weights, averaged(gradients), strict=True))
 
