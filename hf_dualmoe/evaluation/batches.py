@@ -1,4 +1,4 @@
-"""Work on the images of a dataset in batches: a bad image loses no other, and a batch that is too large is halved."""
+"""Work on a dataset in batches: one bad image costs no other, and a batch that is too large is halved."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ def count_passes(module: nn.Module) -> Iterator[dict[str, float]]:
     def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         images = args[0] if args else kwargs["pixel_values"]
         counts["forward"] += len(images)
+        # an attack asks for it
         counts["gradient"] += len(images) if images.requires_grad and torch.is_grad_enabled() else 0
 
     handle = module.register_forward_pre_hook(note, with_kwargs=True)
@@ -46,14 +47,14 @@ def run_batch(work: Work, dataset: ImageTensorDataset, ids: Tensor, device: torc
     try:
         result = work(images, labels, ids)
     except Exception as error:
-        if not retry or (len(ids) > 1 and is_out_of_memory(error)):
+        if not retry or (len(ids) > 1 and is_out_of_memory(error)):  # memory is the caller's: it halves the batch
             raise
         if len(ids) == 1:
             found.failed[:] = True
             found.texts["error"] = [f"image {int(ids)}: {type(error).__name__}: {error}"]
             return found
         alone = Found.joined([run_batch(work, dataset, one, device, True) for one in ids.split(1)])
-        if alone.failed.all():
+        if alone.failed.all():  # then it is not the images' fault
             raise
         return alone
     found.tensors = {name: value.cpu() for name, value in result.items() if isinstance(value, Tensor)}
@@ -78,7 +79,7 @@ def run_batches(
 
     Where a batch does not fit into memory, it and all that follow are halved; `smaller` is told the new size.
     """
-    parts, right = [Found(rows[:0])], 0
+    parts, right = [Found(rows[:0])], 0  # one process of many may have no images
     with tqdm(total=len(rows), desc=description, unit="img", disable=description is None, leave=False) as bar:
         while len(rows):
             ids = rows[:batch_size]
@@ -89,7 +90,7 @@ def run_batches(
                 if len(ids) == 1 or not is_out_of_memory(error):
                     raise
             if part is None:  # here, where the failed attempt holds no memory any more
-                batch_size = len(ids) // 2
+                batch_size = len(ids) // 2  # of what was tried: the last batch may be smaller than batch_size
                 smaller(batch_size)
                 free_memory()
                 continue

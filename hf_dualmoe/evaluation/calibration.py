@@ -97,8 +97,8 @@ def calibrate_robust_logits(
     run.attack_robust()
     robust = run.robust_accuracies()
     floor = ra_share * robust["ra"]
-    alphas = sorted({*map(float, alphas), 1.0})
-    before = run.search(maps[:1], alphas, floor)
+    alphas = sorted({*map(float, alphas), 1.0})  # 1: F_R alone always reaches the floor
+    before = run.search(maps[:1], alphas, floor)  # the present map
     winner = run.search(maps, alphas, floor)
     measured = run.measure([before, winner])
     gains = {f"gain_{name}": measured[1][name] - measured[0][name] for name in ("sa", "ra")}
@@ -164,7 +164,7 @@ class _Calibration:
     def attack_robust(self) -> None:
         """Attack F_R alone and remember what the search needs."""
         standard, robust = part_of(self.model, "standard"), part_of(self.model, "robust")
-        attack = replace(self.attack, objective="margin", keep_best=True)
+        attack = replace(self.attack, objective="margin", keep_best=True)  # margins are what the estimate reads
         rows = {"standard": [], "robust": [], "attacked": []}
         with full_precision(), frozen(self.model):
             for ids, images, labels in self._batches("attack on the robust model"):
@@ -197,7 +197,7 @@ class _Calibration:
         probs = apply_logit_map(self.logits["attacked"], logit_map).softmax(dim=1)
         right = probs.gather(1, self.labels[:, None]).squeeze(1)
         margin = right - probs.scatter(1, self.labels[:, None], -torch.inf).amax(dim=1)
-        needed = (1 - alpha) / alpha if alpha > 0 else torch.inf
+        needed = (1 - alpha) / alpha if alpha > 0 else torch.inf  # the dual rule: F_S can tip any smaller margin
         return _Candidate(logit_map, alpha, percent(clean), percent(clean & (margin > needed)))
 
     @torch.no_grad()

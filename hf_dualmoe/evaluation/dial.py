@@ -83,7 +83,7 @@ class DialAttack(Attack):
     def _attack(self, model: DialedModel, images: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         """An image that breaks the model at its position of the dial where one was found, else the clean image."""
         dual, before = model.model, model.model.config.alpha
-        dual.set_alpha(model.alpha)
+        dual.set_alpha(model.alpha)  # `worst_case` looks at the dual model itself, at its own alpha
         try:
             found = worst_case(
                 dual,
@@ -187,7 +187,7 @@ def choose_alpha(
     else:
         points, goal = _reaching(sweep, "ra", max(point["ra"] for point in sweep) - RA_TOLERANCE), "sa"
         rule = f"highest SA with RA at most {RA_TOLERANCE:g} points below the highest of the dial"
-    best = max(points, key=lambda point: (point[goal], point["alpha"]))
+    best = max(points, key=lambda point: (point[goal], point["alpha"]))  # of equals the one with more of F_R
     return AlphaChoice(best["alpha"], best["sa"], best["ra"], rule)
 
 

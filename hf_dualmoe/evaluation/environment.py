@@ -1,4 +1,4 @@
-"""What surrounds an evaluation: checks of its input, digests, descriptions of model and hardware."""
+"""Around an evaluation: checks of its input, digests, descriptions of model and hardware."""
 
 import hashlib
 import io
@@ -113,7 +113,7 @@ def check_outputs(model: nn.Module, dataset: ImageTensorDataset, batch_size: int
             "the number of classes of dataset."
         )
     bad = int((~torch.isfinite(logits)).any(dim=1).sum())
-    if 2 * bad > len(logits):
+    if 2 * bad > len(logits):  # a few bad images are left to the evaluation, which counts them as wrong
         raise ValueError(f"model returned logits that are NaN or infinite for {bad} of {len(logits)} clean images.")
 
 
@@ -145,8 +145,8 @@ def model_digest(model: nn.Module) -> str:
 
     config = getattr(model, "config", None)
     settings = related(config.to_dict()) if hasattr(config, "to_dict") else {}
-    text = json.dumps(settings, sort_keys=True, default=str) + weights_digest(model)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = json.dumps(settings, sort_keys=True, default=str) + weights_digest(model)  # equal in any order of fields
+    return hashlib.sha256(text.encode()).hexdigest()[:16]  # 64 bits are plenty: nobody looks for a collision
 
 
 def data_digest(dataset: ImageTensorDataset) -> str:
@@ -193,7 +193,7 @@ def describe_environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = None
+            versions[package] = None  # not installed, or run from a source folder
     device = torch.device(device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {

@@ -133,7 +133,7 @@ def evaluate_robustness(
     )
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
     attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)
-    with full_precision(), frozen(model):
+    with full_precision(), frozen(model):  # TF32 would make numbers depend on the GPU
         run = begin(
             model,
             dataset,
@@ -226,7 +226,7 @@ def measure(
         run.autoattack(autoattack_version, attack_dtype)
     if "sanity" in parts:
         run.sanity(**sanity)
-    run.finish()
+    run.finish()  # last: the worst case is over all attacks that were measured
 
 
 def check_evaluation(
@@ -258,7 +258,7 @@ def check_evaluation(
     if eps == 0 and {"eps_curve", "sanity"} & set(parts):
         raise ValueError("eps=0 leaves nothing to check; give eps > 0, or level='quick'.")
     has_sweep = has_dial(model) and "dial" in parts
-    if has_sweep:
+    if has_sweep:  # alphas have a default, which a model without a dial must not trip over
         check_alphas(alphas)
     check_floors(floors or {}, has_sweep)
     if autoattack_version is not None:
@@ -277,6 +277,7 @@ def parts_of(level: str | Sequence[str], eps: float) -> Sequence[str]:
     if isinstance(level, str):
         if level not in LEVELS:
             raise ValueError(f"level={level!r} is not one of {', '.join(map(repr, LEVELS))}, nor a list of parts.")
+        # eps = 0 asks level quick for clean numbers, which no sanity check is about
         return [part for part in LEVELS[level] if not (level == "quick" and eps == 0 and part == "sanity")]
     if unknown := [part for part in level if part not in PARTS]:
         raise ValueError(f"level has unknown parts {', '.join(map(repr, unknown))}; parts are {', '.join(PARTS)}.")
@@ -296,6 +297,7 @@ def check_model(model: nn.Module, datasets: Sequence[ImageTensorDataset | None],
             check_class_names(model, images.class_names, check_names)
             check_image_shape(model, images.images)
     if any(module.training for module in model.modules()):
+        # evaluate_robustness's caller
         warnings.warn("The model is in train mode; it is evaluated in eval mode.", stacklevel=4)
 
 

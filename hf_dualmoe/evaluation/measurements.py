@@ -1,4 +1,4 @@
-"""The measurements that a robustness report is made of, one method each."""
+"""The measurements of a robustness report, one method each."""
 
 import json
 import os
@@ -134,7 +134,7 @@ class Evaluation:
             found = self.score(part_of(self.model, name), name, getattr(self.model, name))
             values = {key: self.record(f"components/{name}/{key}", outcome) for key, outcome in found.items()}
             self.report.metrics.setdefault("components", {})[name] = values
-            self.positions.setdefault(alpha, found)
+            self.positions.setdefault(alpha, found)  # the ends of the dial are the components: measured once
             self.write()
 
     def dial(
@@ -216,7 +216,8 @@ class Evaluation:
 
     def eps_curve(self) -> None:
         """RA of the whole model at several radii."""
-        largest = 1.0 if self.attack.norm == "linf" else float("inf")
+        largest = 1.0 if self.attack.norm == "linf" else float("inf")  # check_eps refuses more
+        # cut off, some are equal
         radii = dict.fromkeys(min(factor * self.attack.eps, largest) for factor in EPS_FACTORS)
         outcomes = {0.0: self.clean, **{eps: self.robust_at(eps) for eps in radii}}
         self.report.metrics["eps_curve"] = [
@@ -270,13 +271,14 @@ class Evaluation:
         """The AutoAttack union, with its flags among the sanity checks."""
         version = version or ("standard" if len(self.dataset.class_names) >= 4 else "few_classes")
         name = f"AutoAttack {version}{'' if attack_dtype == 'fp32' else f' searched in {attack_dtype}'}{self.at}"
+        # each has other images
         shard, store = f"part {self.processes.rank} of {self.processes.count}", self.measurer.store
         state = None if store.folder is None else store.path(f"{name} {shard}")
         work = autoattack_union(self.measurer, self.model, self.attack, version, attack_dtype, state)
         found = self.measurer.measure(name, work, self.counted, at_once=True)
         if found is not None:
             if state is not None:
-                remove_state(state)
+                remove_state(state)  # the measurement itself is stored by now
             self.add_autoattack(found)
         self.write()
 
@@ -296,8 +298,10 @@ class Evaluation:
             self.report.metrics["autoattack_sources"] = sources
         shares = {name: percent(mask) / 100 for name, mask in stands.items()}
         for name in about[0]["flags"]:
+            # raised in one process
             raised, message = max((part["flags"][name] for part in about), key=lambda flag: flag[0])
             if name == "square_stronger":
+                # a share of all images: those of one process say less
                 square = square_flag(shares, len(self.dataset))
                 raised, message = square.raised, square.message
             self.add_checks({f"autoattack {name}": Check(not raised, message)})
@@ -344,7 +348,7 @@ class Evaluation:
             return found
 
         try:
-            found = self.processes.from_main(checked)
+            found = self.processes.from_main(checked)  # a sample is too small to be worth sharing
         except Exception as error:
             self.report.failures[name] = f"{type(error).__name__}: {error}"
         else:

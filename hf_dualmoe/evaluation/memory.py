@@ -1,4 +1,4 @@
-"""What to do where a training batch does not fit into memory: find the largest that does, and say so."""
+"""Out of memory: recognise it, find the largest training batch that fits, and say so."""
 
 import gc
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def largest_that_fits(fits: Callable[[int], bool], size: int) -> int:
 
 def free_memory() -> None:
     """Give back what nothing holds any more."""
-    gc.collect()
+    gc.collect()  # a traceback holds frames, and these tensors, in cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -40,7 +40,7 @@ class Outcomes:
     def add(self, name: str, outcome: Outcome) -> None:
         """Add which images count as right; empty where that is not known."""
         right, failed = outcome.right.tolist(), outcome.failed.tolist()
-        values = [None if lost else good for good, lost in zip(right, failed, strict=True)]
+        values = [None if lost else good for good, lost in zip(right, failed, strict=True)]  # not known is not wrong
         self.columns[name] = pa.array(values, pa.bool_())
 
     def add_broken_by(self, broken_by: Tensor, attacks: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ LONGEST_NAME = 14  # characters of a class name under its picture
 
 def radius_text(eps: float, norm: str) -> str:
     """A radius as people write it: L∞ 8/255, L∞ 0.15, L2 0.5."""
-    whole = norm == "linf" and eps > 0 and abs(255 * eps - round(255 * eps)) < 1e-3
+    whole = norm == "linf" and eps > 0 and abs(255 * eps - round(255 * eps)) < 1e-3  # 0.0314 is near 8/255, but not it
     return f"{'L∞' if norm == 'linf' else 'L2'} {f'{255 * eps:.0f}/255' if whole else f'{eps:.3g}'}"
 
 
@@ -89,7 +89,7 @@ def label_alphas(axes: Axes, sweep: list[dict[str, float]], key: str) -> None:
     for point in sweep:
         x, y = axes.transData.transform((point["sa"], point[key]))
         text = f"{point['alpha']:g}"
-        near = next((s for s in spots if abs(s[0] - x) < 70 and abs(s[1] - y) < 30), None)
+        near = next((s for s in spots if abs(s[0] - x) < 70 and abs(s[1] - y) < 30), None)  # pixels that a label takes
         if near is None:
             spots.append((x, y, [text], (point["sa"], point[key])))
         else:
@@ -164,7 +164,7 @@ def plot_expert_load(report: RobustnessReport, path: str | os.PathLike) -> None:
     highest = max(*load["clean"], *load["attacked"], 100 / count)
     for side, name, color in ((-0.2, "clean", BLUE), (0.2, "attacked", RED)):
         bars = axes.bar([i + side for i in range(count)], load[name], width=0.38, color=color, label=name)
-        if count <= 12:
+        if count <= 12:  # more bars leave no room for numbers
             axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9, color=GREY)
     axes.axhline(100 / count, color=GREY, linestyle=":", label="even load")
     axes.set(
@@ -208,7 +208,7 @@ def attack_examples(model: nn.Module, dataset: ImageTensorDataset, *, attack: PG
         dataset: Images to choose from.
         attack: Attack to show.
     """
-    sample = dataset.take(EXAMPLES) if len(dataset) > EXAMPLES else dataset
+    sample = dataset.take(EXAMPLES) if len(dataset) > EXAMPLES else dataset  # seed 0: the same images for every model
     device = device_of(model)
     clean, labels = to_unit_range(sample.images).to(device), sample.labels.to(device)
     with frozen(model):
@@ -228,7 +228,7 @@ def plot_examples(examples: AttackExamples, path: str | os.PathLike) -> None:
     count = len(examples.labels)
     delta = examples.attacked - examples.clean
     largest = float(delta.abs().max())
-    gain = 0.5 / largest if largest > 0 else 1.0
+    gain = 0.5 / largest if largest > 0 else 1.0  # the largest change becomes black or white
     figure = Figure(figsize=(max(1.5 * count, 4.5) + 0.6, 5.9), dpi=150, layout="constrained")
     grid = figure.subplots(3, count, squeeze=False)
     rows = (

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# a key stays set, so each wait needs one of its own
 WAITS = count()  # how often all processes have waited for the main one
 
 
@@ -52,7 +53,7 @@ class Processes:
         if self.is_main:
             store.set(key, "here")
         else:
-            store.wait([key], timedelta(days=365))
+            store.wait([key], timedelta(days=365))  # its own patience is minutes
 
     def from_main(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on the main process, on all of them; its exception is raised on all of them too."""
@@ -64,7 +65,7 @@ class Processes:
                 result[1] = error
         self.await_main()
         if self.count > 1:
-            broadcast_object_list(result)
+            broadcast_object_list(result)  # the exception too: else the others would wait for ever
         if result[1] is not None:
             raise result[1]
         return result[0]
@@ -98,6 +99,7 @@ class Measurer:
         progress: bool,
     ):
         self.dataset, self.processes, self.store = dataset, processes, store
+        # one bar, not many
         self.batch_size, self.device, self.progress = batch_size, device, progress and processes.is_main
         self.failures: dict[str, str] = {}
         self.cost: dict[str, dict[str, float]] = {}

@@ -63,6 +63,7 @@ class RobustnessReport:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RobustnessReport":
         """Read what `save` wrote."""
+        # a field that this version lacks raises a TypeError
         return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
     def table(self) -> str:

@@ -115,13 +115,13 @@ def run_sanity_checks(
 
 def monotone_check(accuracies: Sequence[float], grid: Sequence[float], name: str, num_images: int) -> Check:
     """RA (in %) must not rise along a growing `grid` of `name` by more than the tolerance, from any earlier point."""
-    tolerance = max(TOLERANCE, 100 / num_images)
+    tolerance = max(TOLERANCE, 100 / num_images)  # one image may flip by chance
     lowest, rise = accuracies[0], 0.0
     for accuracy in accuracies[1:]:
-        rise, lowest = max(rise, accuracy - lowest), min(lowest, accuracy)
+        rise, lowest = max(rise, accuracy - lowest), min(lowest, accuracy)  # against the lowest so far, not the last
     shown = ", ".join(f"{a:.2f} % at {g:.4g}" for a, g in zip(accuracies, grid, strict=True))
     values = {name: list(grid), "ra": list(accuracies), "largest_rise": rise, "tolerance": tolerance}
-    passed = rise <= tolerance + 1e-6
+    passed = rise <= tolerance + 1e-6  # percentages are rounded
     return Check(
         passed, f"RA {'falls' if passed else 'rises'} with {name}: {shown} (tolerance {tolerance:.2f})", values
     )
@@ -261,7 +261,7 @@ class _Run:
 
     def large_check(self) -> Check:
         radius = LARGE_RADIUS * (1 if self.norm == "linf" else self.images[0].numel() ** 0.5)
-        radius = max(radius, self.eps)
+        radius = max(radius, self.eps)  # an attack at a larger eps erases as much
         return large_radius_check(self.pgd(radius), radius, self.num_classes)
 
     def gradient_union(self) -> Tensor:
@@ -277,7 +277,7 @@ class _Run:
         return gap_check(percent(self.pgd()), percent(self.gradient_union()))
 
     def square_check(self, queries: int) -> Check:
-        before = self.clean if self.blocked else self.gradient_union()
+        before = self.clean if self.blocked else self.gradient_union()  # Square alone needs no gradient
         after = self.robust(Square(eps=self.eps, norm=self.norm, queries=queries, seed=self.seed), among=before)
         shares = {"gradients": percent(before) / 100, "square": percent(after) / 100}
         return _from_flag(square_flag(shares, len(before)), {name: 100 * value for name, value in shares.items()})

@@ -1,4 +1,4 @@
-"""What a measurement found, and the folder where it is kept, so that a restart does not repeat it."""
+"""What a measurement found, and the folder that keeps it, so that a restart does not repeat it."""
 
 import json
 import logging
@@ -72,7 +72,7 @@ class Found:
         whole.failed = torch.cat([part.failed for part in parts])[order]
         for name in dict.fromkeys(name for part in parts for name in part.tensors):
             kind = next(part.tensors[name].dtype for part in parts if name in part.tensors)
-            nothing = False if kind == torch.bool else -1
+            nothing = False if kind == torch.bool else -1  # for images that failed, of which a part has no value
             filled = [
                 part.tensors.get(name, torch.full((len(part.rows),), nothing, dtype=kind)).to(kind) for part in parts
             ]
@@ -132,6 +132,7 @@ class Store:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s cannot be read (%s); it is measured again.", self.path(name), error)
             return None
+        # the underscore sets these two apart from a measurement's own tensors
         return Found(tensors.pop("_rows"), failed=tensors.pop("_failed"), tensors=tensors, **values)
 
     def save(self, name: str, found: Found) -> None:
@@ -141,7 +142,7 @@ class Store:
         partial = self.path(name).with_name(self.path(name).name + ".partial")
         values = json.dumps({"sums": found.sums, "texts": found.texts})
         save_file({**found.tensors, "_rows": found.rows, "_failed": found.failed}, partial, {"measurement": values})
-        partial.replace(self.path(name))
+        partial.replace(self.path(name))  # atomic
 
 
 __all__ = ["Found", "Outcome", "Store"]

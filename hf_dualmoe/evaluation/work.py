@@ -1,4 +1,4 @@
-"""What the measurements do with a batch: attack it, and look which images the model gets right."""
+"""What measurements do with a batch: attack it and see which images the model gets right."""
 
 import json
 import os
@@ -93,6 +93,7 @@ def union_member(model: nn.Module, attack: PGD, name: str, steps: int, restarts:
             members=[name],
             batch_size=len(images),
         )
+        # means -> sums, which add up over batches
         passes = {kind: count * len(ids) for kind, count in result.passes.items()}
         return {"right": result.robust, **passes}
 
@@ -134,7 +135,7 @@ def autoattack_union(
             try:
                 result = run(images, labels, ids)
             except RuntimeError as error:
-                if measurer.batch_size == 1 or not is_out_of_memory(error):
+                if measurer.batch_size == 1 or not is_out_of_memory(error):  # not even one image fits
                     raise
                 measurer.use_smaller_batches(measurer.batch_size // 2)
             if result is None:  # goes on from the state file, once the failed attempt holds no memory

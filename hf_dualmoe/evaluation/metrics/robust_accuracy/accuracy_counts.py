@@ -35,7 +35,7 @@ def wilson_interval(successes: int, total: int, confidence_level: float = 0.95) 
     if not 0 < confidence_level < 1:
         raise ValueError(f"confidence_level={confidence_level!r} must be in (0, 1), such as 0.95.")
     z = NormalDist().inv_cdf((1 + confidence_level) / 2)
-    share, weight = successes / total, z * z / total
+    share, weight = successes / total, z * z / total  # p and z**2 / n of Wilson's formula
     centre = (share + weight / 2) / (1 + weight)
     half_width = z / (1 + weight) * (share * (1 - share) / total + weight / (4 * total)) ** 0.5
     low = 0.0 if successes == 0 else centre - half_width  # exact there; rounding would leave 1e-17
