@@ -1,6 +1,7 @@
 """The robust-accuracy metric: numbers by hand and by scipy, errors, and the `evaluate` module offline."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,13 @@ def test_evaluate_module_computes_at_once_and_in_batches(metric, tmp_path):
     for row in zip(*inputs.values(), strict=True):
         metric.add(**dict(zip(inputs, row, strict=True)))
     assert metric.compute() == expected
+
+
+@pytest.mark.parametrize("name", ["README.md", "robust_accuracy.py"])
+def test_paths_to_load_the_metric_from_are_right(name):
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    paths = re.findall(r'evaluate\.load\("(?:path/to/)?(hf_dualmoe/[^"]*)"', text)
+    assert paths and all((FOLDER.parents[3] / path).samefile(FOLDER) for path in paths)
 
 
 def test_evaluate_module_says_what_is_wrong(metric):

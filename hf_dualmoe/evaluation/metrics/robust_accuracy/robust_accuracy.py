@@ -1,6 +1,6 @@
 """Standard and robust accuracy as a module of the `evaluate` library; works offline from this folder.
 
-metric = evaluate.load("path/to/hf_dualmoe/metrics/robust_accuracy")
+metric = evaluate.load("path/to/hf_dualmoe/evaluation/metrics/robust_accuracy")
 metric.add_batch(clean_predictions=clean, predictions=attacked, references=labels)
 metric.compute()
 """
@@ -28,7 +28,7 @@ Returns:
     per_class_ra, per_class_ra_interval, per_class_count: by label, for the labels among the references.
     num_images, num_clean_correct, num_robust, confidence_level.
 Examples:
-    >>> metric = evaluate.load("hf_dualmoe/metrics/robust_accuracy")
+    >>> metric = evaluate.load("hf_dualmoe/evaluation/metrics/robust_accuracy")
     >>> results = metric.compute(clean_predictions=[0, 1, 1, 0], predictions=[0, 1, 0, 1], references=[0, 1, 1, 1])
     >>> results["sa"], results["ra"]
     (75.0, 50.0)
