@@ -56,7 +56,7 @@ GROUPS = {  # what people do -> modules, in reading order; a module that is name
     ],
     "Losses": ["losses.adversarial", "losses.certified"],
     "Training": ["trainer.arguments", "trainer.trainer", "trainer.validation", "trainer.time_estimate"],
-    "The Hub, model cards, export": ["hub.publish", "hub.model_card", "hub.onnx"],
+    "The Hub, model cards, export": ["hub.publish", "hub.upload_plan", "hub.model_card", "hub.onnx"],
     "Command line and demo page": ["cli.main", "cli.arguments", "demo.scene", "demo.page", "demo.space"],
     INNER: [],
 }

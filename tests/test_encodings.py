@@ -12,7 +12,7 @@ import pytest
 
 from hf_dualmoe.evaluation.report import RobustnessReport
 from hf_dualmoe.hub.model_card import write_model_card
-from hf_dualmoe.hub.publish import plan_upload
+from hf_dualmoe.hub.upload_plan import plan_upload
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "hf_dualmoe").rglob("*.py"), *(ROOT / "training").rglob("*.py")])

@@ -8,7 +8,8 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from typing import NoReturn
 
 from hf_dualmoe.evaluation.environment import print_in_any_encoding
-from hf_dualmoe.hub.publish import Upload, hide_tokens, plan_upload, publish_folder
+from hf_dualmoe.hub.publish import publish_folder
+from hf_dualmoe.hub.upload_plan import Upload, hide_tokens, plan_upload
 
 
 class Parser(ArgumentParser):

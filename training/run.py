@@ -46,7 +46,8 @@ from hf_dualmoe.evaluation.outcomes import OUTCOMES_NAME
 from hf_dualmoe.evaluation.plots import save_plots
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.hub.model_card import PLOTS, write_model_card
-from hf_dualmoe.hub.publish import hide_tokens, publish_folder
+from hf_dualmoe.hub.publish import publish_folder
+from hf_dualmoe.hub.upload_plan import hide_tokens
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.checkpoints import CheckpointError, explain_failed_write
 from hf_dualmoe.trainer.time_estimate import estimate_time

@@ -7,8 +7,9 @@ Calls: attacks, evaluation, models.
 
 from .model_card import CardSubject, check_card, create_model_card, refresh_model_card, write_model_card
 from .onnx import DenseModel, LogitsModel, export_onnx, onnx_difference
-from .publish import Published, Upload, plan_upload, publish_folder, push_model
+from .publish import Published, publish_folder, push_model
 from .trainer_publishing import PublishingMixin
+from .upload_plan import Upload, plan_upload
 
 __all__ = [
     "CardSubject",

@@ -1,13 +1,28 @@
 """The words and tables of a model card, from a `RobustnessReport`; `model_card` puts them into the template."""
 
-import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..evaluation.plots import radius_text
 from ..evaluation.report import RobustnessReport
+from .card_facts import (
+    STRONGEST_FIRST,
+    accuracies,
+    attack_settings,
+    certified,
+    data_name,
+    has_code,
+    headline,
+    interval,
+    is_dual,
+    metric_title,
+    mixes_weights,
+    needs_package,
+    number,
+    one_line,
+    radius,
+)
 
 PLOTS = ("tradeoff.png", "eps_curve.png", "expert_load.png", "examples.png")  # those with a place in the template
 METHODS = {
@@ -17,12 +32,6 @@ METHODS = {
     "trades": "TRADES",
     "rt_er": "RT-ER (adversarial training of a mixture of experts)",
     "jtdmoe": "JTDMoE (joint training of a standard and a robust model)",
-}
-TITLES = {
-    "sa": "clean images (SA)",
-    "ra_worst_case": "worst case over all attacks, image by image",
-    "ra_adaptive_union": "adaptive union",
-    "ra_autoattack": "AutoAttack",
 }
 SETTINGS = {
     "num_images": "training images",
@@ -35,7 +44,6 @@ HOW = {  # where the report has no settings
     "ra_expert": "routes held, gradient of the chosen experts",
     "ra_router": "changes the route, then the whole model decides",
 }
-STRONGEST_FIRST = ("ra_worst_case", "ra_autoattack", "ra_adaptive_union")
 
 
 @dataclass(frozen=True)
@@ -55,95 +63,6 @@ class CardSubject:
     plots: Collection[str] = ()
 
 
-# --- reading the report ----------------------------------------------------------------------------------------------
-
-
-def number(value: Any) -> float | None:
-    """A finite number as float; None for anything else."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
-
-
-def accuracies(metrics: dict[str, Any]) -> dict[str, float]:
-    """SA, then every RA in %, the pointwise worst case last."""
-    keys = ["sa", *(name for name in metrics if name.startswith("ra_") and name != "ra_worst_case"), "ra_worst_case"]
-    return {key: metrics[key] for key in keys if number(metrics.get(key)) is not None}
-
-
-def headline(metrics: dict[str, Any]) -> str | None:
-    """The key of the RA that counts: of the strongest attack that was measured."""
-    measured = [key for key in accuracies(metrics) if key != "sa"]
-    return next((key for key in STRONGEST_FIRST if key in measured), min(measured, key=metrics.get, default=None))
-
-
-def interval(report: RobustnessReport, key: str) -> list[float] | None:
-    """The 95 % interval of an accuracy, in %."""
-    return report.metrics.get("intervals", {}).get(key)
-
-
-def certified(report: RobustnessReport) -> list[dict[str, Any]]:
-    """Points {"radius", "accuracy", ...} of certified accuracy."""
-    points = report.metrics.get("certified", [])
-    return [p for p in points if None not in (number(p.get("radius")), number(p.get("accuracy")))]
-
-
-def ball(report: RobustnessReport) -> dict[str, Any]:
-    """Norm and radius of the attacks, where the report has them."""
-    return {name: report.threat[name] for name in ("norm", "eps") if name in report.threat}
-
-
-def radius(report: RobustnessReport) -> str:
-    """The radius as people write it, such as L∞ 8/255; empty where the report has none."""
-    return radius_text(report.threat["eps"], report.threat["norm"]) if len(ball(report)) == 2 else ""
-
-
-def attack_settings(report: RobustnessReport, key: str) -> str | None:
-    """The settings of an attack as the report has them."""
-    attacks = report.threat.get("attacks", {})
-    names = (key, key.removeprefix("ra_"), "worst_case" if key == "ra_adaptive_union" else None)
-    return None if key == "ra_worst_case" else next((attacks[name] for name in names if name in attacks), None)
-
-
-def metric_title(key: str) -> str:
-    """ra_pgd20 -> PGD-20, ra_expert_pgd20 -> PGD-20 on the expert alone (RA-E)."""
-    if key in TITLES:
-        return TITLES[key]
-    name = key.removeprefix("ra_")
-    for part, short in (("expert", "RA-E"), ("router", "RA-R")):
-        if name.startswith(part + "_"):
-            return f"{metric_title('ra_' + name.removeprefix(part + '_'))} on the {part} alone ({short})"
-    return re.sub(r"^pgd(\d+)$", r"PGD-\1", name.replace("_", " "))
-
-
-def data_name(report: RobustnessReport) -> str:
-    """Name of the test data; of a local folder the last part only."""
-    name = one_line(report.dataset.get("name") or "unknown data")
-    local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if local else name
-
-
-def is_dual(report: RobustnessReport | None, config: dict[str, Any]) -> bool:
-    """Whether the model has a dial."""
-    return config.get("model_type") == "dual_moe" or (report is not None and report.model.get("kind") == "dual model")
-
-
-def mixes_weights(report: RobustnessReport | None, config: dict[str, Any]) -> bool:
-    """Whether the dial is in the weights, so that one network answers."""
-    measured = None if report is None else report.model.get("mixing")
-    return config.get("mixing", measured) == "weights"
-
-
-def has_code(report: RobustnessReport | None, config: dict[str, Any]) -> bool:
-    """Whether the model comes with code of its own."""
-    ours = report is not None and report.model.get("kind") in ("dual model", "mixture of experts")
-    return "auto_map" in config or (ours and not config)
-
-
-def needs_package(config: dict[str, Any]) -> bool:
-    """Whether the model is ours and has no code beside it, so that only this package can load it."""
-    return config.get("model_type") in ("dual_moe", "robust_moe") and "auto_map" not in config
-
-
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +71,7 @@ def model_text(report: RobustnessReport | None, subject: CardSubject) -> dict[st
     config, dual = subject.config, is_dual(report, subject.config)
     known = {} if report is None else report.model
     alpha = config.get("alpha", known.get("alpha")) if dual else None
+    # a commit, not a branch: code that comes with a model could change under its users
     pinned = f'"{subject.repo_id}", revision="<commit>"' if subject.repo_id else '"path/to/this/folder"'
     return {
         "title": subject.name,
@@ -230,7 +150,7 @@ def caution(report: RobustnessReport | None, alpha: float | None, mixing: str | 
     if report.failures:
         reasons.append(f"{count_text(len(report.failures), 'measurement')} failed in part or whole; see below.")
     measured = report.model.get("alpha")
-    if None not in (alpha, measured) and alpha != measured:
+    if None not in (alpha, measured) and alpha != measured:  # the dial was turned after the evaluation
         reasons.append(f"They were measured at alpha = {measured:g}, but the saved dial is at alpha = {alpha:g}.")
     mixed = report.model.get("mixing")
     if None not in (mixing, mixed) and mixing != mixed:
@@ -250,16 +170,12 @@ def count_text(count: int, name: str) -> str:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table, cells escaped; empty where there are no rows."""
-    cells = [[one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[one_line(cell).replace("|", "\\|") for cell in row] for row in rows]  # else a name could add columns
     if not cells:
         return ""
+    # numbers to the right
     aligned = ["---" if i == 0 else "---:" if "%" in title else "---" for i, title in enumerate(header)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(header), aligned, *cells])
-
-
-def one_line(value: Any) -> str:
-    """A value as text without line breaks: they would end a table or start a heading."""
-    return re.sub(r"\s+", " ", str(value))
 
 
 def percent_text(value: Any) -> str:
@@ -411,7 +327,7 @@ def checks_text(report: RobustnessReport) -> str:
         return "No sanity checks were run with this evaluation."
     passed = sum(bool(check["passed"]) for check in report.sanity.values())
     counted = f"{passed} of {count_text(len(report.sanity), 'check')} passed."
-    if set(report.sanity) == {"worst_case"}:
+    if set(report.sanity) == {"worst_case"}:  # all that is checked without the part "sanity"
         return f"Gradients that hide and attacks that are too weak were not looked for: {counted}"
     return f"The evaluation checks itself, for gradients that hide and for attacks that are too weak: {counted}"
 
@@ -445,7 +361,8 @@ def value_text(value: Any) -> str:
 
 def squeeze(text: str) -> str:
     """No spaces at line ends, and no more than one empty line in a row."""
+    # parts of the template may be empty
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip() + "\n"
 
 
-__all__ = ["CardSubject", "accuracies", "headline", "model_text", "number", "results_text", "training_text"]
+__all__ = ["CardSubject", "model_text", "results_text", "training_text"]

@@ -17,9 +17,7 @@ from ..evaluation.environment import write_text
 from ..evaluation.outcomes import OUTCOMES_NAME
 from ..evaluation.report import RobustnessReport
 from ..models.loading import is_foreign
-from .card_text import (
-    PLOTS,
-    CardSubject,
+from .card_facts import (
     accuracies,
     attack_settings,
     ball,
@@ -29,12 +27,9 @@ from .card_text import (
     interval,
     is_dual,
     metric_title,
-    model_text,
     number,
-    results_text,
-    squeeze,
-    training_text,
 )
+from .card_text import PLOTS, CardSubject, model_text, results_text, squeeze, training_text
 
 CARD_NAME, RESULTS_NAME, CONFIG_NAME = "README.md", "results.json", "config.json"
 MARKER = "<!-- Rendered from results.json by hf_dualmoe. Delete this line to edit the card: it is then left alone. -->"
@@ -64,7 +59,7 @@ def create_model_card(report: RobustnessReport | None, subject: CardSubject, **m
         **training_text(report),
     )
     card.text = squeeze(card.text)
-    check_card(card)
+    check_card(card)  # rendering checks nothing
     return card
 
 
@@ -130,7 +125,7 @@ def refresh_model_card(
     if folder.resolve() != output_dir.resolve():
         report.save(folder / RESULTS_NAME)
         for name in (OUTCOMES_NAME, *PLOTS):
-            (folder / name).unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)  # of the evaluation before: they would not fit these numbers
             if (output_dir / name).is_file():
                 shutil.copyfile(output_dir / name, folder / name)
     return write_model_card(folder, report)
@@ -142,7 +137,7 @@ def supersedes(new: RobustnessReport, old: RobustnessReport | None) -> bool:
         return True
     same = [(r.dataset.get("name"), r.threat.get("norm"), r.threat.get("eps")) for r in (new, old)]
     counts = [r.dataset.get("num_images", 0) for r in (new, old)]
-    return same[0] == same[1] and counts[0] >= counts[1] and set(old.metrics) <= set(new.metrics)
+    return same[0] == same[1] and counts[0] >= counts[1] and set(old.metrics) <= set(new.metrics)  # nothing is lost
 
 
 def check_card(card: ModelCard | str) -> ModelCard:
@@ -220,7 +215,7 @@ def create_card_data(report: RobustnessReport | None, subject: CardSubject, **me
     given = {name: value for name, value in metadata.items() if value is not None}
     lists = {name: [given[name]] if isinstance(given[name], str) else list(given[name]) for name in LISTS & set(given)}
     tags = [*card_tags(report, config), *lists.pop("tags", [])]
-    given.pop("tags", None)
+    given.pop("tags", None)  # they are in `tags`, after ours
     fields = {
         "license": training.get("license") or base_license(base_model),
         "library_name": "transformers",
@@ -230,7 +225,7 @@ def create_card_data(report: RobustnessReport | None, subject: CardSubject, **me
         "metrics": None if report is None else ["accuracy"],
         "base_model": base_model,
         "base_model_relation": "finetune" if base_model else None,
-        "model_name": subject.name,
+        "model_name": subject.name,  # ModelCardData takes no eval_results without it
         "eval_results": eval_results(report) or None,
     }
     return ModelCardData(**{**fields, **given, **lists})

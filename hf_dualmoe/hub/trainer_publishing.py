@@ -77,6 +77,7 @@ class PublishingMixin:
         options |= self.card_metadata
 
         def publish() -> CommitInfo:
+            # the Trainer has put training_args.bin there: it is not sent, and no reason to refuse
             return publish_folder(self.args.output_dir, self.hub_model_id, refuse_pickles=False, **options).commit
 
         return publish() if blocking else HfApi().run_as_future(publish)

@@ -9,9 +9,11 @@ import pytest
 
 from hf_dualmoe.evaluation.report import RobustnessReport
 from hf_dualmoe.hub import publish as hub
+from hf_dualmoe.hub import upload_plan
 from hf_dualmoe.hub.local_paths import shorten_paths
 from hf_dualmoe.hub.model_card import MARKER
-from hf_dualmoe.hub.publish import check_no_token, hide_tokens, plan_upload, publish_folder
+from hf_dualmoe.hub.publish import publish_folder
+from hf_dualmoe.hub.upload_plan import check_no_token, hide_tokens, plan_upload
 
 TRAINING = Path(__file__).parents[2] / "training"
 TOKEN = "hf_" + "n0tReal" * 5
@@ -318,7 +320,7 @@ def test_token_is_never_printed(publish, arguments):
 
 
 def test_tokens_in_messages_become_stars(monkeypatch):
-    monkeypatch.setattr(hub, "get_token", lambda: "stored-secret")
+    monkeypatch.setattr(upload_plan, "get_token", lambda: "stored-secret")
     assert hide_tokens(f"Bearer {TOKEN}, mine, stored-secret", "mine") == "Bearer ***, ***, ***"
     assert hide_tokens("hf_dualmoe and hf_hub_download stay") == "hf_dualmoe and hf_hub_download stay"
     with pytest.raises(ValueError, match="a.json"):

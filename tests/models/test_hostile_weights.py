@@ -468,7 +468,7 @@ def test_checking_the_size_draws_no_random_numbers():
 
 
 def test_no_file_of_a_run_holds_a_token(tmp_path, monkeypatch, capfd):
-    from hf_dualmoe.hub.publish import TOKEN
+    from hf_dualmoe.hub.upload_plan import TOKEN
 
     tokens = ["hf_" + letter * 34 for letter in "AB"]  # made up
     assert all(TOKEN.fullmatch(token) for token in tokens)
