@@ -156,6 +156,7 @@ class ModelArguments:
             backbone_image_size=self.backbone_image_size,
             num_channels=data.num_channels,
             image_mean=[round(v, 4) for v in mean],
+            # 0.01: a channel that is the same everywhere has std 0
             image_std=0.5 if self.backbone.startswith(LIPSCHITZ) else [max(round(v, 4), 0.01) for v in std],
             num_experts=self.num_experts,
             router_top_k=self.router_top_k,
@@ -169,6 +170,7 @@ class ModelArguments:
     def dual_config(self, data: DataSplits, train_alpha: float) -> DualMoEConfig:
         """The dual model's configuration in training: two mixtures of the same shape, whose outputs are mixed."""
         alpha = train_alpha if self.alpha is None else self.alpha
+        # no gradient reaches F_S and F_R through a merged network
         mixing = "probs" if self.mixing == "weights" else self.mixing
         return DualMoEConfig(standard=self.moe_config(data), robust=self.moe_config(data), alpha=alpha, mixing=mixing)
 
@@ -206,14 +208,8 @@ def parse_width(text: "str | float | list | None") -> float | list[int] | None:
         ) from error
 
 
-WITH_STAGES = (
-    "resnet",
-    "resnest",
-    "sknet",
-    "vision_transformer",
-    "vision_transformer_hybrid",
-    "deit",
-)  # timm's modules
+# timm's modules of ResNets and ViTs, which `cut_backbone` can cut
+WITH_STAGES = ("resnet", "resnest", "sknet", "vision_transformer", "vision_transformer_hybrid", "deit")
 REPORTS = ("none", "quick", "standard", "full")
 
 
@@ -319,6 +315,7 @@ class RecipeParser(HfArgumentParser):
         Raises:
             ValueError: The recipe does not exist or has an unknown key, or an argument is out of range.
         """
+        # it cannot know what else an abbreviation may mean
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--recipe")
         first.add_argument("--dataset_name", "--dataset-name")
@@ -329,10 +326,12 @@ class RecipeParser(HfArgumentParser):
         recipe = known.recipe or default_recipe(known.dataset_name, known.model_name_or_path)
         settings = self.read_recipe(recipe)
         if known.eps is not None and {"eps", "standard_eps"} <= set(settings):
+            # with another eps the recipe's own number would be another share, or more than all of it
             settings["standard_eps"] = same_share(settings["standard_eps"], of=settings["eps"], at=known.eps)
         if known.backbone is not None:
             settings = fitting_shape(settings, known.backbone)
-        self.set_defaults(recipe=recipe, **settings)
+        self.set_defaults(recipe=recipe, **settings)  # defaults, so that the command line overrides them
+        # HfArgumentParser would also read a file named after the script, run.args
         data_args, model_args, training_args, run = self.parse_args_into_dataclasses(args, look_for_args_file=False)
         if training_args.output_dir == TRAINER_OUTPUT:
             work, start = f"{Path(recipe).stem}-{training_args.method}", model_args.model_name_or_path
@@ -345,7 +344,7 @@ class RecipeParser(HfArgumentParser):
         path = self.recipes / f"{recipe}.yaml" if recipe in self.named else Path(recipe)
         if not path.is_file():
             raise ValueError(f"recipe={recipe!r} is neither a file nor one of {', '.join(self.named)}.")
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}  # an empty file is None
         allowed = {action.dest for action in self._actions}
         if unknown := sorted(set(settings) - allowed):
             raise ValueError(f"recipe {path.name} has unknown settings {', '.join(unknown)}.")

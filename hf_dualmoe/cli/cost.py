@@ -1,4 +1,4 @@
-"""What an evaluation or smoothing will cost, before it starts: passes per image, and time as one batch tells it."""
+"""Estimate what an evaluation or smoothing will cost before it starts: passes per image, and time from one batch."""
 
 import time
 from argparse import Namespace
@@ -104,6 +104,7 @@ def time_passes(model: nn.Module, images: ImageTensorDataset, batch_size: int) -
     few = min(FEW, batch_size, len(images))
     with full_precision(), frozen(model):
         _, first = time_both(model, first_images(images, few, device))
+        # by the first try, which was slow: too few rather than too many
         affordable = int(few * MOST_SECONDS / max(first, 1e-9))
         batch = max(few, min(batch_size, len(images), affordable))
         try:
@@ -137,7 +138,7 @@ def time_both(model: nn.Module, images: Tensor) -> tuple[float, float]:
     clock.append(now(images.device))
     with torch.enable_grad():
         point = images.clone().requires_grad_(True)
-        value = logits_of(model, point).logsumexp(dim=1).sum()
+        value = logits_of(model, point).logsumexp(dim=1).sum()  # any value whose gradient needs all logits
         if value.requires_grad:
             torch.autograd.grad(value, point, allow_unused=True)
     clock.append(now(images.device))
@@ -167,9 +168,11 @@ def evaluation_work(args: Namespace, model: nn.Module, data: DataSplits, parts: 
     attack = Work(images, steps, 3)
     works = {"clean and PGD": attack}
     if "components" in parts and has_dial(model):
+        # a dual model's pass is one of F_S and one of F_R
         works["components"] = times(attack, 1 if is_dual(model) else 2)
     if "dial" in parts and has_dial(model):
         positions = len(args.alphas)
+        # those are measured above
         works["dial"] = times(attack, len(set(args.alphas) - {0.0, 1.0, model.config.alpha}))
         if data.validation is not None:
             held_out = Work(len(data.validation), positions * DIAL_MEMBERS * steps, positions * (DIAL_MEMBERS + 2))
@@ -177,7 +180,7 @@ def evaluation_work(args: Namespace, model: nn.Module, data: DataSplits, parts: 
     if "component_attacks" in parts and has_experts(answering(model.robust if is_dual(model) else model)):
         works["component attacks"] = times(attack, 2)
     if "eps_curve" in parts:
-        works["accuracy against eps"] = times(attack, len(EPS_FACTORS) - 1)
+        works["accuracy against eps"] = times(attack, len(EPS_FACTORS) - 1)  # factor 1 is PGD itself
     if "worst_case" in parts:
         rounds = len(member_names(model, num_classes)) * args.union_restarts * (args.worst_case_steps or steps)
         works["adaptive union"] = Work(images, rounds, rounds)

@@ -8,10 +8,8 @@ from torch import nn
 from ..data.datasets import ImageTensorDataset
 from ..models.loading import NormalizedClassifier
 
-DOUBTFUL, SURELY_WRONG = (
-    0.1,
-    0.25,
-)  # L-inf, in pixels: beyond all published work on colour images; a quarter of the range
+# L-inf, in pixels: beyond all published work on colour images; a quarter of the range
+DOUBTFUL, SURELY_WRONG = 0.1, 0.25
 LOOK = 256  # images to look at for colours
 
 logger = logging.getLogger(__name__)
@@ -26,7 +24,7 @@ def check_eps_is_in_pixels(model: nn.Module, images: ImageTensorDataset, eps: fl
     Raises:
         ValueError: eps is at least a quarter of the range of pixel values, on colour images.
     """
-    normalises = isinstance(model, NormalizedClassifier) and max(model.config.image_std) < 1
+    normalises = isinstance(model, NormalizedClassifier) and max(model.config.image_std) < 1  # else nothing to mistake
     if norm != "linf" or eps < DOUBTFUL or not normalises or not has_colours(images):
         return
     std = sum(model.config.image_std) / len(model.config.image_std)

@@ -1,4 +1,4 @@
-"""What `training/evaluate.py` and `training/join.py` share: what to measure on a model, its checks, and the report."""
+"""Shared by `training/evaluate.py` and `training/join.py`: what to measure on a model, its checks, the report."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -20,6 +20,7 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     """Add the attacks, what is measured with them, and which images are held out."""
     add = parser.add_argument
     add("--validation_fraction", type=float, default=0.1, help="As in the training, where splits were cut from train.")
+    # 42 is transformers' default --seed, which the training cuts its splits with
     add("--split_seed", type=int, default=42, help="--seed of the training: keeps held-out images the same.")
     add("--eps", type=pixel_radius, default=8 / 255, help="Radius in [0, 1] pixel units, such as 8/255.")
     add("--norm", choices=("linf", "l2"), default="linf", help="Norm of the ball.")
@@ -31,6 +32,7 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     add("--attack_dtype", choices=DTYPES, default="fp32", help="Precision of AutoAttack's search; fp32 confirms.")
     add("--sanity_images", type=int, help="Images for the sanity checks; default: 64 at level quick, else 200.")
     add("--alphas", type=float, nargs="+", default=list(ALPHAS), help="Positions of the dial, in [0, 1].")
+    # %%: argparse formats help
     add("--min_sa", type=float, help="Recommend the alpha of highest RA with at least this SA, in %%.")
     add("--min_ra", type=float, help="Recommend the alpha of highest SA with at least this RA, in %%.")
 
@@ -67,6 +69,7 @@ def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> l
         attack_dtype=args.attack_dtype,
         check_names=not args.ignore_class_names,
     )
+    # last, since it warns: refusals come first
     check_eps_is_in_pixels(model, data.test, args.eps, args.norm)
     return list(parts)
 
@@ -113,7 +116,7 @@ def evaluate(
         dataset_name=data.name,
         check_names=not args.ignore_class_names,
         path=Path(folder or args.output_dir, "results.json"),
-        resume_dir=Path(args.output_dir, "measurements"),
+        resume_dir=Path(args.output_dir, "measurements"),  # the same for every `level`: nothing is measured twice
         progress=not args.disable_tqdm,
         accelerator=accelerator,
     )

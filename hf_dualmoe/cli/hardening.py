@@ -92,7 +92,7 @@ def agree_on_classes(model: nn.Module, data: DataSplits) -> tuple[nn.Module, Dat
         data: Images and labels.
     """
     names, wanted = labels_of(model.config), data.class_names
-    if are_generic(names) and len(names) == len(wanted):
+    if are_generic(names) and len(names) == len(wanted):  # LABEL_0, ...: only the order can tell
         rename_classes(model, wanted)
         return (
             model,
@@ -101,7 +101,7 @@ def agree_on_classes(model: nn.Module, data: DataSplits) -> tuple[nn.Module, Dat
         )
     found = match_names(wanted, names)
     if None not in found:
-        data = data if names == wanted else relabelled(data, found, names)
+        data = data if names == wanted else relabelled(data, found, names)  # the head stays, so its labels count
         return (
             model,
             data,
@@ -139,6 +139,7 @@ def measure_before(trainer: RobustTrainer, data: DataSplits, level: str, folder:
             seed=args.seed,
             batch_size=args.per_device_eval_batch_size,
             dataset_name=data.name,
+            # the rest is no number for comparison
             level=[part for part in parts_of(level, args.eps) if part in STRONGER],
             path=folder / "results.json",
             resume_dir=folder / "measurements",

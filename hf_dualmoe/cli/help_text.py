@@ -135,7 +135,8 @@ def grouped_help(parser: argparse.ArgumentParser, everything: bool) -> str:
     """
     by_name: dict[str, argparse.Action] = {}
     for action in parser._actions:  # the first of --flag / --no_flag; one spelling of each name
-        shown = copy.copy(action)
+        shown = copy.copy(action)  # the parser's own must go on parsing both spellings
+        # HfArgumentParser adds --two-words beside --two_words
         shown.option_strings = [o for o in action.option_strings if "-" not in o.lstrip("-")]
         shown.metavar = None if action.choices or action.nargs == 0 else "VALUE"
         if action.default is None:  # "(default: None)" says nothing
@@ -145,7 +146,7 @@ def grouped_help(parser: argparse.ArgumentParser, everything: bool) -> str:
     if everything:
         named = {name for names in GROUPS.values() for name in names}
         groups[EVERYTHING_ELSE] = tuple(sorted(set(by_name) - named))
-    formatter = parser._get_formatter()
+    formatter = parser._get_formatter()  # argparse has no public way to regroup its help
     formatter.add_usage("%(prog)s [--recipe RECIPE] [--argument VALUE ...]", [], [], prefix="usage: ")
     formatter.add_text(parser.description)
     for title, names in groups.items():

@@ -77,13 +77,14 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     """Call the `main` of one of `COMMANDS` in this process, which finds "hf-dualmoe NAME" and `arguments` in argv."""
     target = COMMANDS[name].target
     before = sys.argv
+    # the scripts read sys.argv, as they do when they are run by themselves
     sys.argv = [f"hf-dualmoe {name}", *arguments]  # argparse shows it in usage and errors
     try:
         module = load_script(name, target) if target.endswith(".py") else importlib.import_module(target)
         status = module.main()
     finally:
         sys.argv = before
-    if isinstance(status, int) and status:
+    if isinstance(status, int) and status:  # most `main`s return nothing, which is success
         raise SystemExit(status)
 
 

@@ -1,4 +1,4 @@
-"""What the output folder of a training remembers: its settings and data, so that only the same run goes on in it."""
+"""The record in the output folder of a training: its settings and data, so that only the same run resumes there."""
 
 import json
 from dataclasses import MISSING, asdict, fields
@@ -50,6 +50,7 @@ def settings_of(
     shared = TRAINER_SETTINGS + (SELECTION if args.load_best_model_at_end else ())
     training = ours | {name: getattr(args, name) for name in shared}
     settings = {"data": asdict(data_args), "model": model_args.used(), "training": training}
+    # as a file gives it back: lists for tuples, text for the rest
     return json.loads(json.dumps(settings, default=str))
 
 

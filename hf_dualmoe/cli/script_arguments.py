@@ -1,4 +1,4 @@
-"""What `training/evaluate.py` and `training/certify.py` share: arguments, the images, and where results go."""
+"""Shared by the scripts that look at saved models: arguments, the images, and where results go."""
 
 import hashlib
 import logging
@@ -93,11 +93,12 @@ def output_folder(work: str, model: str, revision: str = "main") -> Path:
     """
     if Path(model).is_dir():
         folder, here = Path(model).resolve(), Path.cwd()
+        # a project that moves keeps its folders
         path = folder.relative_to(here) if folder.is_relative_to(here) else folder
         identity, parts = path.as_posix(), path.relative_to(path.anchor).parts or (folder.name,)
     else:
         identity, parts = f"Hub: {model}@{revision}", model.split("/")
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]  # a/b-c and a-b/c have one name
     return Path("outputs", f"{work}-{'-'.join(parts[-2:])[-LONGEST_NAME:]}-{digest}")
 
 
@@ -134,7 +135,7 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
     options |= {name: getattr(args, name) for name in names}
     options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
     options |= {"config_name": args.dataset_config_name, "needs_train": False}
-    data = load_splits(args.dataset_name, max_train_samples=1, **options)
+    data = load_splits(args.dataset_name, max_train_samples=1, **options)  # of train only the class names are needed
     if (asked := args.max_test_samples) is not None and not 1 <= asked <= len(data.test):
         raise ValueError(
             f"max_test_samples={asked!r}, but the dataset has {len(data.test)} test images; allowed is 1 to "
@@ -146,7 +147,7 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
             f"all {len(data.test)} test images have one label, {data.class_names[0]!r}; that is enough only where the "
             f"model has a class of that name and names are compared. It has {len(names)}: {', '.join(names[:10])}."
         )
-    if args.ignore_class_names or not names or are_generic(names):
+    if args.ignore_class_names or not names or are_generic(names):  # nothing to match by
         return data
     return match_classes(data, names)
 
@@ -166,7 +167,7 @@ def match_classes(data: DataSplits, names: Sequence[str]) -> DataSplits:
         return data
     found = match_names(data.class_names, names)
     unknown = [name for name, at in zip(data.class_names, found, strict=True) if at is None]
-    if unknown and len(names) == len(data.class_names):
+    if unknown and len(names) == len(data.class_names):  # perhaps the same classes in other words
         return data
     if unknown:
         raise ValueError(
