@@ -12,6 +12,7 @@ GRADIO_MISSING = "the page needs Gradio: pip install 'hf_dualmoe[demo]'"
 
 def create_parser() -> argparse.ArgumentParser:
     """The options; the program's name is that of the command that was used."""
+    # else `hf-dualmoe demo` has set it
     name = "python -m hf_dualmoe.demo" if sys.argv[0].endswith("__main__.py") else None
     parser = argparse.ArgumentParser(
         prog=name, description="Open a page in the browser: pick an image, attack it, turn the dial."
@@ -41,7 +42,7 @@ def main() -> None:
     try:
         from .page import create_page, launch_page
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
+        if error.name != "gradio":  # a module that is missing inside Gradio is another problem
             raise
         parser.error(GRADIO_MISSING)
     logging.disable_progress_bar()

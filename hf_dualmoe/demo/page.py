@@ -77,7 +77,7 @@ def create_page(demo: DemoModel) -> gr.Blocks:
         dial = MERGED_DIAL if demo.merged else DIAL if demo.dual else ""
         gr.Markdown(INTRO.format(name=demo.name, dial=dial))
         first = new_scene(demo, demo.examples[0].pixels) if demo.examples else None
-        scene = gr.State(first)
+        scene = gr.State(first)  # each visitor's own
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 controls = create_controls(demo)
@@ -111,7 +111,7 @@ def create_controls(demo: DemoModel) -> dict[str, Any]:
         controls["eps"] = create_eps_slider(demo, demo.norm)
         controls["note"] = gr.Markdown(note_of(name, 255 * demo.eps), elem_id="note", padding=True)
         controls["steps"] = gr.Slider(1, MAX_STEPS, value=20, step=1, label="Attack steps (PGD)", elem_id="steps")
-        targets = list(reversed(demo.parts))
+        targets = list(reversed(demo.parts))  # F_D first
         controls["target"] = gr.Radio(
             targets, value=targets[0], label="Model that is attacked", elem_id="target", visible=demo.dual
         )
@@ -122,7 +122,7 @@ def create_controls(demo: DemoModel) -> dict[str, Any]:
 def create_eps_slider(demo: DemoModel, norm: str) -> gr.Slider:
     """The radius, in grey levels of 255."""
     levels = 255 * default_eps(demo, norm)
-    largest = max(LARGEST_LEVELS[norm], levels)
+    largest = max(LARGEST_LEVELS[norm], levels)  # the radius that was measured must be on the slider
     return gr.Slider(0, largest, value=levels, step=0.25, label="eps, in grey levels of 255", elem_id="eps")
 
 
@@ -133,7 +133,7 @@ def create_views(demo: DemoModel, scene: Scene | None) -> dict[str, Any]:
         "alpha": gr.Slider(
             0,
             1,
-            value=demo.alpha if demo.dual else 0,
+            value=demo.alpha if demo.dual else 0,  # hidden without a dial, but a slider needs a number
             step=0.01,
             label="Dial alpha: 0 = standard model alone, 1 = robust model alone",
             visible=demo.dual,
@@ -150,12 +150,13 @@ def connect(demo: DemoModel, scene: gr.State, controls: dict[str, Any], views: d
     handlers, alpha = Handlers(demo), views["alpha"]
     texts = [views["explanation"], views["answers"]]
     shown = [scene, *texts, views["pictures"]]
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}  # no spinner while dragging, no public endpoint
     if "gallery" in controls:
         controls["gallery"].select(handlers.show_example, alpha, [*shown, controls["upload"]], **quiet)
     controls["upload"].upload(handlers.show_upload, [controls["upload"], alpha], shown, **quiet)
     inputs = [scene, *(controls[name] for name in ("norm", "eps", "steps", "target")), alpha]
     controls["attack"].click(handlers.attack, inputs, shown, show_progress="minimal", api_visibility="private")
+    # a slider that is dragged fires faster than answers come: its last position must win
     alpha.change(handlers.turn, [scene, alpha], texts, trigger_mode="always_last", **quiet)
     controls["norm"].change(handlers.change_norm, controls["norm"], [controls["eps"], controls["note"]], **quiet)
     controls["eps"].change(note_of, [controls["norm"], controls["eps"]], controls["note"], **quiet)

@@ -14,7 +14,7 @@ SHOWN_SIZE = 336  # pixels; smaller images are enlarged by a whole number to abo
 def to_picture(pixels: Tensor) -> Image.Image:
     """An image (1, C, H, W) in [0, 1] as a Pillow image; every pixel becomes a square where it is small."""
     values = (pixels[0] * 255).round().clamp(0, 255).byte()
-    array = values[0] if len(values) == 1 else values.permute(1, 2, 0)
+    array = values[0] if len(values) == 1 else values.permute(1, 2, 0)  # (H, W) or (H, W, C)
     image = Image.fromarray(array.contiguous().cpu().numpy()).convert("RGB")
     factor = max(1, SHOWN_SIZE // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""What the demo page computes: load a model, prepare an image, look at it, attack it. Knows nothing of the page.
+"""The computing behind the demo page: load a model, prepare an image, look at it, attack it. No Gradio here.
 
 Images are floats (1, C, H, W) in [0, 1]; the parts of a dual model are called "F_S", "F_R" and "F_D".
 """
@@ -163,9 +163,9 @@ def load_demo_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threat = read_threat(Path(name, "results.json"))
     demo = DemoModel(
-        model=model.requires_grad_(False).eval().to(device),
+        model=model.requires_grad_(False).eval().to(device),  # attacks need no weight gradients
         processor=processor,
-        name="/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name,
+        name="/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name,  # "model" alone says nothing
         labels=labels,
         num_channels=getattr(config, "num_channels", 3),
         **threat,
@@ -196,6 +196,7 @@ def pixels_only(processor: Any, model: NormalizedClassifier) -> Callable[..., di
 
 def check_range(demo: DemoModel) -> None:
     """Raise a ValueError unless the image processor maps black and white into [0, 1]: else eps would mean nothing."""
+    # black and white squares, large enough to survive resizing
     board = Image.fromarray(np.indices((64, 64)).sum(axis=0).astype(np.uint8) // 8 % 2 * 255).convert("RGB")
     pixels = demo.processor(board, return_tensors="pt")["pixel_values"]
     low, high = float(pixels.min()), float(pixels.max())
@@ -222,6 +223,7 @@ def digit_examples(demo: DemoModel) -> list[Example]:
     from ..data.datasets import load_splits, to_unit_range  # imports datasets, which other models do not need
 
     test = load_splits("digits").test
+    # the first of each class: the same on every start
     rows = [int((test.labels == i).nonzero()[0]) for i in range(10)]
     pixels = to_unit_range(test.images[rows])
     return [Example(f"{i}", pixels[i : i + 1].expand(1, demo.num_channels, 8, 8)) for i in range(10)]
@@ -264,7 +266,7 @@ def prepare(demo: DemoModel, image: Image.Image) -> Tensor:
     """An RGB image as the model takes it: (1, C, H, W) in [0, 1], resized as the model's processor does."""
     pixels = demo.processor(image, return_tensors="pt")["pixel_values"].float()
     if demo.num_channels == 1 and pixels.shape[1] == 3:
-        pixels = luminance(pixels)
+        pixels = luminance(pixels)  # (1, 1, H, W), as the model itself would make it
     return pixels.clamp(0, 1)  # x * (1 / 255) rounds to just above 1
 
 
@@ -333,6 +335,7 @@ def attack_scene(demo: DemoModel, scene: Scene, settings: AttackSettings) -> Sce
     model = LogitsModel(demo.model, dial)
     images = scene.clean.to(next(demo.model.parameters()).device)
     with torch.no_grad():
+        # its own answer takes the place of the true class, which nobody knows here
         answer = model(images).argmax(dim=1)
     attacked = PGD(eps=settings.eps, norm=settings.norm, steps=settings.steps, seed=0)(model, images, answer).cpu()
     return replace(scene, attacked=attacked, attacked_look=look(demo, attacked), settings=settings)
@@ -350,7 +353,7 @@ def check_settings(demo: DemoModel, settings: AttackSettings) -> None:
 def flipped(scene: Scene, part: str) -> bool:
     """Whether the attack sent the image to other experts of a part; where it uses all, whether the first changed."""
     clean, attacked = (look.routes[part] for look in (scene.clean_look, scene.attacked_look))
-    if len(clean.experts) == len(clean.probs):
+    if len(clean.experts) == len(clean.probs):  # all are in use: only their order can change
         return clean.experts[0] != attacked.experts[0]
     return clean.experts != attacked.experts
 
@@ -362,12 +365,12 @@ def kept_alphas(demo: DemoModel, scene: Scene, steps: int = 100) -> list[float]:
     An attack that knows the dial may find another image: this is about the one at hand.
     """
     if demo.merged:
-        steps = min(steps, MERGED_STEPS)
+        steps = min(steps, MERGED_STEPS)  # each position merges weights and takes a pass
     alphas = [i / steps for i in range(steps + 1)]
     if demo.merged:
         pairs = [[merged_logits(demo, seen, a) for seen in (scene.clean_look, scene.attacked_look)] for a in alphas]
         return [a for a, (clean, moved) in zip(alphas, pairs, strict=True) if clean.argmax() == moved.argmax()]
-    column = torch.tensor(alphas)[:, None]
+    column = torch.tensor(alphas)[:, None]  # (A, 1): all positions in one mix
 
     def answer(seen: Look) -> Tensor:
         pair = (seen.logits[part].expand(len(alphas), -1) for part in ("F_S", "F_R"))

@@ -58,10 +58,12 @@ def export_space(
         ValueError: The folder holds other files.
     """
     folder = Path(folder)
+    # copy_folder deletes what it replaces: never in a folder of somebody else
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not is_space(folder)):
         raise ValueError(f"export={str(folder)!r} holds other files; choose a new or an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     local = Path(source).is_dir()
+    # requirements.txt leaves this package out
     copy_folder(PACKAGE, folder / "hf_dualmoe", "*.py", "*.typed", "*.md")
     if local:
         copy_folder(Path(source), folder / "model", "*")
@@ -123,7 +125,7 @@ def space_readme(demo: DemoModel, model_id: str | None) -> str:
         "colorFrom": "blue",
         "colorTo": "green",
         "sdk": "gradio",
-        "sdk_version": re.split(r"[^\d.]", metadata.version("gradio"))[0],
+        "sdk_version": re.split(r"[^\d.]", metadata.version("gradio"))[0],  # 6.0.0, not 6.0.0rc1 or 6.0.0+local
         "app_file": "app.py",
         "license": "apache-2.0",
         "pinned": False,

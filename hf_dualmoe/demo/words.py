@@ -21,7 +21,7 @@ MARKDOWN_SIGNS = "\\`*_{}[]<>()#+-.!|~&"
 
 def percent(share: float) -> str:
     """A probability for people: "97 %", "more than 99 %", "less than 1 %"."""
-    if share > 0.995:
+    if share > 0.995:  # it would round to 100 %, which no model is sure of
         return "more than 99 %"
     return "less than 1 %" if share < 0.005 else f"{100 * share:.0f} %"
 
@@ -91,7 +91,7 @@ def describe_attack(scene: Scene) -> str:
 def change_of(demo: DemoModel, part: str, clean: Tensor, attacked: Tensor) -> str:
     """One sentence: does this part still give its answer?"""
     (before, p_before), (after, p_after) = best(demo, clean), best(demo, attacked)
-    part = part[0].upper() + part[1:]
+    part = part[0].upper() + part[1:]  # not capitalize(), which would write f_d's letters small
     if before == after:
         return f"{part} **still says {plain(after)}** ({percent(p_before)} before, {percent(p_after)} now)."
     return f"{part} said {plain(before)} ({percent(p_before)}) and **now says {plain(after)}** ({percent(p_after)})."
@@ -125,6 +125,7 @@ def conclusion(
         failed = "The model withstands this image. That proves nothing: a stronger attack may find more."
         return failed if held else "The attack fools the model."
     found = f"{part} withstands this image" if held else f"The attack fools {part}"
+    # neighbours are one step apart, up to rounding
     kept, gap = kept_alphas(demo, scene), 1.5 / (MERGED_STEPS if demo.merged else 100)
     where = "at no position of the dial" if not kept else f"at alpha {ranges(kept, gap)}"
     moved = ""
