@@ -62,8 +62,8 @@ def main() -> None:
     try:
         model = load_model(args, dtype="auto").to(accelerator.device)  # what is certified is what was saved
         data = load_images(args, model)
-        check_eps_is_in_pixels(model, data.test, max(args.radii), args.norm)
-        if args.sigmas:
+        check_eps_is_in_pixels(model, data.test, max(args.radii), args.norm)  # the largest is the likeliest mistake
+        if args.sigmas:  # proofs take seconds; smoothing takes n passes per image
             work = smoothing_work(args.max_test_samples or len(data.test), args.sigmas, args.n0, args.n)
             accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)
         report = certify(args, model, data, accelerator)
@@ -72,13 +72,13 @@ def main() -> None:
     if accelerator.is_main_process:
         print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
         files = [RESULTS]
-        if any(entry["curve"] for entry in report.entries):
+        if any(entry["curve"] for entry in report.entries):  # where no theorem fits there is nothing to draw
             plot_certificates(report, args.output_dir / PLOT)
             files.append(PLOT)
         print(f"\nSaved to {args.output_dir}: {', '.join(files)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    sys.exit(1 if report.failures else 0)
+    sys.exit(1 if report.failures else 0)  # a script that calls this one must notice what is missing
 
 
 def certify(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> CertificationReport:

@@ -63,7 +63,7 @@ def main() -> None:
     args.output_dir = Path(args.output_dir or output_folder("evaluate", args.model, args.revision))
     try:
         args.calibrate |= args.write_calibration
-        check_request(args)
+        check_request(args)  # what needs no model is refused before it is loaded
         controls = read_controls(args)
         # whatever it was saved in: half precision rounds small attack steps away
         model = load_model(args, dtype=torch.float32).to(accelerator.device)
@@ -84,6 +84,7 @@ def main() -> None:
         report.model |= {"calibration": calibration} if calibration else {}
         if earlier is not None:
             report.training, report.seeds = earlier.training, {**earlier.seeds, **report.seeds}
+            # those given now come last, and count
             report.controls = {**comparable(earlier, report), **report.controls}
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
@@ -103,7 +104,7 @@ def main() -> None:
             write_card(args, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    sys.exit(1 if report.failures else 0)
+    sys.exit(1 if report.failures else 0)  # a script that calls this one must notice what is missing
 
 
 def check_request(args: Namespace, model: nn.Module | None = None) -> None:
@@ -153,6 +154,7 @@ def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: 
     """Set F_R's logit map and alpha as `calibrate_robust_logits` chooses them on held-out images; its result."""
     attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
     options = {"attack": attack, "batch_size": args.batch_size, "progress": not args.disable_tqdm}
+    # on the main process alone: all must end with one map and one alpha
     found = Processes(accelerator).from_main(lambda: calibrate_robust_logits(model, data.validation, **options))
     model.config.robust_logit_map = found["robust_logit_map"]
     model.set_alpha(found["alpha"])

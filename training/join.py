@@ -83,7 +83,7 @@ def main() -> None:
         if accelerator.is_main_process:
             save(model, folder, settings)
         if args.alpha is None:
-            choose_alpha(args, model, data, accelerator)
+            choose_alpha(args, model, data, accelerator)  # before the report, which is at the chosen alpha
         report = evaluate(args, model, data, accelerator, folder=folder)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
@@ -92,7 +92,7 @@ def main() -> None:
         finish(args, model, data, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    sys.exit(1 if report.failures else 0)
+    sys.exit(1 if report.failures else 0)  # a script that calls this one must notice what is missing
 
 
 def check_request(args: Namespace) -> dict[str, Any]:
@@ -165,6 +165,7 @@ def finish(args: Namespace, model: DualMoEForImageClassification, data: DataSpli
     folder = args.output_dir / "model"
     licences = {licence_of(getattr(args, name)) for name in PARTS}
     report.training = {name: short_name(getattr(args, name)) for name in PARTS}
+    # two licences: nobody here can tell
     report.training["license"] = licences.pop() if len(licences) == 1 else "other"
     print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
     report.save(folder / "results.json")

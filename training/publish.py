@@ -50,8 +50,9 @@ def main() -> None:
 
 def publish(args: Namespace) -> None:
     """Send the folder and say what became of it."""
-    token = args.token.strip() if args.token else None
+    token = args.token.strip() if args.token else None  # a pasted one ends in a line break
     options = {"revision": args.revision, "commit_message": args.commit_message, "token": token}
+    # None, not False: an account may make repositories private by default
     published = publish_folder(args.model, args.repo_id, private=args.private or None, **options)
     for note in published.notes:
         print(f"Note: {note}")

@@ -73,18 +73,19 @@ def main() -> None:
         output_dir, settings = Path(args.output_dir), settings_of(data_args, model_args, args)
         recorded = recorded_settings(output_dir, settings, run.fresh)
         checkpoint = None if run.fresh else find_checkpoint(output_dir, recorded)
-        check_requests(model_args, args, run)
-        set_seed(args.seed)
+        check_requests(model_args, args, run)  # what needs no data or model is refused before these are loaded
+        set_seed(args.seed)  # new weights follow from it
         model, data, keeps_head = prepare(data_args, model_args, args)
-        settings["data_digest"] = data.digest()
+        settings["data_digest"] = data.digest()  # a name says nothing of what the dataset holds today
         check_same_data(output_dir, recorded, settings)
         check_eps_is_in_pixels(model, data.test, args.eps, args.norm)
         if run.report != "none":
             datasets = (data.test, data.validation)
+            # what the closing report would refuse after hours; eval(), since it warns of train mode
             check_evaluation(model.eval(), datasets, eps=args.eps, norm=args.norm, level=run.report)
         trainer = RobustTrainer(model, args, train_dataset=data.train, eval_dataset=data.validation)
         if run.estimate_time:
-            tell_time(trainer)
+            tell_time(trainer)  # before the run is recorded: an estimate alone leaves no trace
         if run.estimate_time == "only":
             return trainer.accelerator.end_training()
         if trainer.is_world_process_zero():
@@ -92,9 +93,10 @@ def main() -> None:
             tell(args, record_start(output_dir, recorded, settings, checkpoint, clear))
         before = {}
         if keeps_head and run.report != "none":
+            # a new head is random
             before = {BEFORE: measure_before(trainer, data, run.report, output_dir / "before", run.fresh)}
     except (ValueError, OSError, ImportError, CheckpointError) as error:
-        parser.error(" ".join(hide_tokens(str(error)).split()))
+        parser.error(" ".join(hide_tokens(str(error)).split()))  # one line
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
         save_and_report(trainer, data, data_args, model_args, args, run, before)
@@ -117,10 +119,11 @@ def prepare(
     if start is None:
         data = load_data(data_args, model_args.image_size, model_args.num_channels, args.seed)
         return create_model(model_args, args, data), data, False
+    # as the model takes them
     data = load_data(data_args, start.config.image_size, start.config.num_channels, args.seed)
     model, data, done = agree_on_classes(start, data)
     tell(args, f"{model_args.model_name_or_path} {done}.")
-    return model, data, model is start
+    return model, data, model is start  # with a new head it is another object
 
 
 def tell(args: RobustTrainingArguments, text: str) -> None:
@@ -147,12 +150,13 @@ def save_and_report(
 ) -> None:
     """Write the trained model, its report, plots and card into `model/` of the output folder; publish on request."""
     output_dir = Path(args.output_dir)
+    # keep_fp32_wrapper: accelerate's autocast around `forward` would measure in half precision
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     if trainer.is_world_process_zero():
         folder = output_dir / "model"
         for name in ("results.json", OUTCOMES_NAME, *PLOTS):  # of earlier weights
             (folder / name).unlink(missing_ok=True)
-        if model_args.mixing == "weights":
+        if model_args.mixing == "weights":  # trained with outputs mixed: see `dual_config`
             model.set_mixing("weights")
         with explain_failed_write("The trained model", output_dir):
             model.eval().save_pretrained(folder)  # before the report: nothing trained is lost
@@ -296,7 +300,7 @@ def write_report(
     )
     report.seeds["training"], report.controls = args.seed, controls
     report.alpha_choice = alpha_choice or report.alpha_choice
-    used = [n for n in SETTINGS[args.method] if n != "attack_steps" or args.training_attack == "pgd"]
+    used = [n for n in SETTINGS[args.method] if n != "attack_steps" or args.training_attack == "pgd"]  # N-FGSM has one
     report.training = {
         "method": args.method,
         "num_images": len(data.train),
@@ -332,6 +336,7 @@ def origins(data_args: DataArguments, model_args: ModelArguments) -> dict[str, s
     if model_args.pretrained:
         source = timm.get_pretrained_cfg(model_args.backbone).hf_hub_id
     names = {"dataset_id": None if data == "digits" else data, "base_model": source}
+    # a folder of this machine is nobody else's business
     return {name: source for name, source in names.items() if source and not Path(source).expanduser().exists()}
 
 
