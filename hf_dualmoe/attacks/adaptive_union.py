@@ -116,7 +116,7 @@ class _Search:
         """Run one member; (N,) bool: which images stand under it. A fresh look at projected images decides."""
         stands = self.clean_correct.clone()
         for restart in range(self.restarts):
-            # hash() differs between processes
+            # crc32: hash() of a text differs between processes
             seed = self.seed + RUN_SEED * restart + zlib.crc32(member.name.encode())
             for rows, images, labels in self._batches(stands if self.own_accuracy else self.robust):
                 start = random_start(images, self.eps, self.norm, seed=seed, ids=self.ids[rows])

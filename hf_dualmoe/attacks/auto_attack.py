@@ -183,6 +183,7 @@ def autoattack(
         run = AutoAttackRun(model, images, labels, numbered(ids, labels), settings, state_file)
         run.prepare(batch_size)
         if "apgd-t" in attacks:
+            # z_4th of Eq. 7
             check_classes(run.probe_logits, 4, f"version={version!r} (version='few_classes' does not)")
         run.attack(attacks, batch_size, progress)
         return AutoAttackResult(

@@ -121,10 +121,10 @@ def _holdable(model: nn.Module, images: Tensor) -> Holdable:
 
 
 def flow_key(model: nn.Module) -> tuple:
-    """What says how data flows through a model: its modules in order, their types, and their plain attributes.
+    """A key of how data flows through a model: its modules in order, their types, and their plain attributes.
 
-    A layer that is replaced or inserted changes it, and a switch such as that of AdvProp's second BatchNorm. It costs
-    no look at the device. What it cannot see, such as a global variable, is left to the comparison outside training.
+    It changes with a layer that is replaced or inserted, and with a switch such as that of AdvProp's second BatchNorm.
+    It never looks at the device. The comparison outside training covers what it cannot see, such as global variables.
     """
     return tuple((id(module), type(module), _switches(module)) for module in model.modules())
 

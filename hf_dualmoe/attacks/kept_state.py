@@ -113,7 +113,7 @@ class KeptState:
         if not path.is_file() or path.stat().st_size < count * self.record.itemsize:
             raise ValueError(f"state_file={str(self.path)!r} has lost images that belong in {path.name}; delete both.")
         records = np.fromfile(path, self.record, count)
-        # a field has gaps: row numbers
+        # the images lie between row numbers
         images = torch.from_numpy(np.ascontiguousarray(records["image"])).view(self.dtype)
         return torch.from_numpy(records["row"].astype(np.int64)), images.view(count, *self.shape)
 

@@ -180,7 +180,7 @@ class Certification:
             tensors = {
                 "radius": certificates.radius.masked_fill(failed, math.nan),
                 "prediction": certificates.prediction,
-                "right": certificates.prediction == self.dataset.labels,
+                "right": certificates.prediction == self.dataset.labels,  # false where the vote abstains: -1
             }
             rules = {rule: certificates.rule.count(rule) for rule in set(certificates.rule) if rule}
             entry = {"alpha": alpha, "kind": "smoothing", "confidence": confidence}
@@ -371,7 +371,9 @@ def plot_certificates(report: CertificationReport, path: str | os.PathLike) -> N
             rank = sorted(set(duals)).index(entry["alpha"])
             colour = colours(0.1 + 0.8 * rank / max(1, len(set(duals)) - 1))
         radii, shares = (entry["curve"][name] for name in ("radius", "accuracy"))
+        # wide and pale: at alpha = 1 the dual model's line lies on it
         look = {"color": colour, "linewidth": 4, "alpha": 0.35} if entry["name"] == "F_R alone" else {"color": colour}
+        # beyond it nothing is certified
         axes.plot([*radii, radii[-1]], [*shares, 0], style, label=entry["name"], **{"linewidth": 1.5, **look})
     for radius in report.radii:
         axes.axvline(radius, color="#bbbbbb", linewidth=0.8, zorder=0)

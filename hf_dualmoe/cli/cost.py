@@ -104,7 +104,7 @@ def time_passes(model: nn.Module, images: ImageTensorDataset, batch_size: int) -
     few = min(FEW, batch_size, len(images))
     with full_precision(), frozen(model):
         _, first = time_both(model, first_images(images, few, device))
-        # by the first try, which was slow: too few rather than too many
+        # the first try also warmed up, so it was slow: too few images rather than too many
         affordable = int(few * MOST_SECONDS / max(first, 1e-9))
         batch = max(few, min(batch_size, len(images), affordable))
         try:

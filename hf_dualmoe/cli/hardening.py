@@ -1,6 +1,6 @@
-"""Hardening, what `--model_name_or_path` does: a trained classifier of any architecture goes on training under attack.
+"""Hardening (`--model_name_or_path`): train a finished classifier of any architecture further, under attack.
 
-In the order in which `training/run.py` calls: refuse what cannot work, load, agree on the classes, measure before.
+In calling order of `training/run.py`: refuse what cannot work, load, agree on the classes, measure before.
 """
 
 from contextlib import suppress

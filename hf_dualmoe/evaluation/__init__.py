@@ -1,7 +1,7 @@
 """Evaluation: how often a classifier is right on clean and on attacked images, and where its dial should stand.
 
-In: a model and a dataset. Out: a `RobustnessReport`, which is results.json, a table and plots; and beside it
-outcomes.parquet, which says of each image what became of it.
+In: a model and a dataset. Out: a `RobustnessReport` (results.json, a table, plots), and outcomes.parquet, which says
+what became of each image.
 
 Calls: attacks, data, models.
 """

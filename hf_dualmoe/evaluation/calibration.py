@@ -98,7 +98,7 @@ def calibrate_robust_logits(
     robust = run.robust_accuracies()
     floor = ra_share * robust["ra"]
     alphas = sorted({*map(float, alphas), 1.0})  # 1: F_R alone always reaches the floor
-    before = run.search(maps[:1], alphas, floor)  # the present map
+    before = run.search(maps[:1], alphas, floor)  # the first is the present one
     winner = run.search(maps, alphas, floor)
     measured = run.measure([before, winner])
     gains = {f"gain_{name}": measured[1][name] - measured[0][name] for name in ("sa", "ra")}

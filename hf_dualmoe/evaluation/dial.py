@@ -1,4 +1,4 @@
-"""Choosing the dial of a dual model on held-out images: a sweep and a choice; see also `calibration`.
+"""Choose the dial of a dual model on held-out images: a sweep, then a choice; see also `calibration`.
 
     sweep = sweep_alpha(model, held_out, attack=dial_attack(model.config.num_labels, eps=8 / 255))
     model.set_alpha(choose_alpha(sweep, min_sa=80).alpha)
@@ -36,7 +36,7 @@ class DialedModel(nn.Module):
         return self.model(images, alpha=self.alpha).logits
 
     def merged_network(self) -> nn.Module | None:
-        """With a dial in the weights the network that answers, for whoever wants to hold it; else None."""
+        """The network that answers, where the dial is in the weights (`folded` holds it still); else None."""
         return self.model.merged_network(self.alpha) if mixes_weights(self.model) else None
 
 
@@ -59,10 +59,10 @@ class AlphaChoice:
 class DialAttack(Attack):
     """The attack to choose a dial with: the members of the adaptive union that break most mixtures.
 
-    APGD on the model itself, then, on the images that still stand, on the model at two other positions of the dial and
-    with soft routes. One attack on the mixture alone is too kind a judge: where one part decides by a small margin, or
-    is saturated, the mixture's gradient is all but blind. With a dial in the weights nothing is mixed: there the first
-    member remains, and soft routes where the network has experts.
+    APGD on the model itself; then, on images that still stand, APGD at two other positions of the dial and with soft
+    routes. An attack on the mixture alone is too weak: where one part is saturated or decides by a small margin, the
+    mixture's gradient is all but blind. A dial in the weights mixes nothing: there the first member remains, and soft
+    routes where the network has experts.
 
     Args:
         eps: Radius in [0, 1] pixel units.

@@ -31,10 +31,11 @@ from .report import RobustnessReport
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-ALPHAS = (0.0, 0.5, 0.75, 0.9, 1.0)
+ALPHAS = (0.0, 0.5, 0.75, 0.9, 1.0)  # both ends: F_S and F_R alone
 PARTS = ("components", "dial", "component_attacks", "eps_curve", "worst_case", "autoattack", "sanity")
 LEVELS = {
     "quick": ("components", "dial", "sanity"),
+    # which takes some 1,900 gradient passes per image
     "standard": tuple(part for part in PARTS if part != "autoattack"),
     "full": PARTS,
 }
@@ -132,7 +133,7 @@ def evaluate_robustness(
         check_names=check_names,
     )
     dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
-    attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)
+    attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)  # seeded: a restart, or more processes, find the same
     with full_precision(), frozen(model):  # TF32 would make numbers depend on the GPU
         run = begin(
             model,

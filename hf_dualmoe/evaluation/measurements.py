@@ -155,6 +155,7 @@ class Evaluation:
                 values = {key: self.record(f"{place}/{key}", outcome) for key, outcome in found.items()}
                 self.report.alpha_sweep.append({"alpha": alpha, **values})
             self.write()
+        # under the name that choose_alpha reads
         sweep = [{**point, "ra": point[self.key]} for point in self.report.alpha_sweep]
         images = f"the {len(self.dataset)} test images themselves (optimistic)"
         if held_out is not None:
@@ -163,7 +164,7 @@ class Evaluation:
         try:
             choice = choose_alpha(sweep, min_sa=min_sa, min_ra=min_ra)
         except ValueError as error:
-            self.report.failures["recommended alpha"] = str(error)
+            self.report.failures["recommended alpha"] = str(error)  # a floor out of reach costs no other number
         else:
             self.report.alpha_choice = {**asdict(choice), "chosen_on": images}
         self.write()
@@ -219,6 +220,7 @@ class Evaluation:
         largest = 1.0 if self.attack.norm == "linf" else float("inf")  # check_eps refuses more
         # cut off, some are equal
         radii = dict.fromkeys(min(factor * self.attack.eps, largest) for factor in EPS_FACTORS)
+        # a ball of radius 0 is the clean image
         outcomes = {0.0: self.clean, **{eps: self.robust_at(eps) for eps in radii}}
         self.report.metrics["eps_curve"] = [
             {"eps": eps, self.key: self.record(f"eps_curve/{eps}/{self.key}", outcome)}
@@ -245,6 +247,7 @@ class Evaluation:
             work = union_member(self.model, self.attack, name, steps, restarts)
             part = self.measurer.measure(f"{title} {name}", work, self.counted)
             if part is None:  # without one of its members it is no union
+                # under the name of the whole
                 self.report.failures[title] = self.report.failures.pop(f"{title} {name}")
                 break
             found[name] = part.outcome
@@ -349,7 +352,7 @@ class Evaluation:
 
         try:
             found = self.processes.from_main(checked)  # a sample is too small to be worth sharing
-        except Exception as error:
+        except Exception as error:  # a model on which the checks break down keeps its numbers
             self.report.failures[name] = f"{type(error).__name__}: {error}"
         else:
             self.add_checks({n: Check(*json.loads(texts[0])) for n, texts in found.texts.items()})

@@ -37,7 +37,7 @@ def largest_that_fits(fits: Callable[[int], bool], size: int) -> int:
 
 def free_memory() -> None:
     """Give back what nothing holds any more."""
-    gc.collect()  # a traceback holds frames, and these tensors, in cycles
+    gc.collect()  # frames of a traceback hold tensors, in reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -38,7 +38,7 @@ def attack_text(key: str) -> str:
 
 def new_axes(width: float = 6.4, height: float = 4.4) -> tuple[Figure, Axes]:
     """An empty figure with light grid lines behind what is drawn."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")  # not pyplot: it would look for a display
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
@@ -123,7 +123,7 @@ def plot_eps_curve(report: RobustnessReport, path: str | os.PathLike) -> None:
     if not curve:
         raise ValueError("This report has no eps_curve: evaluate with level='standard' or 'full'.")
     key, norm, eps = attack_key(curve[0]), report.threat["norm"], report.threat["eps"]
-    unit = 255 if norm == "linf" else 1
+    unit = 255 if norm == "linf" else 1  # L-inf radii are known as n/255
     figure, axes = new_axes()
     axes.plot([p["eps"] * unit for p in curve], [p[key] for p in curve], "o-", color=BLUE, zorder=3)
     for index, point in enumerate(curve):

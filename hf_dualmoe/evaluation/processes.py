@@ -53,7 +53,7 @@ class Processes:
         if self.is_main:
             store.set(key, "here")
         else:
-            store.wait([key], timedelta(days=365))  # its own patience is minutes
+            store.wait([key], timedelta(days=365))  # the default gives up after minutes
 
     def from_main(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on the main process, on all of them; its exception is raised on all of them too."""

@@ -28,7 +28,7 @@ Work = Callable[[Tensor, Tensor, Tensor], dict[str, Any]]
 def is_right(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     """(B,) bool: which images are classified rightly; ValueError where logits are NaN or infinite."""
     logits = logits_of(classifier, images)
-    if not torch.isfinite(logits).all():
+    if not torch.isfinite(logits).all():  # argmax makes a class even of NaN, which could be the right one
         raise ValueError("model returned logits that are NaN or infinite.")
     return logits.argmax(dim=1) == labels
 
@@ -48,7 +48,7 @@ def classify(classifier: Classifier, attack: Attack | None = None) -> Work:
 def routing(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Of a mixture: the first choice of expert for each image, and the sums of the experts' weights in the outputs."""
     scores = model.route(images)
-    loads = gate_weights(scores, model.config.router_top_k).sum(dim=0, dtype=torch.float64)
+    loads = gate_weights(scores, model.config.router_top_k).sum(dim=0, dtype=torch.float64)  # sums over whole datasets
     return {"route": scores.argmax(dim=1), **{f"load_{i}": load for i, load in enumerate(loads.tolist())}}
 
 

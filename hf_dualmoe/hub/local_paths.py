@@ -1,4 +1,4 @@
-"""Paths of somebody's machine in files that are about to be published: shortened, left out or refused."""
+"""Keep paths of somebody's machine out of published files: shorten, leave out or refuse them."""
 
 import json
 import re
@@ -26,6 +26,7 @@ def shorten_paths(text: str) -> str:
 
 def is_private(path: str, folder: Path) -> bool:
     """Whether an absolute path leads into the home folder, the current one, or where the published folder lies."""
+    # "/" or "/app" begin too many paths that tell nothing of anybody
     places = [str(place) for place in (Path.home(), Path.cwd(), folder.resolve().parent) if len(place.parts) > 2]
     plain = re.sub(r"(?i)^file:(?://[^/]*)?", "", path)
     return plain.startswith(("~", *places))

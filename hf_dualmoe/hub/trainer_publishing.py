@@ -1,4 +1,4 @@
-"""What a Trainer of transformers does about the Hub, our way: one card, one commit, no pickles."""
+"""The Hub methods of our Trainer: one card, one commit, no pickles."""
 
 from concurrent.futures import Future
 from typing import Any

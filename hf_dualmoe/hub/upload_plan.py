@@ -1,7 +1,7 @@
-"""What an upload to the Hub would send, checked before anything is sent: files, their texts, the card.
+"""Plan an upload to the Hub, and check all of it before anything is sent: files, their texts, the card.
 
-Only safetensors, JSON, the model's own code files, plots and the card are sent; checkpoints and pickles never are.
-Paths of the publisher's machine are shortened to their last part, or refused where only the publisher can remove them.
+Only safetensors, JSON, the model's own code files, plots and the card go; checkpoints and pickles never do. Paths of
+the publisher's machine are shortened to their last part, or refused where only the publisher can remove them.
 """
 
 import os

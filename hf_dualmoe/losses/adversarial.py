@@ -254,7 +254,7 @@ def rt_er_terms(
         logits: (N, classes) of the batch's images.
         extra_logits: (N, classes) of the extra experts; None where the second expert has attacked images of its own.
     """
-    parts = logits.split(len(labels))
+    parts = logits.split(len(labels))  # attacked, then clean (KL only), then attacks on the second expert, B each
     attacked_second = parts[-1] if extra_logits is None else extra_logits[: len(labels)]
     robust_ce = cross_entropy(parts[0], labels, label_smoothing)
     if second_term == "kl":
@@ -371,7 +371,7 @@ def jtdmoe_loss(
         label_smoothing=label_smoothing,
     )
     mixed = model.mix(output.standard_logits, fixed_robust_logits, alpha)
-    upper = cross_entropy(mixed, labels, label_smoothing)
+    upper = cross_entropy(mixed, labels, label_smoothing)  # moves F_S alone: F_R's logits here are fixed
     terms["dual_ce"] = upper
     return _finish(model, output, lower + upper, terms, batch.attacked, attacked_logits)
 

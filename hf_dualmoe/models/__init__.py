@@ -1,4 +1,4 @@
-"""Classifiers of images in [0, 1]: mixtures of experts, dual models, and any model of transformers made to take such.
+"""Classifiers of images in [0, 1]: mixtures of experts, dual models, and any model of transformers as one.
 
 In: a configuration, or a saved folder or Hub id. Out: a model whose output has `logits`.
 The files named *_dualmoe.py travel to the Hub as the code of a model: they import torch, timm, transformers and each

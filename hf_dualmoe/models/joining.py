@@ -56,7 +56,7 @@ def join_models(
     resizes = any(part.config.image_size != size for part in parts.values())
     fields: dict[str, Any] = {"mixing": mixing, "input_size": size if resizes else None}
     for name, part in parts.items():
-        rename_classes(part, names)
+        rename_classes(part, names)  # one set of names, also inside: from_models compares them
         fields |= normalisation(name, part)
     networks = [network_of(part) for part in parts.values()]
     return DualMoEForImageClassification.from_models(*networks, alpha, **fields).eval()

@@ -51,7 +51,8 @@ class LipschitzWeight:
             norm = torch.linalg.norm(vector @ matrix.t())
             # norm below 1, where Bjorck converges
             weight = bjorck_normalization(matrix / (norm + 1e-3)).view_as(self.weight)
-            weight = self.scale / self.operator_norm(weight) * weight  # a kernel's operator is larger than its matrix
+            # where windows overlap, the operator's norm may be above its matrix's
+            weight = self.scale / self.operator_norm(weight) * weight
         self.applied_weight.copy_(weight.detach())
         return weight
 

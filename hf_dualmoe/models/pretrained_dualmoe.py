@@ -1,4 +1,4 @@
-"""Saving that needs nothing else to load, and loading that refuses what does not fit.
+"""Save models so that they load without this package; refuse to load what does not fit.
 
 This file travels to the Hub as remote code together with the other *_dualmoe.py files.
 """
@@ -24,8 +24,7 @@ SEARCH_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision
 
 
 class RobustPreTrainedModel(PreTrainedModel):
-    """What the two models share: initialisation that keeps timm's, saving that needs nothing else to load, and loading
-    that refuses what does not fit."""
+    """Base of both models: keeps timm's initialisation, saves all that loading needs, refuses what does not fit."""
 
     _auto_class = "AutoModelForImageClassification"  # `save_pretrained` copies the code, of parts of a model too
     _publish: Callable[..., Any] | None = None  # see `register_publisher`

@@ -1,7 +1,7 @@
-"""What a config may hold: checks whose errors name the field, its value and what is allowed.
+"""Checks of a config; their errors name the field, its value and what is allowed.
 
-A config may come from a stranger. What it asks for is refused before it exhausts the memory, loads a file or runs
-code. The limits are far above any sensible model; `check_model_size` in backbones_dualmoe.py counts the parameters.
+A config may come from a stranger: refuse what would exhaust the memory, load a file or run code. The limits are far
+above any sensible model; `check_model_size` in backbones_dualmoe.py counts the parameters.
 
 This file travels to the Hub as remote code together with the other *_dualmoe.py files.
 """

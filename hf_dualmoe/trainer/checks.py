@@ -39,7 +39,7 @@ def check_optimizer(args: RobustTrainingArguments, model: nn.Module) -> None:
     """
     try:
         create, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        optimizer = create([nn.Parameter(torch.zeros(1))], **settings)  # of the model itself it would take memory
+        optimizer = create([nn.Parameter(torch.zeros(1))], **settings)
         specific = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
         # any length will do
         get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(1000), 1000, **specific)

@@ -7,6 +7,7 @@ metric.compute()
 
 from typing import Any
 
+# `evaluate` alone loads this file: it is an optional package
 import datasets
 import evaluate
 from numpy.typing import ArrayLike
