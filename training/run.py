@@ -112,6 +112,10 @@ def prepare(
     Returns:
         The model, the images, and whether the model is a trained one that keeps its head.
     """
+    import datasets  # takes a second
+
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
     start = load_start(model_args)
     if start is None:
         data = load_data(data_args, model_args.image_size, model_args.num_channels, args.seed)
