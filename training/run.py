@@ -310,7 +310,7 @@ def write_report(
         **{name: getattr(args, name) for name in used},
         **{
             name: getattr(args, name)
-            for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay", "awp_gamma")
+            for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay", "awp_gamma", "cutmix_prob")
         },
         **sources,
         **kept_weights(trainer),
