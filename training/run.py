@@ -115,6 +115,10 @@ def prepare(
     Returns:
         The model, the images, and whether the model is a trained one that keeps its head.
     """
+    import datasets  # takes a second
+
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
     start = load_start(model_args)
     if start is None:
         data = load_data(data_args, model_args.image_size, model_args.num_channels, args.seed)
@@ -311,7 +315,7 @@ def write_report(
         **{name: getattr(args, name) for name in used},
         **{
             name: getattr(args, name)
-            for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay", "awp_gamma")
+            for name in ("num_train_epochs", "learning_rate", "weight_decay", "ema_decay", "awp_gamma", "cutmix_prob")
         },
         **sources,
         **kept_weights(trainer),

@@ -79,6 +79,7 @@ GROUPS = {  # everything else that transformers' Trainer takes is in `--help_all
     "augmentation": (
         "crop_padding",
         "horizontal_flip",
+        "cutmix_prob",
     ),
     "optimisation": (
         "num_train_epochs",

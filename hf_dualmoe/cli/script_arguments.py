@@ -131,10 +131,14 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
         ValueError: There are fewer test images than asked for, all have one label that the model does not know, or
             what `load_splits` and `match_classes` refuse.
     """
+    import datasets  # takes a second
+
     names = ("image_column", "label_column", "test_split", "on_bad_image")
     options |= {name: getattr(args, name) for name in names}
     options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
     options |= {"config_name": args.dataset_config_name, "needs_train": False}
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
     data = load_splits(args.dataset_name, max_train_samples=1, **options)  # of train only the class names are needed
     if (asked := args.max_test_samples) is not None and not 1 <= asked <= len(data.test):
         raise ValueError(

@@ -6,6 +6,7 @@ images with labels and class names; and the augmentation of whole batches.
 Calls: no other room.
 """
 
+from .cutmix import cutmix
 from .datasets import DataSplits, ImageTensorDataset, augment, collate, load_digits_splits, load_splits, to_unit_range
 from .decoding import decode_images
 from .image_folders import read_image_folder
@@ -15,6 +16,7 @@ __all__ = [
     "ImageTensorDataset",
     "augment",
     "collate",
+    "cutmix",
     "decode_images",
     "load_digits_splits",
     "load_splits",

@@ -43,6 +43,7 @@ def decode_images(
     image_size: int | None = None,
     num_channels: int | None = None,
     rows: Sequence[int] | None = None,
+    progress: bool = False,
 ) -> tuple[Tensor, dict[int, str]]:
     """Decodes images of any format and mode that Pillow reads; one bad image does not lose the others.
 
@@ -51,6 +52,7 @@ def decode_images(
         total: number of images.
         image_size, num_channels: see `load_splits`.
         rows: numbers by which messages call the images; default: 0 .. total - 1.
+        progress: show a bar where it takes more than a second or so.
 
     Returns:
         The decoded images in their order, uint8 (M, C, H, W), and position -> reason for the `total` - M bad ones.
@@ -63,7 +65,7 @@ def decode_images(
     if image_size is not None and not (isinstance(image_size, int) and 1 <= image_size <= MAX_IMAGE_SIZE):
         raise ValueError(f"image_size={image_size!r}; allowed is >= 1 and <= {MAX_IMAGE_SIZE}, an integer")
     array, done, failures = None, 0, {}
-    for position, image in enumerate(tqdm(encoded, "decoding", total, disable=total <= 2_000)):
+    for position, image in enumerate(tqdm(encoded, "decoding", total, disable=not progress or total <= 2_000)):
         try:
             pixels = _decode_image(image, image_size, num_channels)  # (C, H, W)
         except Exception as error:  # damage shows as OSError, SyntaxError, struct.error, DecompressionBombError, ...

@@ -210,7 +210,12 @@ def decode_part(
     encoded = (image for table in tables for image in table.column(0).to_pylist())
     try:
         images, failures = decode_images(
-            encoded, len(part.rows), image_size=image_size, num_channels=num_channels, rows=part.rows
+            encoded,
+            len(part.rows),
+            image_size=image_size,
+            num_channels=num_channels,
+            rows=part.rows,
+            progress=not datasets.are_progress_bars_disabled(),
         )
     except ValueError as error:
         raise ValueError(f"split {part.split!r}: {error}") from error

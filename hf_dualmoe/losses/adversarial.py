@@ -113,7 +113,7 @@ def standard_loss(
     Args:
         model: Any classifier.
         images: (B, C, H, W) in [0, 1].
-        labels: (B,) int64.
+        labels: (B,) int64, or (B, classes) shares of the classes that sum to 1, as CutMix gives them.
         forward: What to call for the loss; default `model`. Pass the distributed wrapper here.
         label_smoothing: In [0, 1).
     """

@@ -19,7 +19,8 @@ TRAINING_ATTACKS = ("pgd", "nfgsm")
 STEP_GRAPHS = ("auto", "off")
 COUNTS = ("attack_steps", "eval_attack_steps", "crop_padding", "max_skipped_steps")
 WEIGHTS = ("beta", "trades_lambda", "margin_weight", "route_weight", "gate_weight", "awp_gamma")
-SHARES = ("train_alpha", "clean_weight", "ema_decay", "eps_warmup_ratio")
+CUTMIX_METHODS = ("standard", "at", "trades")  # the others need one class per image
+SHARES = ("train_alpha", "clean_weight", "cutmix_prob", "ema_decay", "eps_warmup_ratio")
 
 # What transformers takes here and fails on in the first step, or after an epoch's work, or not at all
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -150,6 +151,13 @@ class RobustTrainingArguments(TrainingArguments):
         default=4, metadata={"help": "Random crops: pixels of zero padding on each side; 0 = none."}
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Random horizontal flips."})
+    cutmix_prob: float = field(
+        default=0.0,
+        metadata={
+            "help": "CutMix (Yun et al. 2019) for methods standard, at and trades: the share of images into which a "
+            "piece of another is pasted, in [0, 1]."
+        },
+    )
 
     # Speed
     step_graph: str = field(
@@ -276,6 +284,9 @@ class RobustTrainingArguments(TrainingArguments):
     def _check_measuring(self) -> None:
         """Refuse settings of images, step graph, bad numbers and evaluations that are out of range."""
         self._check("crop_padding", self.crop_padding >= 0, ">= 0")
+        self._check("cutmix_prob", 0 <= self.cutmix_prob <= 1, "in [0, 1]")
+        fits = self.cutmix_prob == 0 or self.method in CUTMIX_METHODS
+        self._check("cutmix_prob", fits, f"0 with method={self.method!r}: it is for {', '.join(CUTMIX_METHODS)}")
         self._check("step_graph", self.step_graph in STEP_GRAPHS, f"one of {', '.join(STEP_GRAPHS)}")
         self._check("on_nan_loss", self.on_nan_loss in POLICIES, f"one of {', '.join(POLICIES)}")
         self._check("max_skipped_steps", self.max_skipped_steps >= 0, ">= 0")

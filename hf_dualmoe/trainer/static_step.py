@@ -125,8 +125,9 @@ class StaticStep:
         else:
             attacks = trainer.step_attacks()
         with static_shapes():
-            images = trainer.to_images(self.batch["pixel_values"])
-            output = trainer.run_objective(trainer.model, images, self.batch["labels"], attacks)
+            labels = self.batch["labels"]
+            images, targets = trainer.mix(trainer.to_images(self.batch["pixel_values"]), labels)
+            output = trainer.run_objective(trainer.model, images, targets, labels, attacks)
         loss = output.loss / self.accumulation
         # not backward(): the Trainer sets .grad to None between steps, and a graph writes to fixed tensors
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)

@@ -76,14 +76,17 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values / dist.get_world_size()
 
 
-def keep_finite(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def keep_finite(attack: Callable[..., Tensor], labels: Tensor | None = None) -> Callable[..., Tensor]:
     """The attack, with the clean pixel wherever its result is not finite.
 
     A model whose gradients are not finite is judged by its loss (`on_nan_loss`), not refused for its images.
+
+    Args:
+        labels: (B,) int64 to attack in place of those of the objective; None = those.
     """
 
-    def finite_attack(model: nn.Module, images: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-        attacked = attack(model, images, labels, **kwargs)
+    def finite_attack(model: nn.Module, images: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+        attacked = attack(model, images, targets if labels is None else labels, **kwargs)
         return torch.where(attacked.isfinite(), attacked, images)  # masked writes would wait for the device
 
     return finite_attack

@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..attacks.base import frozen
 from ..attacks.nfgsm import NFGSM
 from ..attacks.pgd import PGD
+from ..data.cutmix import cutmix
 from ..data.datasets import augment, collate, to_unit_range
 from ..evaluation.memory import free_memory, largest_that_fits, too_large, try_step
 from ..hub.trainer_publishing import PublishingMixin
@@ -102,12 +103,13 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
             model = model.to(memory_format=torch.channels_last)
         if args.dataloader_pin_memory:  # else each copy of a batch waits until the device has done all before it
             args.accelerator_config.non_blocking = True
+        self.num_labels = getattr(getattr(model, "config", None), "num_labels", None)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=CheckedCollator(data_collator, getattr(getattr(model, "config", None), "num_labels", None)),
+            data_collator=CheckedCollator(data_collator, self.num_labels),
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=None if callbacks is None else list(callbacks),
@@ -123,6 +125,8 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         check_metric(self.args, self.compute_metrics, self.eval_dataset)
         check_batches(self.args, self.train_dataset, self.eval_dataset)
         check_weight_perturbation(self)
+        if self.args.cutmix_prob > 0 and self.num_labels is None:
+            raise ValueError(f"cutmix_prob={self.args.cutmix_prob!r} needs a model whose config has num_labels.")
         if self.optimizer is None:
             check_optimizer(self.args, self.model)
 
@@ -207,8 +211,8 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         buffers = copy_buffers(raw)
 
         def step(size: int) -> None:
-            images = self.to_images(inputs["pixel_values"][:size])
-            output = self.run_objective(self.model, images, inputs["labels"][:size], self.step_attacks())
+            images, labels = self.to_images(inputs["pixel_values"][:size]), inputs["labels"][:size]
+            output = self.run_objective(self.model, *self.mix(images, labels), labels, self.step_attacks())
             torch.autograd.grad(output.loss, parameters, allow_unused=True)
 
         free_memory()
@@ -232,8 +236,9 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         """Augment, attack the raw model, then one forward of the wrapped model on all that the objective needs."""
         raw = self._raw_model()
         share_buffers(raw)  # before the attack, which runs on the raw model
-        images, labels = self.to_images(inputs["pixel_values"]), inputs["labels"]
-        output = self.run_objective(model, images, labels, self.step_attacks())
+        labels = inputs["labels"]
+        images, targets = self.mix(self.to_images(inputs["pixel_values"]), labels)
+        output = self.run_objective(model, images, targets, labels, self.step_attacks())
         terms = {f"loss_{name}": term for name, term in output.terms.items()}
         self.watch.note(self.state.global_step + 1, {"loss": output.loss, **terms})
         self.add_sums(self.log_sums(output, labels))
@@ -244,16 +249,22 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def run_objective(
-        self, model: nn.Module, images: Tensor, labels: Tensor, attacks: dict[str, Callable[..., Tensor]]
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        labels: Tensor,
+        attacks: dict[str, Callable[..., Tensor]],
     ) -> LossOutput:
-        """The objective on augmented images, with the attacks of `step_attacks`."""
-        finite = {name: keep_finite(attack) for name, attack in attacks.items()}
+        """The objective on augmented images and the targets of `mix`, with the attacks of `step_attacks`."""
+        aimed = labels if targets is not labels else None  # attacks know one class per image
+        finite = {name: keep_finite(attack, aimed) for name, attack in attacks.items()}
         raw, gamma = self._raw_model(), self.args.awp_gamma
         # autocast: for parts of the model that the attack calls alone
         with self.accelerator.autocast(), averaged_loads(mean_over_processes):
             if gamma > 0:
-                return perturbed_loss(self.objective, raw, images, labels, finite, gamma=gamma, forward=model)
-            return self.objective(raw, images, labels, forward=model, **finite)
+                return perturbed_loss(self.objective, raw, images, targets, finite, gamma=gamma, forward=model)
+            return self.objective(raw, images, targets, forward=model, **finite)
 
     def step_attacks(self) -> dict[str, PGD | NFGSM]:
         """The attacks inside this step's objective, by argument: they change with the warm-up of eps."""
@@ -283,6 +294,14 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
             shard = (self.args.process_index, self.args.world_size)
             images = augment(images, crop_padding=self.args.crop_padding, flip=self.args.horizontal_flip, shard=shard)
         return images
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Augmented images as the objective is to see them, and their targets: with CutMix the shares of classes."""
+        args = self.args
+        if args.cutmix_prob == 0:
+            return images, labels
+        shard = (args.process_index, args.world_size)
+        return cutmix(images, labels, num_labels=self.num_labels, prob=args.cutmix_prob, shard=shard)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's optimizer; with `standard_learning_rate`, F_S gets parameter groups of its own."""

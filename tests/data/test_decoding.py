@@ -180,3 +180,9 @@ def test_exif_orientation_is_applied():
     exif[0x0112] = 6  # stored turned by 90 degrees: show it turned clockwise
     images, _ = decode_images([encode(Image.fromarray(pixels), exif=exif)], 1)
     assert (images[0, :, :, -1] == 255).all() and (images[0, :, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_bar_shows_only_where_it_is_asked_for(progress, capfd):
+    decode_images([encode(solid(5, (1, 1)))] * 2_001, 2_001, progress=progress)
+    assert ("decoding" in capfd.readouterr().err) == progress

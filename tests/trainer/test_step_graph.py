@@ -130,6 +130,7 @@ def test_a_step_waits_for_nothing(method, attack, train):
     watched = Watched()
     options = {"training_attack": attack, "ema_decay": 0.9, "max_grad_norm": 0.1, "optim_args": "momentum=0.9"}
     options |= {"awp_gamma": 0.01, "clean_weight": 0.2 if method == "at" else 0.0}
+    options["cutmix_prob"] = 0.5 if method in ("standard", "at", "trades") else 0.0
     train(method, callbacks=[watched], max_steps=4, logging_steps=100, **options)
     assert watched.watch.names == []
 
