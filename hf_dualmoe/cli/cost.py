@@ -173,7 +173,8 @@ def evaluation_work(args: Namespace, model: nn.Module, data: DataSplits, parts: 
     if "dial" in parts and has_dial(model):
         positions = len(args.alphas)
         # those are measured above
-        works["dial"] = times(attack, len(set(args.alphas) - {0.0, 1.0, model.config.alpha}))
+        known = {model.config.alpha, *((0.0, 1.0) if "components" in parts else ())}
+        works["dial"] = times(attack, len(set(args.alphas) - known))
         if data.validation is not None:
             held_out = Work(len(data.validation), positions * DIAL_MEMBERS * steps, positions * (DIAL_MEMBERS + 2))
             works["dial on held-out images"] = held_out

@@ -352,6 +352,8 @@ def training_text(report: RobustnessReport | None) -> dict[str, Any]:
 
 def value_text(value: Any) -> str:
     """A setting as text: numbers short, lists and dictionaries without brackets."""
+    if isinstance(value, bool):  # which is an int, too
+        return "yes" if value else "no"
     if isinstance(value, dict):
         return ", ".join(f"{name}: {value_text(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):

@@ -123,7 +123,7 @@ def estimate_time(trainer: RobustTrainer) -> TimeEstimate:
     steps = count_steps(trainer)
     return TimeEstimate(
         steps=steps,
-        evaluations=count_evaluations(trainer.args, steps) + closing_evaluations(trainer),
+        evaluations=count_evaluations(trainer, steps) + closing_evaluations(trainer),
         step_seconds=step_seconds,
         evaluation_seconds=first.evaluation,
         hardware=describe_environment(trainer.args.device)["hardware"],
@@ -265,11 +265,15 @@ def random_numbers_kept(device: torch.device) -> Iterator[None]:
 def count_steps(trainer: RobustTrainer) -> int:
     """Optimizer steps of the whole run, as the Trainer counts them."""
     args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(trainer))
+
+
+def steps_per_epoch(trainer: RobustTrainer) -> int:
+    """Optimizer steps of an epoch; at least one."""
+    args = trainer.args
     batches = len(trainer.train_dataset) / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def closing_evaluations(trainer: RobustTrainer) -> int:
@@ -277,12 +281,13 @@ def closing_evaluations(trainer: RobustTrainer) -> int:
     return 2 if trainer.ema is not None and trainer.eval_dataset is not None else 0
 
 
-def count_evaluations(args: RobustTrainingArguments, steps: int) -> int:
+def count_evaluations(trainer: RobustTrainer, steps: int) -> int:
     """Evaluations during a run of `steps` steps, the one at its end included."""
+    args = trainer.args
     if args.eval_strategy == IntervalStrategy.NO:
         return 0
-    if args.eval_strategy == IntervalStrategy.EPOCH:
-        return math.ceil(args.num_train_epochs)
+    if args.eval_strategy == IntervalStrategy.EPOCH:  # not num_train_epochs, which max_steps overrules
+        return math.ceil(steps / steps_per_epoch(trainer))
     every = args.eval_steps if args.eval_steps >= 1 else math.ceil(steps * args.eval_steps)  # below 1: a share
     return math.ceil(steps / every)
 

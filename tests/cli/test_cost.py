@@ -35,6 +35,13 @@ def test_no_part_takes_more_than_was_said(kind, data, make_dual, make_moe):
     assert union["gradient"] <= said["adaptive union"].gradient
 
 
+def test_the_dial_alone_measures_its_ends_too(data, make_dual):
+    model, alphas = make_dual(), [0.0, 0.5, 1.0]
+    args = Namespace(steps=2, alphas=alphas, level="dial", max_test_samples=None)
+    positions = len({*alphas} - {model.config.alpha})
+    assert evaluation_work(args, model, data, ["dial"])["dial"] == Work(7, 2 * positions, 3 * positions)
+
+
 def test_autoattack_and_smoothing_are_counted(data, make_moe):
     args = Namespace(steps=2, level="autoattack", max_test_samples=5, autoattack_version=None)
     work = evaluation_work(args, make_moe(), data, ["autoattack"])["AutoAttack"]

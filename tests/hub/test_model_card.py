@@ -135,6 +135,14 @@ def test_metadata_of_the_training():
     assert not {"dual-model", "mixture-of-experts", "custom_code", "timm"} & set(data.tags)
 
 
+def test_a_setting_that_is_on_or_off_reads_as_words():
+    report = moe()
+    report.model["calibration"] = {"accepted": True, "alpha": 0.7}
+    report.training["shuffled"] = False
+    text = render(report).text
+    assert "| calibration | accepted: yes, alpha: 0.7 |" in text and "| shuffled | no |" in text
+
+
 def test_license_follows_that_of_the_pretrained_weights():
     weights = "timm/resnet18.fb_swsl_ig1b_ft_in1k"  # not for commercial use
     assert render(moe(training={"base_model": weights})).data.license == "cc-by-nc-4.0"

@@ -101,12 +101,13 @@ def test_training_after_an_estimate_is_the_same_to_the_bit(options, trainer):
         ({"num_train_epochs": 1.5, "gradient_accumulation_steps": 3}, 3, 0),
         ({"num_train_epochs": 2, "dataloader_drop_last": True, "eval_strategy": "steps", "eval_steps": 3}, 6, 2),
         ({"max_steps": 8, "eval_strategy": "steps", "eval_steps": 0.25}, 8, 4),
+        ({"max_steps": 6, "eval_strategy": "epoch"}, 6, 2),
     ],
 )
 def test_steps_and_evaluations_are_those_of_the_run(settings, steps, evaluations, trainer):
     trainer = trainer(**settings, method="standard")
     assert count_steps(trainer) == steps
-    assert count_evaluations(trainer.args, steps) == evaluations
+    assert count_evaluations(trainer, steps) == evaluations
     trainer.train()
     (counter,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Count))
     assert (trainer.state.global_step, counter.evaluations) == (steps, evaluations)
