@@ -75,4 +75,4 @@ def _push_model(model: RobustPreTrainedModel, repo_id: str, **options: Any) -> A
     return push_model(model, repo_id, **options)
 
 
-RobustPreTrainedModel.register_publisher(_push_model)
+RobustPreTrainedModel.register_publisher(_push_model)  # models call no other room, so they are told

@@ -71,7 +71,7 @@ class WorstCaseResult:
 
 
 class _Search:
-    """What all members share: the images and which of them stand, the judge, the settings, the count of passes."""
+    """Shared by all members: images and which of them stand, the judge, the settings, the count of passes."""
 
     def __init__(
         self,

@@ -84,7 +84,7 @@ class AutoAttackResult:
 
     @property
     def name(self) -> str:
-        """What was run, in words that do not claim more than it was."""
+        """What was run, claiming no more than that."""
         union, search = ", ".join(self.budgets), ""
         if self.attack_dtype != "fp32":
             last = list(self.accuracy)[-1]

@@ -39,7 +39,7 @@ def final_attack(num_classes: int, eps: float, norm: str, seed: int) -> tuple[st
 
 
 class AutoAttackRun:
-    """Which images stand, which are pending in the present stage, and the files where that is kept.
+    """State of a run: which images stand, which are pending in this stage, and the files that keep it.
 
     Args:
         model: Classifier, frozen.
@@ -192,7 +192,7 @@ class AutoAttackRun:
         return flags
 
     def sources(self) -> dict[str, int]:
-        """Which precision found what, in images; {} where all was done in fp32. See `AutoAttackResult`."""
+        """Numbers of images by the precision that broke them; {} for a search in fp32. See `AutoAttackResult`."""
         if self.settings["attack_dtype"] == "fp32":
             return {}
         attacked, final = self.broken_by > 0, len(self.progress.accuracy) - 1

@@ -209,7 +209,7 @@ def numbered(ids: Tensor | None, labels: Tensor) -> Tensor:
 
 
 def device_of(model: Classifier, default: torch.device | str = "cpu") -> torch.device:
-    """Where the parameters of a model are; `default` where it has none."""
+    """Device of a model's parameters; `default` where it has none."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return torch.device(default) if parameter is None else parameter.device
 

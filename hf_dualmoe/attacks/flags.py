@@ -90,7 +90,7 @@ def probe_model(model: PassCounter, images: Tensor, labels: Tensor) -> tuple[Ten
 
 
 def gradient_counts(model: Classifier, images: Tensor, labels: Tensor) -> dict[str, int]:
-    """How many images give cross-entropy gradients that are of no use to an attack.
+    """Count the images whose cross-entropy gradients are of no use to an attack.
 
     Args:
         model: Classifier in eval mode.

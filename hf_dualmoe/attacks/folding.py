@@ -107,7 +107,7 @@ def _cast_dtype(images: Tensor) -> torch.dtype | None:
 
 
 def _holdable(model: nn.Module, images: Tensor) -> Holdable:
-    """What a trial finds, from memory where the model is built as it was then."""
+    """The result of a trial, from memory where the model is built as it was then."""
     folds = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     if not folds and _cast_dtype(images) is None:
         return Holdable()

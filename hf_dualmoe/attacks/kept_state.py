@@ -81,7 +81,7 @@ class KeptState:
         os.replace(partial, self.path)
 
     def load(self, key: Mapping[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
-        """What was kept.
+        """Read what was kept.
 
         Raises:
             ValueError: The file has another format or cannot be read, or belongs to a run with another key.

@@ -161,7 +161,7 @@ def member_names(model: Classifier, num_classes: int) -> list[str]:
 
 
 def named(names: Sequence[str] | None, members: list[Member]) -> list[Member]:
-    """Those of `members` with one of these names, in their own order; all with None."""
+    """The members with one of these names, in their own order; None = all."""
     chosen = [member for member in members if names is None or member.name in names]
     if not chosen:
         raise ValueError(f"members={list(names)!r}: none applies; expected some of {[m.name for m in members]}.")

@@ -46,7 +46,7 @@ def _float32_parts() -> list[Any]:
 
 
 def _own_precision(part: Any) -> str:
-    """What a part was set to by itself; "none" where it goes by the setting of all, which may change later."""
+    """A part's own setting; "none" where it follows the setting of all, which may change later."""
     value, part.fp32_precision = part.fp32_precision, "none"  # "none" makes the part show the setting of all
     return "none" if part.fp32_precision == value else value
 

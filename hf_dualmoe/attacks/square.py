@@ -155,7 +155,7 @@ def propose_l2(images: Tensor, current: Tensor, eps: float, side: int, uniform: 
 
 
 def proposal_numbers(uniform: Tensor, side: int, shape: torch.Size) -> tuple[Tensor, int]:
-    """Which square with which signs `propose_linf` makes of numbers (..., 2 + C): (...,) int64, below the second."""
+    """Number the proposals that `propose_linf` makes of (..., 2 + C): (...,) int64, below the second result."""
     channels, height, width = shape[-3:]
     rows, columns = height - side + 1, width - side + 1
     corner = (uniform[..., :2] * torch.tensor([rows, columns], device=uniform.device)).long()
@@ -198,7 +198,7 @@ class _Search:
         self.side = side
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """What to ask next: images (k,), by position and in order, and places in their lists (k,)."""
+        """Choose what to ask next: images (k,), by position and in order, and places in their lists (k,)."""
         new = torch.arange(self.uniform.shape[1], device=self.place.device) >= self.place[:, None]
         if self.refused.shape[1]:
             new &= ~self.refused.gather(1, self.numbers)

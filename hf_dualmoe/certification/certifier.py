@@ -43,7 +43,7 @@ PROBABILITY_ERROR = 1e-5  # of a float32 probability margin
 
 @dataclass
 class Certificates:
-    """What is proved about B images.
+    """Certificates of B images.
 
     Args:
         prediction: (B,) int64 the model's class for each image; -1 where it has none.

@@ -58,7 +58,7 @@ class PassTime:
 
 @dataclass(frozen=True)
 class Cost:
-    """What will be done, by part, and how long a pass takes.
+    """Work by part, and the time of a pass.
 
     Args:
         parts: Name -> work.

@@ -45,6 +45,7 @@ def check_hardening(model_args: ModelArguments, method: str, target: Path) -> No
             one is given without one, or the trained model would be overwritten.
     """
     start, new = model_args.model_name_or_path, ModelArguments()
+    # a parser does not tell what was given: what differs from its default was
     given = {n: value for n in new.__dataclass_fields__ if (value := getattr(model_args, n)) != getattr(new, n)}
     if start is None:
         if lost := [name for name in OF_A_TRAINED_MODEL if name in given]:
@@ -151,7 +152,7 @@ def measure_before(trainer: RobustTrainer, data: DataSplits, level: str, folder:
 
 
 def start_facts(model_args: ModelArguments) -> dict[str, str]:
-    """What a report says of the model that was hardened: its name, and the licence that its card names."""
+    """Facts about the hardened model for a report: its name, and the licence on its card."""
     start = model_args.model_name_or_path
     return {} if start is None else {"started_from": short_name(start), "license": licence_of(start)}
 

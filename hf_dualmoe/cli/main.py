@@ -109,7 +109,7 @@ def find_script(name: str) -> Path | None:
 
 
 def overview() -> str:
-    """What `hf-dualmoe` alone prints: the commands, where they are missing, and examples."""
+    """Text of `hf-dualmoe` alone: the commands, which of them are missing, and examples."""
     lines = []
     for name, command in COMMANDS.items():
         missing = command.target.endswith(".py") and find_script(command.target) is None

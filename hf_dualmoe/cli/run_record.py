@@ -45,7 +45,7 @@ SELECTION = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eva
 def settings_of(
     data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments
 ) -> dict[str, dict[str, Any]]:
-    """What makes two runs the same, fit for JSON; where they write and how they report is left out."""
+    """Settings that make two runs the same, fit for JSON; without where they write and how they report."""
     ours = {name: getattr(args, name) for name in RobustTrainingArguments.__annotations__ if name not in FREE}
     shared = TRAINER_SETTINGS + (SELECTION if args.load_best_model_at_end else ())
     training = ours | {name: getattr(args, name) for name in shared}
@@ -89,7 +89,7 @@ def differing_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> di
 
 def is_longer(name: str, before: Any, now: Any) -> bool:
     """Whether an argument lets the same run go on for longer."""
-    return name in ("num_train_epochs", "max_steps") and 0 < before < now
+    return name in ("num_train_epochs", "max_steps") and 0 < before < now  # max_steps = -1 is no length
 
 
 def check_same_data(output_dir: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -348,7 +348,7 @@ def load_splits(
 
 
 def shown_name(name: str) -> str:
-    """What reports, plots and cards call a dataset: a folder or file here by its own name, not its place."""
+    """Name of a dataset in reports, plots and cards; of a local folder or file its own name, not its place."""
     path = Path(name).expanduser()
     return text_of(path.resolve().name if path.exists() else name)
 

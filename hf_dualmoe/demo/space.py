@@ -112,7 +112,7 @@ def copy_images(source: Path, target: Path) -> None:
 
 
 def requirements() -> list[str]:
-    """What this package needs, without its extras; the Space brings Gradio itself."""
+    """Requirements of this package, without its extras; the Space brings Gradio itself."""
     return [line for line in metadata.requires("hf_dualmoe") if "extra ==" not in line]
 
 

@@ -47,7 +47,7 @@ def best(demo: DemoModel, probs: Tensor) -> tuple[str, float]:
 
 
 def explain(demo: DemoModel, scene: Scene | None, alpha: float | None) -> str:
-    """What is to be seen, in plain words, as Markdown.
+    """Describe in plain words, as Markdown, what there is to see.
 
     Args:
         demo: The model.
@@ -77,7 +77,7 @@ def tops(demo: DemoModel, probs: dict[str, Tensor]) -> list[tuple[str, str, floa
 
 
 def describe_attack(scene: Scene) -> str:
-    """What the attack was allowed to do, and what it did."""
+    """Say what the attack was allowed to do, and what it did."""
     settings, change = scene.settings, (scene.attacked - scene.clean).abs()
     aim = settings.target + (f" at alpha = {settings.alpha:.2f}" if settings.target == "F_D" else "")
     mean, largest = 255 * float(change.mean()), 255 * float(change.max())
@@ -118,7 +118,7 @@ def experts(indices: tuple[int, ...]) -> str:
 def conclusion(
     demo: DemoModel, scene: Scene, alpha: float | None, clean: dict[str, Tensor], attacked: dict[str, Tensor]
 ) -> str:
-    """What follows for the reader, and what does not."""
+    """Say what follows for the reader, and what does not."""
     part = demo.parts[-1]
     held = int(clean[part].argmax()) == int(attacked[part].argmax())
     if not demo.dual:

@@ -27,7 +27,7 @@ def count_passes(module: nn.Module) -> Iterator[dict[str, float]]:
         # an attack asks for it
         counts["gradient"] += len(images) if images.requires_grad and torch.is_grad_enabled() else 0
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)  # kwargs: our models name their images
     try:
         yield counts
     finally:

@@ -127,7 +127,7 @@ def _grid(model: nn.Module, scales: Sequence, clamps: Sequence, powers: Sequence
 
 
 class _Mixture(nn.Module):
-    """What the dual model would be with another logit map of F_R and another alpha: images -> logits (B, C)."""
+    """The dual model with another logit map of F_R and another alpha: images -> logits (B, C)."""
 
     def __init__(self, model: nn.Module, candidate: _Candidate):
         super().__init__()
@@ -169,7 +169,7 @@ class _Calibration:
         with full_precision(), frozen(self.model):
             for ids, images, labels in self._batches("attack on the robust model"):
                 attacked = attack(robust, images, labels, ids=ids)
-                self.attacked.append(attacked.cpu())
+                self.attacked.append(attacked.cpu())  # all images, which a device may be too small for
                 for name, part, seen in (
                     ("standard", standard, images),
                     ("robust", robust, images),

@@ -136,6 +136,7 @@ def write_text(path: Path, text: str) -> None:
 
 def model_digest(model: nn.Module) -> str:
     """Digest of weights and configuration; of a dual model without `alpha`, which measurements carry in their name."""
+    # where a model comes from and how it was saved, not what it computes
     unrelated = ("alpha", "auto_map", "transformers_version", "_name_or_path", "dtype", "architectures")
 
     def related(value: Any) -> Any:

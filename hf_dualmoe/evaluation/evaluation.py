@@ -132,7 +132,7 @@ def evaluate_robustness(
         attack_dtype=attack_dtype,
         check_names=check_names,
     )
-    dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)
+    dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)  # the same images at each call
     attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)  # seeded: a restart, or more processes, find the same
     with full_precision(), frozen(model):  # TF32 would make numbers depend on the GPU
         run = begin(
@@ -211,7 +211,7 @@ def measure(
     sanity: Mapping[str, int],
 ) -> None:
     """Measure the whole model, then `parts` in the order of `PARTS`; arguments as in `evaluate_robustness`."""
-    run.whole()
+    run.whole()  # first: all other accuracies need to know which images are right when clean
     if "components" in parts:
         run.components()
     run.routing()  # was seen on the way
@@ -286,7 +286,7 @@ def parts_of(level: str | Sequence[str], eps: float) -> Sequence[str]:
 
 
 def sanity_effort(level: str | Sequence[str], num_images: int | None) -> dict[str, int]:
-    """What the sanity checks of a level, or of given parts, spend."""
+    """Budget of the sanity checks of a level, or of given parts."""
     effort = SANITY.get(level, SANITY_DEFAULT) if isinstance(level, str) else SANITY_DEFAULT
     return effort if num_images is None else {**effort, "num_images": num_images}
 

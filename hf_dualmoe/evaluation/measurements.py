@@ -83,7 +83,7 @@ class Evaluation:
             self.report.save(self.path)
 
     def score(self, classifier: nn.Module, title: str, counted: nn.Module) -> dict[str, Outcome]:
-        """Which images a classifier gets right, clean ("sa") and attacked too; without what could not be measured."""
+        """Measure which images a classifier gets right, clean ("sa") and attacked too; leave out what fails."""
         pgd = f"{title} PGD-{self.attack.steps}"
         clean = self.measurer.measure(f"{title} clean", classify(classifier), counted)
         attacked = self.measurer.measure(pgd, classify(classifier, self.attack), counted)
@@ -230,7 +230,7 @@ class Evaluation:
         self.write()
 
     def robust_at(self, eps: float) -> Outcome | None:
-        """Which images are right, clean and under PGD, at a radius; None where that could not be measured."""
+        """Measure which images are right, clean and under PGD, at a radius; None where that fails."""
         if eps == self.attack.eps and self.pgd is not None:
             return self.pgd
         name = f"PGD-{self.attack.steps} eps={eps:.6g}{self.at}"
@@ -316,7 +316,7 @@ class Evaluation:
 
     def finish(self) -> None:
         """Report the pointwise worst case over all attacks on the whole model where there are several."""
-        if self.standing is None or len(self.own) < 2:
+        if self.standing is None or len(self.own) < 2:  # the worst case of one attack is that attack
             self.write()
             return
         robust = self.record("ra_worst_case", self.standing)

@@ -52,7 +52,7 @@ def try_step(step: Callable[[], object]) -> bool:
 
 
 def too_large(size: int, largest: int | None, accumulation: int) -> str:
-    """What to say of a batch of `size` images; `largest` fit in a trial, None = there was none."""
+    """Message about a batch of `size` images; `largest` fit in a trial, None = there was none."""
     words = f"per_device_train_batch_size={size} does not fit into the memory of this device."
     if largest == 0:
         return f"{words} Not even one image does: take a smaller model, fewer experts, or --gradient_checkpointing."

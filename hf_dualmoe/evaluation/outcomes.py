@@ -60,7 +60,7 @@ class Outcomes:
 
 
 def outcomes_path(results: str | os.PathLike) -> Path:
-    """Where the record of a report lies: outcomes.parquet beside results.json, x-outcomes.parquet beside x.json."""
+    """Path of a report's record: outcomes.parquet beside results.json, x-outcomes.parquet beside x.json."""
     results = Path(results)
     start = "" if results.stem == "results" else f"{results.stem}-"
     return results.with_name(start + OUTCOMES_NAME)

@@ -131,7 +131,7 @@ def plot_eps_curve(report: RobustnessReport, path: str | os.PathLike) -> None:
             f"{point[key]:.1f}",
             (point["eps"] * unit, point[key]),
             textcoords="offset points",
-            xytext=(7 if index < len(curve) - 1 else -4, 8),
+            xytext=(7 if index < len(curve) - 1 else -4, 8),  # the last label would run out of the figure on the right
             ha="left" if index < len(curve) - 1 else "right",
             fontsize=9,
             color=GREY,

@@ -42,7 +42,7 @@ class Processes:
         return torch.arange(self.rank, num_images, self.count)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process passes, by rank, on all of them."""
+        """Give every process the values of all, by rank."""
         return [value] if self.count == 1 else gather_object([value])
 
     def await_main(self) -> None:
@@ -56,7 +56,7 @@ class Processes:
             store.wait([key], timedelta(days=365))  # the default gives up after minutes
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the main process, on all of them; its exception is raised on all of them too."""
+        """Call `make` on the main process; return its result, or raise its exception, on all of them."""
         result: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -145,7 +145,7 @@ class Measurer:
     ) -> Found | None:
         started = time.perf_counter()
         parts = self.processes.gather(self._part(name, work, counted, dataset, at_once))
-        errors = [part for part in parts if isinstance(part, str)]
+        errors = [part for part in parts if isinstance(part, str)]  # one is enough: the others' images are not all
         if errors:
             logger.warning("%s failed and is left out: %s", name, errors[0])
             self.failures[name] = errors[0]
@@ -158,7 +158,7 @@ class Measurer:
     def _part(
         self, name: str, work: Work, counted: nn.Module, dataset: ImageTensorDataset, at_once: bool
     ) -> Found | str:
-        """What this process finds on its share of the images, or why it failed."""
+        """Measure this process's share of the images; where that fails, return why."""
         rows, asked = self.processes.share(len(dataset)), self.batch_size
         try:
             with count_passes(counted) as passes:

@@ -195,7 +195,7 @@ class _Run:
             counts = gradient_counts(self.model, images, labels)
             checks["zero_gradients"] = _from_flag(flags["zero_gradients"], counts)
         except NoGradientError as error:
-            self.blocked, logits = str(error), logits_of(self.model, images)
+            self.blocked, logits = str(error), logits_of(self.model, images)  # the flags of `probe_model` went with it
             checks = {
                 "zero_gradients": Check(False, str(error)),
                 "changing_model": Check(True, "weights are the same"),
@@ -270,6 +270,7 @@ class _Run:
         for objective in ("ce", "dlr"):
             if self.num_classes >= MIN_CLASSES[objective]:
                 attack = APGD(eps=self.eps, norm=self.norm, steps=self.steps, objective=objective, seed=self.seed)
+                # what has fallen stays down: only the rest costs passes
                 standing = self.robust(attack, among=standing)
         return standing
 

@@ -42,7 +42,7 @@ class Outcome:
 
 @dataclass
 class Found:
-    """What a measurement found on N images; the processes' parts join with `joined`.
+    """Result of a measurement on N images; `joined` joins the parts of processes.
 
     Args:
         rows: (n,) int64 numbers of the images, 0 .. N-1 once joined.
@@ -119,6 +119,7 @@ class Store:
 
     def path(self, name: str) -> Path:
         """The file of a measurement."""
+        # fit for any file system
         return self.folder / (re.sub(r"[^a-z0-9.=]+", "-", name.lower()).strip("-") + ".safetensors")
 
     def load(self, name: str) -> Found | None:

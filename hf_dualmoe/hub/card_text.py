@@ -48,7 +48,7 @@ HOW = {  # where the report has no settings
 
 @dataclass(frozen=True)
 class CardSubject:
-    """What a card is about, besides the report.
+    """Subject of a card, besides the report.
 
     Args:
         name: Name of the model.
@@ -67,7 +67,7 @@ class CardSubject:
 
 
 def model_text(report: RobustnessReport | None, subject: CardSubject) -> dict[str, Any]:
-    """What a card says about the model itself: summary, cautions, how to load it, the dial."""
+    """Texts about the model itself: summary, cautions, how to load it, the dial."""
     config, dual = subject.config, is_dual(report, subject.config)
     known = {} if report is None else report.model
     alpha = config.get("alpha", known.get("alpha")) if dual else None
@@ -117,7 +117,7 @@ def share(report: RobustnessReport, key: str) -> str:
 
 
 def kind_text(report: RobustnessReport | None, config: dict[str, Any]) -> str:
-    """What the model is, in a sentence."""
+    """Say in a sentence what the model is."""
     known = {} if report is None else report.model
     part = {**config.get("robust", config), **known}
     experts, backbone = part.get("num_experts"), part.get("backbone")
@@ -141,7 +141,7 @@ def kind_text(report: RobustnessReport | None, config: dict[str, Any]) -> str:
 
 
 def caution(report: RobustnessReport | None, alpha: float | None, mixing: str | None = None) -> str:
-    """What a reader must know before the numbers; empty where there is nothing."""
+    """Warnings to read before the numbers; empty where there are none."""
     if report is None:
         return ""
     reasons = []
@@ -184,7 +184,7 @@ def percent_text(value: Any) -> str:
 
 
 def results_text(report: RobustnessReport | None) -> dict[str, Any]:
-    """What a card says about the numbers: tables, controls, checks; empty without a report."""
+    """Texts about the numbers: tables, controls, checks; empty without a report."""
     if report is None or not accuracies(report.metrics):
         return {}
     metrics = report.metrics
@@ -322,7 +322,7 @@ def controls_table(report: RobustnessReport) -> str:
 
 
 def checks_text(report: RobustnessReport) -> str:
-    """How many sanity checks passed, and whether those against weak attacks were among them."""
+    """Say how many sanity checks passed, and whether those against weak attacks were among them."""
     if not report.sanity:
         return "No sanity checks were run with this evaluation."
     passed = sum(bool(check["passed"]) for check in report.sanity.values())

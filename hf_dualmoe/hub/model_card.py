@@ -122,7 +122,7 @@ def refresh_model_card(
         return write_model_card(output_dir, report, repo_id=str(model), model_name=folder.name)
     if not supersedes(report, load_report(folder)):
         return write_model_card(output_dir, report, model_name=model_name(folder))
-    if folder.resolve() != output_dir.resolve():
+    if folder.resolve() != output_dir.resolve():  # an evaluation into the model's own folder is there already
         report.save(folder / RESULTS_NAME)
         for name in (OUTCOMES_NAME, *PLOTS):
             (folder / name).unlink(missing_ok=True)  # of the evaluation before: they would not fit these numbers
@@ -220,7 +220,7 @@ def create_card_data(report: RobustnessReport | None, subject: CardSubject, **me
         "license": training.get("license") or base_license(base_model),
         "library_name": "transformers",
         "pipeline_tag": "image-classification",
-        "tags": list(dict.fromkeys(tags)),
+        "tags": list(dict.fromkeys(tags)),  # each once, ours first
         "datasets": [dataset_id] if dataset_id else None,
         "metrics": None if report is None else ["accuracy"],
         "base_model": base_model,

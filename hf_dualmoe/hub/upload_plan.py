@@ -38,7 +38,7 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 @dataclass(frozen=True)
 class Upload:
-    """What a folder would send.
+    """All that a folder would send.
 
     Args:
         repo_id: Hub id, user/name.
@@ -63,7 +63,7 @@ class Upload:
         return dict(sorted(sizes.items()))
 
     def operations(self) -> list[CommitOperationAdd]:
-        """What the commit adds, without the card."""
+        """Additions of the commit, without the card."""
         return [
             CommitOperationAdd(name, self.texts[name].encode() if name in self.texts else path)
             for name, path in self.files.items()
@@ -86,6 +86,7 @@ def plan_upload(folder: str | os.PathLike, repo_id: str, *, refuse_pickles: bool
     folder = Path(folder)
     check_repo_id(repo_id)
     check_saved_folder(folder)
+    # at the top alone: folders in it are checkpoints or not ours
     names = sorted(path.name for path in folder.iterdir())
     if refuse_pickles and (pickles := [name for name in names if name.endswith(PICKLES)]):
         raise ValueError(
@@ -200,7 +201,7 @@ def hide_tokens(text: str, given: str | None = None) -> str:
 
 
 def upload_warnings(folder: Path, files: Iterable[str]) -> list[str]:
-    """What the publisher should know before sending."""
+    """Warnings for the publisher, before anything is sent."""
     found, report = [], load_report(folder)
     if report is None:
         found.append(f"no {RESULTS_NAME}: the card will say that robustness was not measured (training/evaluate.py).")

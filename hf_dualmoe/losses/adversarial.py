@@ -30,7 +30,7 @@ Attack = Callable[[Callable, Tensor, Tensor], Tensor]
 
 @dataclass
 class LossOutput:
-    """What one training step of an objective produced.
+    """Result of one training step of an objective.
 
     Args:
         loss: Scalar to minimise: the weighted sum of the terms.

@@ -333,7 +333,7 @@ class DualMoEConfig(ValidatedConfig):
             raise ValueError(f"{name} has more than {MAX_SIZES['num_labels']} label_names.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As that of the parent, without where the components came from: paths of this machine, in most cases."""
+        """As the parent's, without where the components came from: mostly paths of this machine."""
         return {
             key: without_origin(value) if key in self.sub_configs else value
             for key, value in super().to_dict().items()

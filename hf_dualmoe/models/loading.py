@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model takes: square images x in [0, 1] of `size` pixels, as (x - mean) / std per channel."""
+    """Input that a model expects: square images x in [0, 1] of `size` pixels, as (x - mean) / std per channel."""
 
     size: int
     mean: list[float]
@@ -72,7 +72,7 @@ class NormalizedClassifier(nn.Module):
         self.config.image_mean, self.config.image_std = preprocessing.mean, preprocessing.std
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
-        """What the network returns for images (B, C, H, W) in [0, 1]."""
+        """Output of the network for images (B, C, H, W) in [0, 1]."""
         return self.network(self.normalize(pixel_values).to(self.network.dtype), **options)
 
     def denormalize(self, pixel_values: Tensor) -> Tensor:

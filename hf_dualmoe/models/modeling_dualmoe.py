@@ -275,7 +275,7 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
     def _joined_output(
         self, standard: ModelOutput, robust: ModelOutput, logits: Tensor | None, labels: Tensor | None
     ) -> DualMoEImageClassifierOutput:
-        """What both models answered, and the mixture of it, if there is one."""
+        """Join the outputs of both models and, where there is one, their mixture."""
         parts = [self._weighted_aux_loss("standard", standard), self._weighted_aux_loss("robust", robust)]
         parts = [part for part in parts if part is not None]
         aux_loss = sum(parts) if parts else None

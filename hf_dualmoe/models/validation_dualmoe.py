@@ -55,7 +55,7 @@ OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
 
 def shown(value: Any) -> str:
-    """What an error message says of a value: at most `MAX_TEXT` letters, and no endless numbers."""
+    """A value as text for an error message: at most `MAX_TEXT` letters, and no endless numbers."""
     if isinstance(value, int) and abs(value) > 10**30:
         return "an integer beyond 10**30"
     try:

@@ -234,7 +234,7 @@ class RobustTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle holds: all but the access token."""
+        """Content of a pickle: all but the access token."""
         return {**self.__dict__, "hub_token": None}
 
     def _read_numbers(self) -> None:

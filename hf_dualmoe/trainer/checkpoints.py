@@ -95,7 +95,7 @@ def last_good_checkpoint(output_dir: "str | Path") -> Path | None:
 
 
 def read_progress(folder: "str | Path") -> dict[str, Any]:
-    """What `RobustTrainer` keeps beside transformers' own state; empty in a checkpoint of another trainer."""
+    """Read what `RobustTrainer` keeps beside transformers' own state; empty in another trainer's checkpoint."""
     path = Path(folder) / PROGRESS_NAME
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

@@ -160,7 +160,7 @@ class NonFiniteWatch(TrainerCallback):
 
 
 def _own_part(gradient: Tensor) -> Tensor:
-    """What this process holds of a gradient that FSDP has spread."""
+    """The part of an FSDP gradient that this process holds."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 

@@ -73,7 +73,7 @@ class StaticAttack:
 
 @dataclass
 class StepResult:
-    """What a step leaves behind: tensors on the device, overwritten by the next replay.
+    """Results of a step: tensors on the device, which the next replay overwrites.
 
     Args:
         loss: Scalar, divided by the number of accumulated steps.

@@ -97,7 +97,7 @@ class CudaRecorder:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def record(self, function: Callable[[], StepResult]) -> tuple[StepResult, Callable[[], None]]:
-        """What the function returns, without a value yet, and the call that computes it."""
+        """Record a function: return its result, still without values, and the call that computes it."""
         graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         pool = torch.cuda.graph_pool_handle()  # named: a graph whose recording failed does not tell its own
         torch.cuda.empty_cache()  # so that what is reserved from here on is the graph's
@@ -223,7 +223,7 @@ class StepGraph:
         return self._begin_again(batch, key)
 
     def _state_of_model(self) -> tuple:
-        """What a graph has taken for granted: how data flows, and where the weights are and which of them learn."""
+        """All that a graph takes for granted: how data flows, where the weights are, and which of them learn."""
         model = self.trainer.model
         weights = tuple((p.data_ptr(), p.requires_grad) for p in model.parameters())  # a graph writes to addresses
         return flow_key(model), weights, tuple(b.data_ptr() for b in model.buffers())

@@ -41,7 +41,7 @@ NEVER = 10**9  # steps between two logs: what is timed is a step without one
 
 @dataclass(frozen=True)
 class Effort:
-    """How many steps are taken: `warmup` untimed ones, then `blocks` of `block` steps; the median block counts."""
+    """Numbers of steps to take: `warmup` untimed ones, then `blocks` of `block` steps; the median block counts."""
 
     warmup: int
     block: int
@@ -59,7 +59,7 @@ CPU_EFFORT = Effort(warmup=1, block=1, blocks=2)
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """What a whole run costs.
+    """Cost of a whole run.
 
     Args:
         steps: Optimizer steps of the run.

@@ -147,7 +147,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         self.add_callback(StepGraphCallback(lambda: self.step_graph))
 
     def create_objective(self) -> Callable[..., LossOutput]:
-        """What a step minimises, called as in `hf_dualmoe.losses`; a subclass may change it."""
+        """The loss that a step minimises, called as in `hf_dualmoe.losses`; a subclass may change it."""
         return create_objective(self.args)
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
         return loss
 
     def _largest_batch(self, inputs: dict[str, Tensor]) -> int | None:
-        """How many of these images fit into one step; None where other processes would have to try, too."""
+        """Find how many of these images fit into one step; None where other processes would have to try, too."""
         if self.args.world_size > 1:
             return None
         raw, parameters = self._raw_model(), [p for p in self.model.parameters() if p.requires_grad]
@@ -323,7 +323,7 @@ class RobustTrainer(PublishingMixin, ResumableTrainer):
 
     @torch.no_grad()
     def log_sums(self, output: LossOutput, labels: Tensor) -> dict[str, Tensor]:
-        """What each step adds to the log: (sum, count) by name, tensors on the device: no step waits for them."""
+        """Contribution of a step to the log: (sum, count) by name, on the device, so that no step waits for them."""
         values = {f"loss_{name}": term for name, term in output.terms.items()}
         if output.attacked_logits is not None:
             # in train mode, so not quite RA
