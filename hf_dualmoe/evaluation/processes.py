@@ -145,7 +145,7 @@ class Measurer:
     ) -> Found | None:
         started = time.perf_counter()
         parts = self.processes.gather(self._part(name, work, counted, dataset, at_once))
-        errors = [part for part in parts if isinstance(part, str)]  # one is enough: the others' images are not all
+        errors = [part for part in parts if isinstance(part, str)]  # without one process, some images are missing
         if errors:
             logger.warning("%s failed and is left out: %s", name, errors[0])
             self.failures[name] = errors[0]
