@@ -21,7 +21,6 @@ from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.data.datasets import load_splits, to_unit_range
 
 PACKAGE = Path(hf_dualmoe.__file__).parent / "models"
-AUTO_CLASSES = {"AutoModel": AutoModel, "AutoModelForImageClassification": AutoModelForImageClassification}
 CODE = {path.name for path in PACKAGE.glob("*_dualmoe.py")}
 CODE_OF = {"dual": CODE, "moe": CODE - {"merging_dualmoe.py", "mixing_dualmoe.py", "modeling_dualmoe.py"}}
 NO_CODE = {"config.json", "model.safetensors", "preprocessor_config.json"}
@@ -58,18 +57,16 @@ def describe(model, kind):
         "config": type(model.config).__name__,
         "training": any(module.training for module in model.modules()),
         "error": error(model(images).logits, inputs[kind]),
-        "device": str(model.device),
         "dtype": str(model.dtype),
         "finite": bool(model(images).logits.isfinite().all()),
     }
 
 def check(kind):
     model = AutoModelForImageClassification.from_pretrained(kind, **remote)
+    half = AutoModel.from_pretrained(kind, dtype=torch.bfloat16, device_map="cpu", **remote)
     result = {
-        "AutoModel": describe(AutoModel.from_pretrained(kind, **remote), kind),
-        "AutoModelForImageClassification": describe(model, kind),
-        "bfloat16": describe(AutoModel.from_pretrained(kind, dtype=torch.bfloat16, **remote), kind),
-        "device_map": describe(AutoModel.from_pretrained(kind, device_map="cpu", **remote), kind),
+        "loaded": describe(model, kind),
+        "bfloat16": describe(half, kind),
         "AutoConfig": type(AutoConfig.from_pretrained(kind, **remote)).__name__,
     }
     model.save_pretrained("again-" + kind)
@@ -184,25 +181,16 @@ KINDS = pytest.mark.parametrize("kind", CLASSES)
 
 
 @KINDS
-@pytest.mark.parametrize("how", ["AutoModel", "AutoModelForImageClassification", "device_map", "again"])
-def test_fresh_process_gives_the_same_logits_in_eval_mode(child, kind, how):
-    result = child[kind][how]
-    assert (result["class"], result["config"]) == CLASSES[kind]
-    assert result["module"].startswith("transformers_modules.")
-    assert result["error"] == 0
-    assert result["training"] is False and result["dtype"] == "torch.float32" and result["device"] == "cpu"
-
-
-@KINDS
-def test_fresh_process_saves_all_that_it_loaded(child, saved, kind):
+def test_fresh_process_loads_saves_and_loads_again(child, saved, kind):
+    for how in ("loaded", "again"):
+        result = child[kind][how]
+        assert (result["class"], result["config"]) == CLASSES[kind]
+        assert result["module"].startswith("transformers_modules.")
+        assert result["error"] == 0 and result["training"] is False and result["dtype"] == "torch.float32"
     assert {path.name for path in (saved / f"again-{kind}").iterdir()} == NO_CODE | CODE_OF[kind]
-
-
-@KINDS
-def test_fresh_process_loads_bfloat16(child, kind):
-    result = child[kind]["bfloat16"]
-    assert result["dtype"] == "torch.bfloat16" and result["finite"]
-    assert 0 < result["error"] < 1 and result["training"] is False
+    half = child[kind]["bfloat16"]
+    assert half["dtype"] == "torch.bfloat16" and half["finite"]
+    assert 0 < half["error"] < 1 and half["training"] is False
 
 
 def test_fresh_process_does_not_see_the_package(child):
@@ -210,12 +198,9 @@ def test_fresh_process_does_not_see_the_package(child):
     assert (child["dual"]["AutoConfig"], child["moe"]["AutoConfig"]) == ("DualMoEConfig", "MoEConfig")
 
 
-@pytest.mark.parametrize("how", ["standard-call", "standard-set", "robust-call", "robust-set"])
-def test_fresh_process_turns_the_dial(child, how):
-    assert child["ends"][how]["error"] <= 1e-6 and child["ends"][how]["argmax"]
-
-
-def test_fresh_process_saves_the_dial(child):
+def test_fresh_process_turns_the_dial_and_saves_it(child):
+    for how in ("standard-call", "standard-set", "robust-call", "robust-set"):
+        assert child["ends"][how]["error"] <= 1e-6 and child["ends"][how]["argmax"]
     assert child["ends"]["saved"]["alpha"] == 1 and child["ends"]["saved"]["error"] <= 1e-6
 
 
@@ -235,28 +220,26 @@ def test_fresh_process_reads_any_picture_as_pixels_in_0_1(child, kind):
 
 
 @KINDS
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_fresh_process_runs_the_pipeline(child, kind, batch_size):
-    result = child[kind][f"pipeline-{batch_size}"]
-    assert isinstance(result, list), result
-    for entries in result:
-        assert {entry["label"] for entry in entries} == set(NAMES.values())
-    scores = {entry["label"]: entry["score"] for entry in result[0]}
-    assert [scores[NAMES[i]] for i in range(7)] == pytest.approx(child[kind]["square"]["probs"], abs=1e-5)
+def test_fresh_process_runs_the_pipeline(child, kind):
+    for batch_size in (1, 2):
+        result = child[kind][f"pipeline-{batch_size}"]
+        assert isinstance(result, list), result
+        for entries in result:
+            assert {entry["label"] for entry in entries} == set(NAMES.values())
+        scores = {entry["label"]: entry["score"] for entry in result[0]}
+        assert [scores[NAMES[i]] for i in range(7)] == pytest.approx(child[kind]["square"]["probs"], abs=1e-5)
 
 
 # --- in this process -------------------------------------------------------------------------------------------------
 
 
 @KINDS
-@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
-@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize(("auto_class", "trust"), [(AutoModel, False), (AutoModelForImageClassification, True)])
 def test_installed_package_uses_its_own_classes(saved, kind, auto_class, trust):
-    model = AUTO_CLASSES[auto_class].from_pretrained(saved / kind, trust_remote_code=trust)
+    model = auto_class.from_pretrained(saved / kind, trust_remote_code=trust)
     assert type(model) is {"dual": DualMoEForImageClassification, "moe": MoEForImageClassification}[kind]
-    assert AutoConfig.from_pretrained(saved / kind, trust_remote_code=trust).__class__.__module__.startswith(
-        "hf_dualmoe"
-    )
+    config = AutoConfig.from_pretrained(saved / kind, trust_remote_code=trust)
+    assert type(config).__module__.startswith("hf_dualmoe")
     assert not any(module.training for module in model.modules())
 
 
