@@ -137,15 +137,6 @@ def test_missing_shard_is_refused(model, tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
-def test_state_dict_alone_carries_the_model(model, images, tmp_path):
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    torch.manual_seed(11)
-    fresh = type(model)(copy.deepcopy(model.config)).eval()
-    assert not torch.equal(logits_of(fresh, images), logits_of(model, images))
-    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    torch.testing.assert_close(logits_of(fresh, images), logits_of(model, images))
-
-
 def test_every_tensor_is_a_parameter_or_a_buffer_of_its_own(model):
     for name, module in model.named_modules():
         plain = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
