@@ -6,34 +6,15 @@ from transformers import AutoConfig, ViTConfig
 
 from hf_dualmoe import DualMoEConfig, MoEConfig, MoEForImageClassification
 
-ALL_MOE_FIELDS = {
-    "backbone": "vit_tiny_patch16_224",
-    "backbone_kwargs": {"patch_size": 6, "embed_dim": 48},
-    "stem": "default",
-    "width": [8, 16, 24, 32],
-    "image_size": 30,
-    "backbone_image_size": 36,
-    "num_channels": 2,
-    "image_mean": [0.1, 0.2],
-    "image_std": [0.3, 0.4],
-    "num_experts": 5,
-    "router_top_k": 3,
-    "router": "features",
-    "router_pool_size": 7,
-    "shared_stages": 2,
-    "router_aux_loss_coef": 0.5,
-    "output_router_logits": True,
-}
-ALL_DUAL_FIELDS = {
-    "alpha": 0.625,
-    "mixing": "logits",
-    "standard_logit_map": {"scale": 2.0, "clamp": 0.5, "power": 3.0},
-    "robust_logit_map": {"scale": 0.5},
-    "standard_image_mean": [0.1, 0.2, 0.3],
-    "standard_image_std": [0.4, 0.5, 0.6],
-    "robust_image_mean": [0.7, 0.8, 0.9],
-    "robust_image_std": [0.15, 0.25, 0.35],
-}
+ALL_MOE_FIELDS = {"backbone": "vit_tiny_patch16_224", "backbone_kwargs": {"patch_size": 6, "embed_dim": 48}}
+ALL_MOE_FIELDS |= {"stem": "default", "width": [8, 16, 24, 32], "image_size": 30, "backbone_image_size": 36}
+ALL_MOE_FIELDS |= {"num_channels": 2, "image_mean": [0.1, 0.2], "image_std": [0.3, 0.4], "num_experts": 5}
+ALL_MOE_FIELDS |= {"router_top_k": 3, "router": "features", "router_pool_size": 7, "shared_stages": 2}
+ALL_MOE_FIELDS |= {"router_aux_loss_coef": 0.5, "output_router_logits": True}
+ALL_DUAL_FIELDS = {"alpha": 0.625, "mixing": "logits", "robust_logit_map": {"scale": 0.5}}
+ALL_DUAL_FIELDS |= {"standard_logit_map": {"scale": 2.0, "clamp": 0.5, "power": 3.0}}
+ALL_DUAL_FIELDS |= {"standard_image_mean": [0.1, 0.2, 0.3], "standard_image_std": [0.4, 0.5, 0.6]}
+ALL_DUAL_FIELDS |= {"robust_image_mean": [0.7, 0.8, 0.9], "robust_image_std": [0.15, 0.25, 0.35]}
 
 
 def case_id(value) -> str:
