@@ -162,6 +162,9 @@ def saved(make_moe, _native_vit, _images, tmp_path_factory):
     return tmp_path
 
 
+# --- in a fresh process: slow, since `tests/hub/test_hub.py` loads models of the Hub in one --------------------------
+
+
 @pytest.fixture(scope="module")
 def child(saved):
     """What a fresh process without the package found in the saved folders."""
@@ -181,6 +184,7 @@ KINDS = pytest.mark.parametrize("kind", CLASSES)
 
 
 @KINDS
+@pytest.mark.slow
 def test_fresh_process_loads_saves_and_loads_again(child, saved, kind):
     for how in ("loaded", "again"):
         result = child[kind][how]
@@ -193,17 +197,20 @@ def test_fresh_process_loads_saves_and_loads_again(child, saved, kind):
     assert 0 < half["error"] < 1 and half["training"] is False
 
 
+@pytest.mark.slow
 def test_fresh_process_does_not_see_the_package(child):
     assert child["imported"] == []
     assert (child["dual"]["AutoConfig"], child["moe"]["AutoConfig"]) == ("DualMoEConfig", "MoEConfig")
 
 
+@pytest.mark.slow
 def test_fresh_process_turns_the_dial_and_saves_it(child):
     for how in ("standard-call", "standard-set", "robust-call", "robust-set"):
         assert child["ends"][how]["error"] <= 1e-6 and child["ends"][how]["argmax"]
     assert child["ends"]["saved"]["alpha"] == 1 and child["ends"]["saved"]["error"] <= 1e-6
 
 
+@pytest.mark.slow
 def test_fresh_process_has_a_dial_in_the_weights(child):
     found = child["weights"]
     assert max(found[name] for name in ("call", "again", "turned")) <= 1e-5
@@ -212,6 +219,7 @@ def test_fresh_process_has_a_dial_in_the_weights(child):
 
 
 @KINDS
+@pytest.mark.slow
 def test_fresh_process_reads_any_picture_as_pixels_in_0_1(child, kind):
     assert child[kind]["square"]["error"] <= 1e-6
     for name in ("square", "wide", "grey"):
@@ -220,6 +228,7 @@ def test_fresh_process_reads_any_picture_as_pixels_in_0_1(child, kind):
 
 
 @KINDS
+@pytest.mark.slow
 def test_fresh_process_runs_the_pipeline(child, kind):
     for batch_size in (1, 2):
         result = child[kind][f"pipeline-{batch_size}"]
