@@ -65,26 +65,18 @@ def read_project(path: Path = ROOT / "pyproject.toml") -> dict[str, Any]:
 def requirements(project: dict[str, Any], extra: str = EXTRA) -> list[Requirement]:
     """The dependencies with those of an extra, and of the project's own extras that it names."""
     found = [Requirement(text) for text in project["dependencies"]]
-    todo, seen = [extra], set()
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
+    todo = [extra]
+    for name in todo:  # which grows
         for requirement in map(Requirement, project["optional-dependencies"][name]):
             if requirement.name == project["name"]:
-                todo += sorted(requirement.extras)
+                todo += sorted(requirement.extras - {*todo})
             else:
                 found.append(requirement)
     return found
 
 
 def floors(project: dict[str, Any], extra: str = EXTRA) -> dict[str, str]:
-    """The oldest supported version of each dependency that states one.
-
-    Raises:
-        ValueError: A dependency has two floors.
-    """
+    """The oldest supported version of each dependency that states one; a ValueError where one has two floors."""
     found: dict[str, str] = {}
     for requirement in requirements(project, extra):
         for part in requirement.specifier:
@@ -151,17 +143,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def build(folder: Path, interpreter: str, pins: str, project: dict[str, Any]) -> str | None:
-    """Make the environment `folder`, unless it is complete already.
-
-    Args:
-        folder: Where it is to be.
-        interpreter: Path of its Python.
-        pins: Text of pip's constraints file.
-        project: The [project] table.
-
-    Returns:
-        None, or the end of what pip said where it failed.
-    """
+    """Make the environment, unless it is complete already; returns the end of what pip said where it failed."""
     contents = json.dumps([interpreter, pins, project["dependencies"], project["optional-dependencies"]])
     digest = hashlib.sha256(contents.encode()).hexdigest()
     built = folder / "built.txt"
@@ -186,12 +168,7 @@ def build(folder: Path, interpreter: str, pins: str, project: dict[str, Any]) ->
 
 
 def count_outcomes(junit: Path) -> dict[str, Any]:
-    """Count what pytest wrote with --junitxml.
-
-    Returns:
-        Numbers of tests that "passed", "failed", "errors" (fixtures), "skipped" (with expected failures), and the
-        names of those that failed or had errors, "not_passed".
-    """
+    """Numbers of tests of a --junitxml by outcome, and the names of those that failed or had errors, `not_passed`."""
     counts: dict[str, Any] = {"passed": 0, "failed": 0, "errors": 0, "skipped": 0, "not_passed": []}
     for case in ET.parse(junit).getroot().iter("testcase"):
         kinds = {child.tag for child in case}

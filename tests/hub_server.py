@@ -83,9 +83,8 @@ def metadata_errors(content: str) -> list[str]:
     except yaml.YAMLError as error:
         return [f"invalid YAML: {error}"]
     types = {"license": str, "pipeline_tag": str, "tags": list, "datasets": list}
-    errors = [
-        f"{name} is no {kind.__name__}" for name, kind in types.items() if not isinstance(data.get(name, kind()), kind)
-    ]
+    wrong = [name for name, kind in types.items() if not isinstance(data.get(name, kind()), kind)]
+    errors = [f"{name} is no {types[name].__name__}" for name in wrong]
     for model in data.get("model-index", []):
         for result in model["results"]:
             known = (result.get("task", {}).get("type"), *(result.get("dataset", {}).get(n) for n in ("type", "name")))

@@ -32,7 +32,6 @@ def test_floors_are_those_of_the_dependencies_and_the_test_extra():
 def test_floors_of_this_project():
     project = environments.read_project()
     floors = environments.floors(project)
-    assert {"torch", "transformers", "huggingface_hub", "timm", "accelerate", "datasets", "pytest"} <= set(floors)
     for name in ("torch", "transformers", "huggingface_hub", "timm"):  # each is the text of the file
         assert any(text.startswith(f"{name}>={floors[name]}") for text in project["dependencies"])
     assert environments.oldest_python(project) == project["requires-python"].removeprefix(">=")
@@ -57,7 +56,7 @@ def test_interpreters_are_asked_for_their_version(tmp_path):
     version = ".".join(map(str, sys.version_info[:2]))
     assert environments.find_interpreter(sys.executable) == sys.executable
     assert environments.find_interpreter(version) is not None
-    assert environments.find_interpreter("3.1") is None and environments.find_interpreter("2.99") is None
+    assert environments.find_interpreter("3.1") is None
     impostor = tmp_path / "python"
     impostor.write_text("#!/bin/sh\nexit 127\n")
     impostor.chmod(0o755)
@@ -118,18 +117,14 @@ def built(tmp_path):
     return lambda pins: environments.build(tmp_path / "env", str(interpreter), pins, project), notes
 
 
-def test_environment_is_built_once_for_the_same_versions(built):
+def test_environment_is_built_once_for_the_same_versions_and_again_after_a_failure(built, monkeypatch):
     build, notes = built
+    monkeypatch.setenv("STATUS", "3")
+    assert "-m pip install ended with status 3" in build("torch==2.11\n")
+    monkeypatch.setenv("STATUS", "0")
+    notes.unlink()
     assert build("torch==2.11\n") is None and build("torch==2.11\n") is None
     calls = notes.read_text().splitlines()
     assert len(calls) == 2 and calls[0].startswith("-m venv") and calls[1].startswith("-m pip install --upgrade")
     assert build("torch==2.12\n") is None
     assert len(notes.read_text().splitlines()) == 4
-
-
-def test_failed_build_is_reported_and_tried_again(built, monkeypatch):
-    build, notes = built
-    monkeypatch.setenv("STATUS", "3")
-    assert "-m pip install ended with status 3" in build("")
-    monkeypatch.setenv("STATUS", "0")
-    assert build("") is None

@@ -1,21 +1,19 @@
 """`training/certify.py` and `certify_dataset` on tiny saved models: outputs, restart, refusals, two processes."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+import scripts
 import torch
 
 from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.certification.certifier import Certifier
 from hf_dualmoe.certification.report import CertificationReport, certify_dataset
 from hf_dualmoe.data.datasets import load_splits, to_unit_range
+from training import certify as script
 
-TRAINING = Path(__file__).parents[2] / "training"
+certify = partial(scripts.call, script)
 NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
 SIZES = {"num_labels": 10, "image_size": 8, "num_channels": 1, **NAMES}
 QUICK = "--max_test_samples 41 --disable_tqdm --radii 0.001 0.02 --batch_size 16".split()
@@ -46,28 +44,7 @@ def saved(tmp_path_factory, models):
     return folder
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("certify_script", TRAINING / "certify.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def certify(script, monkeypatch):
-    """Runs the script; its exit status."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["certify.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            script.main()
-        return stop.value.code
-
-    return call
-
-
-def test_dual_model_end_to_end(certify, saved, models, tmp_path, capsys):
+def test_dual_model_end_to_end(saved, models, tmp_path, capsys):
     command = [*QUICK, "--model", saved / "dual", "--output_dir", tmp_path, "--alphas", 0.6, 0.9, 0.4]
     command += ["--sigmas", 0.05, "--n", 60, "--n0", 10]
     assert certify(*command) == 0
@@ -100,7 +77,7 @@ def test_dual_model_end_to_end(certify, saved, models, tmp_path, capsys):
             assert sum(entry["status"].values()) == 41
 
 
-def test_restart_measures_nothing_twice_and_other_settings_are_refused(certify, saved, tmp_path, capsys, monkeypatch):
+def test_restart_measures_nothing_twice_and_other_settings_are_refused(saved, tmp_path, capsys, monkeypatch):
     command = [*QUICK, "--model", saved / "moe", "--output_dir", tmp_path]
     assert certify(*command) == 0
     first = CertificationReport.load(tmp_path / "certificates.json")
@@ -114,7 +91,7 @@ def test_restart_measures_nothing_twice_and_other_settings_are_refused(certify, 
     monkeypatch.undo()
 
 
-def test_model_without_a_theorem_says_so_and_has_no_numbers(certify, saved, tmp_path, capsys):
+def test_model_without_a_theorem_says_so_and_has_no_numbers(saved, tmp_path, capsys):
     assert certify(*QUICK, "--model", saved / "vit", "--output_dir", tmp_path) == 0
     assert "NOT APPLICABLE: model: VisionTransformer contains self-attention" in capsys.readouterr().out
     entry = json.loads((tmp_path / "certificates.json").read_text())["entries"][0]
@@ -137,7 +114,7 @@ def test_model_without_a_theorem_says_so_and_has_no_numbers(certify, saved, tmp_
     ],
     ids=str,
 )
-def test_bad_input_is_refused_without_traceback(certify, saved, arguments, message, tmp_path, capsys):
+def test_bad_input_is_refused_without_traceback(saved, arguments, message, tmp_path, capsys):
     assert certify(*QUICK, "--model", saved / "moe", "--output_dir", tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and "usage:" not in error
@@ -150,16 +127,12 @@ def test_train_mode_is_refused(models):
         certify_dataset(model, load_splits("digits").test, progress=False)
 
 
-def test_two_processes_find_what_one_does(certify, saved, tmp_path):
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(saved, tmp_path):
     """41 images: 21 and 20."""
     options = [*QUICK, "--model", saved / "dual", "--sigmas", 0.05, "--n", 50, "--n0", 10, "--alphas", 0.7]
-    config = TRAINING / "accelerate_configs" / "two_cpu_processes.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, TRAINING / "certify.py"]
-    command = [str(part) for part in (*launcher, *options, "--output_dir", tmp_path / "two")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("Saved to") == 1
+    result = scripts.launch(script.__file__, *options, "--output_dir", tmp_path / "two")
+    assert scripts.output_of(result).count("Saved to") == 1
     assert certify(*options, "--output_dir", tmp_path / "one") == 0
     one, two = (CertificationReport.load(tmp_path / name / "certificates.json") for name in ("one", "two"))
     assert (one.environment["processes"], two.environment["processes"]) == (1, 2)

@@ -86,6 +86,7 @@ def test_errors_of_a_command_name_it(call):
     assert status == 2 and "hf-dualmoe evaluate: error: argument --eps" in err
 
 
+@pytest.mark.slow  # the test below does this in process
 def test_module_runs_from_anywhere(tmp_path):
     result = subprocess.run([sys.executable, "-m", "hf_dualmoe"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and "usage: hf-dualmoe COMMAND" in result.stdout, result.stderr

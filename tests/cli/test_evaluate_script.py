@@ -1,17 +1,13 @@
 """`training/evaluate.py` end to end on tiny saved models: outputs, restart, the dial, refusals, two processes."""
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scripts
 import torch
 from PIL import Image
 from transformers import (
@@ -26,11 +22,13 @@ from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, 
 from hf_dualmoe.data.datasets import load_splits
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
 from hf_dualmoe.hub.model_card import refresh_model_card
+from training import evaluate as script
 
-TRAINING = Path(__file__).parents[2] / "training"
+evaluate = partial(scripts.call, script)
 DIGITS = {"num_labels": 10, "image_size": 8, "num_channels": 1, "num_experts": 2, "width": [8, 8, 8, 16]}
+DIGITS |= {"backbone": "resnet10t"}
 NAMES = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
-QUICK = "--max_test_samples 21 --eps 0.05 --steps 2 --disable_tqdm --level quick --alphas 0 0.5 1".split()
+QUICK = ("--max_test_samples 21 --eps 0.05 --steps 2 --disable_tqdm --level components,dial --alphas 0 0.5 1").split()
 ROUNDING = 1e-4  # in points: shares of 21 images are 4.8 points apart
 
 
@@ -45,34 +43,13 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate_script", TRAINING / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def evaluate(script, monkeypatch):
-    """Runs the script; its exit status."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            script.main()
-        return stop.value.code
-
-    return call
-
-
-def test_dual_model_end_to_end_and_its_dial_is_written(evaluate, saved, tmp_path, capsys, caplog):
+def test_dual_model_end_to_end_and_its_dial_is_written(saved, tmp_path, capsys, caplog):
     config = saved / "dual" / "config.json"
     before = json.loads(config.read_text())
     command = [*QUICK, "--model", saved / "dual", "--output_dir", tmp_path]
-    assert evaluate(*command) == 0
+    assert evaluate(*command, "--level", "quick", "--sanity_images", 4) == 0
     report = RobustnessReport.load(tmp_path / "results.json")
-    assert {p.name for p in tmp_path.iterdir()} == {
+    assert report.sanity and {p.name for p in tmp_path.iterdir()} == {
         *("results.json", "outcomes.parquet", "measurements", "tradeoff.png", "expert_load.png", "examples.png")
     }
     out = capsys.readouterr().out
@@ -94,7 +71,7 @@ def test_dual_model_end_to_end_and_its_dial_is_written(evaluate, saved, tmp_path
     assert evaluate(*command) == 0  # the turned dial leaves the other measurements finished
 
 
-def test_single_mixture_with_other_parts(evaluate, saved, tmp_path, capsys):
+def test_single_mixture_with_other_parts(saved, tmp_path, capsys):
     command = [*QUICK, "--model", saved / "moe", "--output_dir", tmp_path, "--level", "component_attacks,eps_curve"]
     assert evaluate(*command) == 0
     report = RobustnessReport.load(tmp_path / "results.json")
@@ -135,7 +112,7 @@ def foreign(tmp_path):
     return tmp_path / "vit", tmp_path / "photos"
 
 
-def test_foreign_model_is_measured_as_it_is_served_and_its_folder_left_alone(evaluate, foreign, tmp_path, capsys):
+def test_foreign_model_is_measured_as_it_is_served_and_its_folder_left_alone(foreign, tmp_path, capsys):
     """Its normalisation was left out: pipeline 100 %, evaluate 50 %, and a card was put into its folder."""
     folder, photos = foreign
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -157,7 +134,7 @@ def test_foreign_model_is_measured_as_it_is_served_and_its_folder_left_alone(eva
     assert RobustnessReport.load(tmp_path / "other" / "results.json").metrics["sa"] < 90
 
 
-def test_a_hardened_model_gets_its_card_and_keeps_what_it_is_compared_with(evaluate, foreign, tmp_path):
+def test_a_hardened_model_gets_its_card_and_keeps_what_it_is_compared_with(foreign, tmp_path):
     folder, photos = foreign
     command = [*QUICK[2:], "--model", folder, "--dataset_name", photos, "--level", "components"]
     assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
@@ -171,21 +148,7 @@ def test_a_hardened_model_gets_its_card_and_keeps_what_it_is_compared_with(evalu
     assert evaluate(*other) == 0 and "before hardening" not in (tmp_path / "other" / "README.md").read_text()
 
 
-def test_classes_are_matched_however_they_are_spelled(evaluate, foreign, tmp_path, caplog):
-    folder, photos = foreign
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"id2label": {"0": "Wire-haired Fox_Terrier", "1": "n02099601"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    for part in photos.iterdir():
-        (part / "a").rename(part / "wire haired fox terrier")
-        (part / "b").rename(part / "golden retriever")
-    command = [*QUICK[2:], "--model", folder, "--dataset_name", photos, "--level", "components"]
-    assert evaluate(*command, "--output_dir", tmp_path / "out") == 0
-    assert RobustnessReport.load(tmp_path / "out" / "results.json").metrics["sa"] == 100
-    assert "golden retriever = 'n02099601'; wire haired fox terrier = 'Wire-haired Fox_Terrier'" in caplog.text
-
-
-def test_controls_stand_on_the_card_if_they_were_measured_alike(evaluate, saved, tmp_path, capsys):
+def test_controls_stand_on_the_card_if_they_were_measured_alike(saved, tmp_path, capsys):
     other, folder = tmp_path / "other", tmp_path / "dual"
     assert evaluate(*QUICK, "--model", saved / "moe", "--output_dir", other) == 0
     command = [*QUICK, "--model", saved / "dual", "--output_dir", folder]
@@ -207,7 +170,7 @@ def test_controls_stand_on_the_card_if_they_were_measured_alike(evaluate, saved,
         assert reason in capsys.readouterr().err
 
 
-def test_what_the_evaluation_refuses_is_refused_before_the_calibration(evaluate, script, saved, monkeypatch, capsys):
+def test_what_the_evaluation_refuses_is_refused_before_the_calibration(saved, monkeypatch, capsys):
     monkeypatch.setattr(script, "calibrate", lambda *_: pytest.fail("minutes of calibration would be lost"))
     command = [*QUICK, "--model", saved / "dual"]
     for wrong, reason in (
@@ -220,7 +183,7 @@ def test_what_the_evaluation_refuses_is_refused_before_the_calibration(evaluate,
         assert reason in capsys.readouterr().err
 
 
-def test_models_are_evaluated_in_float32_whatever_they_were_saved_in(evaluate, saved, script, tmp_path, monkeypatch):
+def test_models_are_evaluated_in_float32_whatever_they_were_saved_in(saved, tmp_path, monkeypatch):
     half = AutoModelForImageClassification.from_pretrained(saved / "moe").bfloat16()
     half.save_pretrained(tmp_path / "half")
     seen = []
@@ -230,7 +193,7 @@ def test_models_are_evaluated_in_float32_whatever_they_were_saved_in(evaluate, s
     assert seen == [torch.float32]
 
 
-def test_two_models_called_model_are_reported_in_folders_of_their_own(evaluate, saved, tmp_path, monkeypatch):
+def test_two_models_called_model_are_reported_in_folders_of_their_own(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("moe", "dual"):
         shutil.copytree(saved / name, tmp_path / name / "model")
@@ -240,7 +203,7 @@ def test_two_models_called_model_are_reported_in_folders_of_their_own(evaluate, 
     assert {name.split("-")[1]: report.model["kind"] for name, report in found.items()} == kinds
 
 
-def test_calibration_is_measured_and_written(evaluate, script, saved, tmp_path, monkeypatch, capsys):
+def test_calibration_is_measured_and_written(saved, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(saved / "dual", tmp_path / "model")
     before = json.loads((folder / "config.json").read_text())
     monkeypatch.setattr(script, "calibrate_robust_logits", partial(script.calibrate_robust_logits, ra_share=1e-6))
@@ -260,7 +223,7 @@ def test_calibration_is_measured_and_written(evaluate, script, saved, tmp_path, 
     assert (model.config.alpha, model.config.robust_logit_map) == (found["alpha"], found["robust_logit_map"])
 
 
-def test_measured_model_is_the_calibrated_one(evaluate, script, saved, tmp_path, monkeypatch):
+def test_measured_model_is_the_calibrated_one(saved, tmp_path, monkeypatch):
     """Numbers are those of a model saved with the map and alpha."""
     found = {"robust_logit_map": {"scale": 3.0, "power": 2.0, "clamp": 0.0}, "alpha": 0.55, "accepted": True}
     found |= {"gain_sa": 1.0, "gain_ra": -1.0, "num_images": 270}
@@ -295,14 +258,14 @@ def test_measured_model_is_the_calibrated_one(evaluate, script, saved, tmp_path,
     ],
     ids=str,
 )
-def test_bad_input_is_refused_without_traceback(evaluate, saved, arguments, message, tmp_path, capsys):
+def test_bad_input_is_refused_without_traceback(saved, arguments, message, tmp_path, capsys):
     assert evaluate(*QUICK, "--model", saved / "moe", "--output_dir", tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and "usage:" not in error
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_digits_are_refused_for_a_model_of_other_images(evaluate, saved, tmp_path, capsys):
+def test_digits_are_refused_for_a_model_of_other_images(saved, tmp_path, capsys):
     """A CNN for 3 x 32 x 32 was measured on 1 x 8 x 8: the default of --dataset_name."""
     config = MoEConfig(**DIGITS | {"image_size": 16}, **NAMES)
     MoEForImageClassification(config).save_pretrained(tmp_path / "m")
@@ -311,7 +274,7 @@ def test_digits_are_refused_for_a_model_of_other_images(evaluate, saved, tmp_pat
     assert "image_size=16 does not fit the embedded digits, which are 1 x 8 x 8" in error and "dataset_name" in error
 
 
-def test_a_lone_test_set_is_measured_as_a_whole(evaluate, saved, named_digits, tmp_path, capsys):
+def test_a_lone_test_set_is_measured_as_a_whole(saved, named_digits, tmp_path, capsys):
     folder = named_digits("7", "3")
     for other in ("train", "val"):
         shutil.rmtree(folder / other)
@@ -324,7 +287,7 @@ def test_a_lone_test_set_is_measured_as_a_whole(evaluate, saved, named_digits, t
     assert "calibrate needs held-out images" in capsys.readouterr().err
 
 
-def test_a_test_set_of_one_class_needs_its_name_in_the_model(evaluate, saved, named_digits, tmp_path, capsys):
+def test_a_test_set_of_one_class_needs_its_name_in_the_model(saved, named_digits, tmp_path, capsys):
     folder = named_digits("7")
     for other in ("train", "val"):
         shutil.rmtree(folder / other)
@@ -356,7 +319,7 @@ def named_digits(tmp_path):
     return write
 
 
-def test_some_of_the_classes_are_matched_by_name(evaluate, script, saved, named_digits, tmp_path, monkeypatch, caplog):
+def test_some_of_the_classes_are_matched_by_name(saved, named_digits, tmp_path, monkeypatch, caplog):
     seen = []
     monkeypatch.setattr(script, "evaluate", lambda args, model, data, _: seen.append(data) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -367,7 +330,7 @@ def test_some_of_the_classes_are_matched_by_name(evaluate, script, saved, named_
     assert "has 2 of 10 classes of the model, matched by name: 3; 7" in caplog.text
 
 
-def test_classes_that_the_model_does_not_have_are_refused(evaluate, saved, named_digits, capsys, monkeypatch):
+def test_classes_that_the_model_does_not_have_are_refused(saved, named_digits, capsys, monkeypatch):
     folder = named_digits("7", "3")
     for split in folder.iterdir():
         (split / "3").rename(split / "three")
@@ -377,18 +340,14 @@ def test_classes_that_the_model_does_not_have_are_refused(evaluate, saved, named
     assert "1 of the dataset's are not among them: three" in error
 
 
-def test_two_processes_find_what_one_does(evaluate, saved, tmp_path):
+@pytest.mark.slow  # `test_distributed.py` has a fast one of run.py
+def test_two_processes_find_what_one_does(saved, tmp_path):
     """21 images: 11 and 10."""
     level = "components,dial,component_attacks,eps_curve,worst_case,autoattack,sanity"
     options = [*QUICK, "--model", saved / "dual", "--level", level, "--autoattack_version", "fast"]
     options += ["--sanity_images", 4]
-    config = TRAINING / "accelerate_configs" / "two_cpu_processes.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, TRAINING / "evaluate.py"]
-    command = [str(part) for part in (*launcher, *options, "--output_dir", tmp_path / "two")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("Saved to") == 1
+    result = scripts.launch(script.__file__, *options, "--output_dir", tmp_path / "two")
+    assert scripts.output_of(result).count("Saved to") == 1
     assert evaluate(*options, "--output_dir", tmp_path / "one") == 0
     one, two = (RobustnessReport.load(tmp_path / name / "results.json") for name in ("one", "two"))
     assert (one.environment["processes"], two.environment["processes"]) == (1, 2)

@@ -1,14 +1,12 @@
 """`run.py --model_name_or_path`: any classifier is hardened, saved as what it is, and measured before and after."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import foreign_models
 import numpy as np
 import pytest
+import scripts
 import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
@@ -16,8 +14,8 @@ from transformers import AutoModelForImageClassification, pipeline
 from hf_dualmoe.cli import hardening
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
 from hf_dualmoe.models.loading import NormalizedClassifier, load_classifier
+from training import run as script
 
-TRAINING = Path(__file__).parents[2] / "training"
 CLASSES = ["ant", "bee", "cow", "dog", "elk"]
 SPELLED = ["Elk", "dog", "cow", "bee, honey bee", "ant"]  # the same, in another order
 QUICK = (
@@ -26,32 +24,18 @@ QUICK = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def run_module():
-    spec = importlib.util.spec_from_file_location("harden_script", TRAINING / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run(*arguments):
+    assert scripts.call(script, *arguments) == 0
 
 
 @pytest.fixture
-def run(run_module, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
-        run_module.main()
-
-    return call
-
-
-@pytest.fixture
-def refused(run, capsys):
-    """refused(*arguments): the one line of error."""
+def refused(capsys):
+    """refused(*arguments): what the script says where it refuses them."""
 
     def call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            run(*arguments)
+        assert scripts.call(script, *arguments) == 2
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and "Traceback" not in error
+        assert "Traceback" not in error
         return error
 
     return call
@@ -94,16 +78,16 @@ def served_accuracy(folder, photos, name_of):
     return 100 * sum(right) / len(right)
 
 
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_a_strangers_model_is_hardened_and_served_by_transformers_alone(kind, run, start, photos, tmp_path, capsys):
-    command = [*QUICK, "--model_name_or_path", start(kind), "--dataset_name", photos, "--output_dir", tmp_path / "out"]
+def test_a_strangers_model_is_hardened_and_served_by_transformers_alone(start, photos, tmp_path, capsys):
+    origin = start("resnet")
+    command = [*QUICK, "--model_name_or_path", origin, "--dataset_name", photos, "--output_dir", tmp_path / "out"]
     command += ["--ema_decay", 0.5]
-    before = {path.name: path.read_bytes() for path in start(kind).iterdir()}
+    before = {path.name: path.read_bytes() for path in origin.iterdir()}
     run(*command)
     folder, spelled = tmp_path / "out" / "model", dict(zip(CLASSES, SPELLED[::-1], strict=True))
     out = capsys.readouterr().out
-    assert f"{start(kind)} keeps its head: all 5 classes of the data are among its 5, by name." in out
-    assert {path.name: path.read_bytes() for path in start(kind).iterdir()} == before
+    assert f"{origin} keeps its head: all 5 classes of the data are among its 5, by name." in out
+    assert {path.name: path.read_bytes() for path in origin.iterdir()} == before
 
     assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
     config = json.loads((folder / "config.json").read_text())
@@ -112,15 +96,15 @@ def test_a_strangers_model_is_hardened_and_served_by_transformers_alone(kind, ru
     report = RobustnessReport.load(folder / "results.json")
     assert report.metrics["sa"] == pytest.approx(served_accuracy(folder, photos, spelled))
     earlier = report.controls[hardening.BEFORE]
-    assert earlier["sa"] == pytest.approx(served_accuracy(start(kind), photos, spelled))
+    assert earlier["sa"] == pytest.approx(served_accuracy(origin, photos, spelled))
     assert earlier.keys() >= {"sa", "ra_pgd20"} and report.metrics.keys() >= {"sa", "ra_pgd20"}
-    assert report.training["method"] == "at" and report.training["started_from"] == start(kind).name
+    assert report.training["method"] == "at" and report.training["started_from"] == origin.name
     assert report.training["saved_weights"] and report.training["license"] == "other"
     card = (folder / "README.md").read_text()
     assert f"| before hardening | {earlier['sa']:.2f} | {earlier['ra_pgd20']:.2f} |" in card
     assert "license: other" in card and "trust_remote_code" not in card and "# in [0, 1]" not in card
     changed = load_classifier(folder).network.state_dict()
-    assert any(not torch.equal(changed[n], v) for n, v in load_classifier(start(kind)).network.state_dict().items())
+    assert any(not torch.equal(changed[n], v) for n, v in load_classifier(origin).network.state_dict().items())
 
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "before" / "measurements").glob("*.saf*")}
     run(*command)  # a finished run measures nothing before it again
@@ -129,7 +113,7 @@ def test_a_strangers_model_is_hardened_and_served_by_transformers_alone(kind, ru
     assert (again.metrics["sa"], again.controls) == (report.metrics["sa"], report.controls)
 
 
-def test_other_classes_get_a_new_head(run, start, photos, tmp_path, capsys):
+def test_other_classes_get_a_new_head(start, photos, tmp_path, capsys):
     labels = ["ant", "bee", "cow", "dog", "zebra"]
     command = [*QUICK, "--model_name_or_path", start("convnext", labels), "--dataset_name", photos]
     run(*command, "--output_dir", tmp_path, "--method", "trades")
@@ -140,7 +124,7 @@ def test_other_classes_get_a_new_head(run, start, photos, tmp_path, capsys):
     assert report.controls == {} and not (tmp_path / "before").exists()  # a new head knows nothing before
 
 
-def test_a_subset_of_the_classes_keeps_the_whole_head(run, start, photos, tmp_path):
+def test_a_subset_of_the_classes_keeps_the_whole_head(start, photos, tmp_path):
     few = tmp_path / "few"
     for path in [*photos.glob("*/bee"), *photos.glob("*/elk")]:
         shutil.copytree(path, few / path.relative_to(photos))
@@ -150,7 +134,7 @@ def test_a_subset_of_the_classes_keeps_the_whole_head(run, start, photos, tmp_pa
     assert not (tmp_path / "out" / "before").exists()  # nothing is compared without a report
 
 
-def test_classes_without_names_take_those_of_the_data(run, start, photos, tmp_path):
+def test_classes_without_names_take_those_of_the_data(start, photos, tmp_path):
     generic = [f"LABEL_{i}" for i in range(5)]
     command = [*QUICK, "--model_name_or_path", start("resnet", generic), "--dataset_name", photos, "--report", "none"]
     run(*command, "--output_dir", tmp_path, "--learning_rate", 0)
@@ -160,7 +144,7 @@ def test_classes_without_names_take_those_of_the_data(run, start, photos, tmp_pa
     assert torch.equal(saved.network.classifier[1].weight, weights["classifier.1.weight"])
 
 
-def test_a_run_that_stopped_goes_on_as_if_it_had_not(run, start, photos, tmp_path):
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(start, photos, tmp_path):
     command = [*QUICK, "--model_name_or_path", start("resnet"), "--dataset_name", photos, "--report", "none"]
     command += ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "steps"]
     command += ["--eval_steps", 2, "--ema_decay", 0.5, "--output_dir", tmp_path]
@@ -173,14 +157,14 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(run, start, photos, tmp_pat
     assert (tmp_path / "checkpoint-4").is_dir() and all(torch.equal(again[n], v) for n, v in whole.items())
 
 
-def test_the_time_is_estimated_and_nothing_is_written(run, start, photos, tmp_path, capsys):
+def test_the_time_is_estimated_and_nothing_is_written(start, photos, tmp_path, capsys):
     command = [*QUICK, "--model_name_or_path", start("resnet"), "--dataset_name", photos]
     run(*command, "--output_dir", tmp_path / "out", "--estimate_time")
     assert "Time of the whole run, 2 steps" in capsys.readouterr().out
     assert not list((tmp_path / "out").iterdir())  # the Trainer makes the folder
 
 
-def test_a_mixture_of_ours_is_hardened_as_what_it_is(run, make_moe, photos, tmp_path):
+def test_a_mixture_of_ours_is_hardened_as_what_it_is(make_moe, photos, tmp_path):
     moe = make_moe(num_labels=5, image_size=32)
     moe.save_pretrained(tmp_path / "moe")
     command = [*QUICK, "--model_name_or_path", tmp_path / "moe", "--dataset_name", photos, "--report", "none"]
@@ -190,7 +174,7 @@ def test_a_mixture_of_ours_is_hardened_as_what_it_is(run, make_moe, photos, tmp_
     assert list(saved.config.id2label.values()) == CLASSES
 
 
-def test_activations_can_be_recomputed(run, start, photos, tmp_path):
+def test_activations_can_be_recomputed(start, photos, tmp_path):
     command = [*QUICK, "--model_name_or_path", start("vit"), "--dataset_name", photos, "--report", "none"]
     run(*command, "--output_dir", tmp_path, "--gradient_checkpointing", "--max_steps", 1)
     assert (tmp_path / "model" / "model.safetensors").is_file()
@@ -222,24 +206,19 @@ def test_arguments_of_a_trained_model_need_one(refused, tmp_path):
     assert "image_mean=[0.5] is for a trained model" in refused("--image_mean", 0.5, "--output_dir", tmp_path / "out")
 
 
-def test_a_model_is_not_overwritten_by_its_hardened_self(refused, run, start, photos, tmp_path):
+def test_a_model_is_not_overwritten_by_its_hardened_self(refused, start, photos, tmp_path):
     folder = tmp_path / "out" / "model"
     shutil.copytree(start("resnet"), folder)
     command = [*QUICK, "--model_name_or_path", folder, "--dataset_name", photos, "--output_dir", tmp_path / "out"]
     assert "would be overwritten; choose another --output_dir" in refused(*command, "--fresh")
 
 
-def test_settings_of_a_new_network_do_not_stop_an_old_run(parser_settings):
+def test_settings_of_a_new_network_do_not_stop_an_old_run():
     """What is recorded of a run says nothing of the other kind of model."""
-    new, trained = parser_settings([]), parser_settings(["--model_name_or_path", "user/model"])
+    settings = []
+    for arguments in ([], ["--model_name_or_path", "user/model"]):
+        parser = script.RecipeParser(script.RECIPES, description="")
+        settings.append(script.settings_of(*parser.parse(arguments)[:3]))
+    new, trained = settings
     assert "model_name_or_path" not in new["model"] and "backbone" in new["model"]
     assert set(trained["model"]) == {*hardening.OF_A_TRAINED_MODEL, "image_size"}
-
-
-@pytest.fixture
-def parser_settings(run_module):
-    def settings(arguments):
-        parser = run_module.RecipeParser(run_module.RECIPES, description="")
-        return run_module.settings_of(*parser.parse(arguments)[:3])
-
-    return settings

@@ -1,44 +1,23 @@
 """`training/join.py` end to end on two tiny classifiers of other people: dial, report, restart, refusals."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
+from functools import partial
 
 import foreign_models
 import numpy as np
 import pytest
+import scripts
 import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, ConvNextImageProcessor, pipeline
 
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
+from training import join as script
 
-TRAINING = Path(__file__).parents[2] / "training"
+join = partial(scripts.call, script)
 CLASSES = ["ant", "bee", "cow", "dog", "elk"]
 QUICK = "--eps 4/255 --steps 2 --level components,dial --alphas 0 0.5 1 --disable_tqdm".split()
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("join_script", TRAINING / "join.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def join(script, monkeypatch):
-    """Runs the script; its exit status."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["join.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            script.main()
-        return stop.value.code
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +50,7 @@ def command(parts):
     return [*QUICK, "--standard", parts / "vit", "--robust", parts / "resnet", "--dataset_name", parts / "photos"]
 
 
-def test_two_classifiers_become_one_with_its_dial_set(join, command, parts, tmp_path, capsys):
+def test_two_classifiers_become_one_with_its_dial_set(command, parts, tmp_path, capsys):
     assert join(*command, "--output_dir", tmp_path, "--validation_fraction", 0.4) == 0
     folder, out = tmp_path / "model", capsys.readouterr().out
     report = RobustnessReport.load(folder / "results.json")
@@ -96,7 +75,7 @@ def test_two_classifiers_become_one_with_its_dial_set(join, command, parts, tmp_
     assert "holds another joined model (mixing: 'probs' there, 'logits' here)" in capsys.readouterr().err
 
 
-def test_a_given_dial_is_kept_and_an_unreachable_floor_is_said(join, command, tmp_path, capsys):
+def test_a_given_dial_is_kept_and_an_unreachable_floor_is_said(command, tmp_path, capsys):
     assert join(*command, "--output_dir", tmp_path / "given", "--alpha", 0.3, "--level", "components") == 0
     assert json.loads((tmp_path / "given" / "model" / "config.json").read_text())["alpha"] == 0.3
     capsys.readouterr()
@@ -105,7 +84,7 @@ def test_a_given_dial_is_kept_and_an_unreachable_floor_is_said(join, command, tm
     assert json.loads((tmp_path / "floor" / "model" / "config.json").read_text())["alpha"] == 0.75
 
 
-def test_weights_are_mixed_where_the_parts_allow_it(join, command, parts, tmp_path, capsys):
+def test_weights_are_mixed_where_the_parts_allow_it(command, parts, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     shutil.copytree(parts / "resnet", tuned)
     same = [*command, "--standard", tuned, "--mixing", "weights", "--alpha", 0.5, "--level", "dial"]
@@ -130,14 +109,14 @@ def test_weights_are_mixed_where_the_parts_allow_it(join, command, parts, tmp_pa
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_anything_is_made(join, command, arguments, message, tmp_path, capsys):
+def test_bad_input_is_refused_before_anything_is_made(command, arguments, message, tmp_path, capsys):
     assert join(*command, "--output_dir", tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_parts_with_other_classes_and_overwritten_parts_are_refused(join, command, parts, tmp_path, capsys):
+def test_parts_with_other_classes_and_overwritten_parts_are_refused(command, parts, tmp_path, capsys):
     foreign_models.save("resnet", tmp_path / "other", labels=["ant", "bee", "cow", "dog", "yak"])
     assert join(*command, "--robust", tmp_path / "other", "--output_dir", tmp_path / "out") == 2
     assert "other classes: label 4 is 'elk' and 'yak'" in capsys.readouterr().err

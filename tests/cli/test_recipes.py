@@ -75,41 +75,49 @@ def test_the_paper_recipe_is_the_plain_form():
     assert (args.second_term, args.second_attack, args.beta, args.num_train_epochs) == ("kl", "own", 6.0, 130)
 
 
-def test_the_control_differs_in_the_model_alone_and_costs_the_same():
-    recipes = [
-        yaml.safe_load((TRAINING / "recipes" / f"{name}.yaml").read_text())
-        for name in ("cifar10_resnet18", "cifar10_resnet18_single")
-    ]
+def test_the_control_differs_in_the_model_alone():
+    names = ("cifar10_resnet18", "cifar10_resnet18_single")
+    recipes = [yaml.safe_load((TRAINING / "recipes" / f"{name}.yaml").read_text()) for name in names]
     differing = {name for name in recipes[0] | recipes[1] if recipes[0].get(name) != recipes[1].get(name)}
     objective = {"method", "second_term", "second_attack", "beta", "train_alpha", "alpha", "num_train_epochs"}
-    objective |= {"standard_eps"}
-    assert differing <= objective | {"num_experts", "width", "router_top_k", "shared_stages", "router"} | {
-        "router_aux_loss_coef"
-    }
+    model = {"num_experts", "width", "router_top_k", "shared_stages", "router", "router_aux_loss_coef"}
+    assert differing <= objective | model | {"standard_eps"}
 
+
+@pytest.mark.slow
+def test_the_control_costs_the_same():
     robust = smoke_recipes.count_flops("cifar10_resnet18", data_of("cifar10_resnet18"), method="rt_er")
     single = smoke_recipes.count_flops("cifar10_resnet18_single", data_of("cifar10_resnet18"))
     assert robust["answer"] == pytest.approx(single["answer"], rel=0.05)
-    spent = [counts["train"] * r["num_train_epochs"] for counts, r in zip((robust, single), recipes, strict=True)]
-    assert spent[0] == pytest.approx(spent[1], rel=0.02)
+    epochs = [parse_recipe(name)[2].num_train_epochs for name in ("cifar10_resnet18", "cifar10_resnet18_single")]
+    assert robust["train"] * epochs[0] == pytest.approx(single["train"] * epochs[1], rel=0.02)
 
 
-def test_the_warm_start_fits_and_shares_out_the_same_arithmetic():
-    """Its first command's network fills trunk and experts, and both commands cost what the cold recipe costs."""
+def warm_start():
+    """(recipe, epochs) of the first command of the warm start, which its file names."""
     lines = (TRAINING / "recipes" / "cifar10_resnet18_warm.yaml").read_text().splitlines()
     first = lines[0].split("run.py ")[1].split()
     options = dict(zip(first[::2], first[1::2], strict=True))
-    source, epochs = options["--recipe"], int(options["--num_train_epochs"])
-    recipes = {name: parse_recipe(name) for name in (*DUAL_CIFAR10, source)}
-    assert recipes["cifar10_resnet18_warm"][1].init_experts_from == f"{recipes[source][2].output_dir}/model"
+    return options["--recipe"], int(options["--num_train_epochs"])
+
+
+def test_the_warm_start_fits():
+    """Its first command's network fills trunk and experts."""
+    source, _ = warm_start()
+    start = parse_recipe("cifar10_resnet18_warm")[1].init_experts_from
+    assert start == f"{parse_recipe(source)[2].output_dir}/model"
     warm, single = build("cifar10_resnet18_warm"), build(source)
     for moe in (warm.standard, warm.robust):
         moe.load_backbone(single.backbone_state_dict())
 
+
+@pytest.mark.slow
+def test_the_warm_start_shares_out_the_same_arithmetic():
+    source, epochs = warm_start()
     data = data_of("cifar10_resnet18")
-    cost = {name: smoke_recipes.count_flops(name, data)["train"] for name in recipes}
-    cold = cost["cifar10_resnet18"] * recipes["cifar10_resnet18"][2].num_train_epochs
-    both = epochs * cost[source], cost["cifar10_resnet18_warm"] * recipes["cifar10_resnet18_warm"][2].num_train_epochs
+    cost = {name: smoke_recipes.count_flops(name, data)["train"] for name in (*DUAL_CIFAR10, source)}
+    cold, warm = (cost[name] * parse_recipe(name)[2].num_train_epochs for name in DUAL_CIFAR10)
+    both = epochs * cost[source], warm
     assert sum(both) == pytest.approx(cold, rel=0.03) and both[0] == pytest.approx(0.4 * cold, rel=0.05)
 
 

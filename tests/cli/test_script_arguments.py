@@ -1,13 +1,11 @@
 """What `evaluate.py` and `certify.py` share: arguments, and default folders in which no two models meet."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from hf_dualmoe.cli.script_arguments import LONGEST_NAME, output_folder
-
-TRAINING = Path(__file__).parents[2] / "training"
+from training import certify, evaluate
 
 
 @pytest.fixture
@@ -51,20 +49,11 @@ def test_a_project_that_moves_keeps_its_folders(tmp_path, monkeypatch):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("script", ["evaluate", "certify"])
+@pytest.mark.parametrize("script", [evaluate, certify])
 def test_both_scripts_read_the_shared_arguments(script):
-    spec = importlib.util.spec_from_file_location(f"{script}_arguments", TRAINING / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    args = vars(module.create_parser().parse_args(["--model", "somewhere"]))
+    args = vars(script.create_parser().parse_args(["--model", "somewhere"]))
     shared = {"model": "somewhere", "revision": "main", "trust_remote_code": False, "dataset_name": "digits"}
     shared |= {"dataset_config_name": None, "image_column": None, "label_column": None, "test_split": None}
-    shared |= {
-        "max_test_samples": None,
-        "on_bad_image": "raise",
-        "ignore_class_names": False,
-        "batch_size": 256,
-        "seed": 0,
-    }
-    shared |= {"output_dir": None, "fresh": False, "disable_tqdm": False}
+    shared |= {"max_test_samples": None, "on_bad_image": "raise", "ignore_class_names": False, "batch_size": 256}
+    shared |= {"seed": 0, "output_dir": None, "fresh": False, "disable_tqdm": False}
     assert shared.items() <= args.items()

@@ -1,44 +1,43 @@
 """`training/run.py` end to end on a shrunken model: outputs, going on after an interruption, refusals."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+import scripts
 import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
+from hf_dualmoe.hub.publish import TOKEN
+from training import run as script
 
-TRAINING = Path(__file__).parents[2] / "training"
 QUICK = (
-    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 20 --num_experts 2 --router_top_k 1 "
-    "--width 8,8,8,16 --training_attack pgd --eval_strategy epoch --save_strategy epoch --second_term ce "
-    "--attack_steps 1 --eval_attack_steps 1 --num_train_epochs 2 --per_device_train_batch_size 32 --disable_tqdm true"
+    "--max_train_samples 64 --max_validation_samples 20 --max_test_samples 10 --num_experts 2 --router_top_k 1 "
+    "--backbone resnet10t --width 8,8,8,16 --training_attack pgd --eval_strategy epoch --save_strategy epoch "
+    "--second_term ce --attack_steps 1 --eval_attack_steps 1 --num_train_epochs 2 --per_device_train_batch_size 32 "
+    "--disable_tqdm true"
 ).split()
 
 
-@pytest.fixture(scope="module")
-def run_module():
-    spec = importlib.util.spec_from_file_location("run_script", TRAINING / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run(*arguments):
+    assert scripts.call(script, *arguments) == 0
 
 
-@pytest.fixture
-def run(run_module, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
-        run_module.main()
-
-    return call
+def all_bytes(folder):
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-def test_run_trains_reports_and_saves(run, tmp_path, capsys):
-    run(*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9)
+def test_run_trains_reports_and_saves(tmp_path, capsys, monkeypatch):
+    tokens = ["hf_" + letter * 34 for letter in "AB"]  # made up
+    assert all(TOKEN.fullmatch(token) for token in tokens)
+    monkeypatch.setenv("HF_TOKEN", tokens[0])
+    monkeypatch.setattr(script, "dial_attack", partial(script.dial_attack, steps=1))
+    quick = partial(script.evaluate_robustness, steps=1, sanity_images=2)
+    monkeypatch.setattr(script, "evaluate_robustness", quick)
+    command = [*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9, "--hub_token", tokens[1], "--choose_alpha"]
+    run(*command, "--min_ra", 99.9)
     folder = tmp_path / "model"
     files = {path.name for path in folder.iterdir()}
     assert files >= {
@@ -49,51 +48,54 @@ def test_run_trains_reports_and_saves(run, tmp_path, capsys):
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
     report = RobustnessReport.load(folder / "results.json")
     assert [point["alpha"] for point in report.alpha_sweep] == [0.0, 0.5, 0.75, 0.9, 1.0]
-    assert report.threat["eps"] == 0.15 and report.dataset == {
-        "name": "digits",
-        "num_images": 20,
-        "class_names": [str(i) for i in range(10)],
-    }
+    names = [str(i) for i in range(10)]
+    assert report.dataset == {"name": "digits", "num_images": 10, "class_names": names}
+    assert report.threat["eps"] == 0.15 and report.environment["packages"]["torch"]
     assert report.training["method"] == "jtdmoe" and report.training["num_images"] == 64
     assert report.alpha_choice["chosen_on"] == "20 held-out images"
     assert report.training["saved_weights"] in ("moving average", "trained (the average was worse)")
-    assert report.environment["packages"]["torch"]
-    assert report.table() in capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
+    assert report.table() in printed
+    assert "The dial stays at alpha = 0.9: min_ra=99.9 cannot be reached" in printed
+    assert any(tmp_path.rglob("training_args.bin")) and any(tmp_path.rglob("trainer_state.json"))
+    assert not any(token in printed or token.encode() in all_bytes(tmp_path) for token in tokens)
 
     model = AutoModelForImageClassification.from_pretrained(folder)
-    assert model.config.alpha == 0.9 and not model.training
+    assert model.config.alpha == report.model["alpha"] == 0.9 and not model.training
     with torch.no_grad():
         assert model(torch.rand(3, 1, 8, 8)).logits.shape == (3, 10)
 
     # the same command again goes on from the last checkpoint: nothing is left to train, the model stays the same
-    run(*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9, "--step_graph", "off")  # how steps are launched is free
+    run(*command, "--step_graph", "off")  # how steps are launched is free, and so is how alpha is chosen
     again = AutoModelForImageClassification.from_pretrained(folder)
+    report_again = RobustnessReport.load(folder / "results.json")
     assert all(torch.equal(v, again.state_dict()[name]) for name, v in model.state_dict().items())
-
-    again = RobustnessReport.load(folder / "results.json").training
-    assert again["train_runtime_s"] > 0.5 * report.training["train_runtime_s"]  # not that of the last start alone
+    assert again.config.alpha == report_again.model["alpha"] == report_again.alpha_choice["alpha"]
+    assert report_again.alpha_choice["chosen_on"] == "20 images held out of train"
+    seconds = [found.training["train_runtime_s"] for found in (report, report_again)]
+    assert seconds[1] > 0.5 * seconds[0]  # not that of the last start alone
 
     for other in (["--beta", "2"], ["--warmup_steps", "3"], ["--max_grad_norm", "0.1"], ["--bf16", "true"]):
-        with pytest.raises(SystemExit):  # other settings must not continue it
-            run(*QUICK, "--output_dir", tmp_path, "--ema_decay", 0.9, *other)
+        assert scripts.call(script, *command, *other) == 2  # other settings must not continue it
         assert f"holds a run with other settings ({other[0][2:]}: " in capsys.readouterr().err
-    run(*QUICK, "--output_dir", tmp_path, "--beta", "2", "--fresh")
-    assert RobustnessReport.load(folder / "results.json").training["beta"] == 2
 
 
-@pytest.mark.parametrize("method", ["standard", "at", "trades", "rt_er"])
-def test_every_other_method_by_flag(run, tmp_path, method):
-    run(*QUICK, "--output_dir", tmp_path, "--method", method, "--num_train_epochs", 1)
+def test_a_mixture_by_flag_and_anew(tmp_path):
+    command = [*QUICK, "--output_dir", tmp_path, "--method", "rt_er", "--num_train_epochs", 1]
+    run(*command)
     results = json.loads((tmp_path / "model" / "results.json").read_text())
     assert results["model"]["kind"] == "mixture of experts"
-    assert results["training"]["method"] == method
+    assert results["training"]["method"] == "rt_er"
     assert results["metrics"]["ra_pgd20"] <= results["metrics"]["sa"]
+    run(*command, "--beta", "2", "--fresh", "--report", "none")
+    assert json.loads((tmp_path / "settings.json").read_text())["training"]["beta"] == 2
+    assert not (tmp_path / "model" / "results.json").exists()  # of earlier weights
 
 
 SMALL = [*QUICK, "--method", "standard", "--num_experts", 1, "--num_train_epochs", 1, "--report", "none"]
 
 
-def test_a_finished_run_goes_on_for_more_epochs(run, tmp_path, capsys):
+def test_a_finished_run_goes_on_for_more_epochs(tmp_path, capsys):
     run(*SMALL, "--output_dir", tmp_path, "--logging_steps", 1)
     assert "Going on" not in capsys.readouterr().out
     longer = [*SMALL, "--num_train_epochs", 3, "--output_dir", tmp_path, "--logging_steps", 1]
@@ -113,7 +115,7 @@ def test_a_finished_run_goes_on_for_more_epochs(run, tmp_path, capsys):
     assert json.loads((tmp_path / "settings.json").read_text()) == recorded
 
 
-def test_a_run_does_not_go_on_after_class_folders_were_renamed(run, tmp_path, capsys):
+def test_a_run_does_not_go_on_after_class_folders_were_renamed(tmp_path, capsys):
     """Labels are swapped then: SA was 91.7 before and 0 after, without a word."""
     for i, name in enumerate(("cat", "dog")):
         folder = tmp_path / "images" / name
@@ -124,57 +126,41 @@ def test_a_run_does_not_go_on_after_class_folders_were_renamed(run, tmp_path, ca
     own += ["--max_validation_samples", 2, "--max_test_samples", 2, "--output_dir", tmp_path / "out"]
     run(*SMALL, *own)
     (tmp_path / "images" / "cat").rename(tmp_path / "images" / "zebra")
-    with pytest.raises(SystemExit):
-        run(*SMALL, *own)
+    assert scripts.call(script, *SMALL, *own) == 2
     error = capsys.readouterr().err
     assert "holds a run on other data: images, labels or names of classes have changed since" in error
     run(*SMALL, *own, "--fresh")
 
 
-def test_run_upcycles_a_single_network(run, tmp_path):
-    run(*QUICK, "--output_dir", tmp_path / "one", "--method", "at", "--num_experts", 1, "--num_train_epochs", 1)
+def test_run_upcycles_a_single_network(tmp_path):
+    single = ["--method", "at", "--num_experts", 1, "--num_train_epochs", 1, "--report", "none"]
+    run(*QUICK, "--output_dir", tmp_path / "one", *single)
     source = tmp_path / "one" / "model"
     options = ["--init_experts_from", source, "--num_train_epochs", 1, "--learning_rate", 0, "--save_strategy", "no"]
-    run(
-        *QUICK, "--output_dir", tmp_path / "four", *options, "--eval_strategy", "no", "--load_best_model_at_end", False
-    )
+    options += ["--eval_strategy", "no", "--load_best_model_at_end", False]
+    run(*QUICK, "--report", "none", "--output_dir", tmp_path / "four", *options)
     one = AutoModelForImageClassification.from_pretrained(source)
     dual = AutoModelForImageClassification.from_pretrained(tmp_path / "four" / "model")
     for expert in (*dual.standard.experts, *dual.robust.experts):
         assert torch.equal(expert.fc.weight, one.experts[0].fc.weight)
 
 
-def test_run_refuses_a_report_without_a_radius_before_training(run, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(*QUICK, "--output_dir", tmp_path / "out", "--method", "standard", "--eps", 0, "--report", "standard")
+def test_run_refuses_a_report_without_a_radius_before_training(tmp_path, capsys):
+    options = ["--method", "standard", "--eps", 0, "--report", "standard"]
+    assert scripts.call(script, *QUICK, "--output_dir", tmp_path / "out", *options) == 2
     assert "eps=0 leaves nothing to check" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_run_refuses_weights_that_are_not_there(run, tmp_path, capsys):
-    with pytest.raises(SystemExit) as refused:
-        run(*QUICK, "--output_dir", tmp_path / "out", "--init_experts_from", "outputs/nowhere/model")
-    assert refused.value.code == 2
+def test_run_refuses_weights_that_are_not_there(tmp_path, capsys):
+    options = ["--output_dir", tmp_path / "out", "--init_experts_from", "outputs/nowhere/model"]
+    assert scripts.call(script, *QUICK, *options) == 2
     assert "init_experts_from='outputs/nowhere/model': expected a folder with a model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("floor", "chosen"), [([], True), (["--min_ra", "99.9"], False)], ids=["best", "unreachable"])
-def test_run_turns_the_dial_on_request(run, tmp_path, capsys, floor, chosen):
-    run(*QUICK, "--output_dir", tmp_path, "--num_train_epochs", 1, "--choose_alpha", *floor)
-    saved = json.loads((tmp_path / "model" / "config.json").read_text())
-    report = RobustnessReport.load(tmp_path / "model" / "results.json")
-    assert ("The dial stays at alpha = 0.9: min_ra=99.9 cannot be reached" in capsys.readouterr().out) == (not chosen)
-    assert report.model["alpha"] == saved["alpha"]
-    if chosen:
-        assert saved["alpha"] == report.alpha_choice["alpha"]
-        assert report.alpha_choice["chosen_on"] == "20 images held out of train"
-    else:
-        assert saved["alpha"] == 0.9
-
-
 @pytest.mark.slow
-def test_run_leaves_the_dial_in_the_weights(run, tmp_path):
+def test_run_leaves_the_dial_in_the_weights(tmp_path):
     short = [*QUICK, "--num_train_epochs", 1, "--report", "none"]
     run(*short, "--method", "at", "--num_experts", 1, "--output_dir", tmp_path / "start")
     weights = ["--mixing", "weights", "--init_experts_from", tmp_path / "start" / "model"]
@@ -212,12 +198,10 @@ def test_run_leaves_the_dial_in_the_weights(run, tmp_path):
     ],
     ids=str,
 )
-def test_run_refuses_bad_input_before_training(run, arguments, message, tmp_path, capsys, monkeypatch):
+def test_run_refuses_bad_input_before_training(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more of it")
-    with pytest.raises(SystemExit) as exit_info:
-        run("--output_dir", tmp_path / "out", *arguments)
-    assert exit_info.value.code == 2
+    assert scripts.call(script, "--output_dir", tmp_path / "out", *arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
     assert not (tmp_path / "out" / "model").exists()

@@ -94,9 +94,8 @@ def test_loads_a_mixture_without_dial(resnet_moe, tmp_path):
     assert not demo.dual and demo.parts == ("the model",) and demo.alpha is None and demo.examples == []
     scene = new_scene(demo, torch.rand(1, 3, 30, 30))
     route = scene.clean_look.routes["the model"]
-    assert (
-        len(route.probs) == 4 and sum(route.probs) == pytest.approx(1) and route.experts[0] == np.argmax(route.probs)
-    )
+    assert len(route.probs) == 4 and sum(route.probs) == pytest.approx(1)
+    assert route.experts[0] == np.argmax(route.probs)
     done = attack_scene(demo, scene, AttackSettings(8 / 255, "l2", 2, "the model"))
     assert (done.attacked - done.clean).norm() <= 8 / 255 + 1e-6
     text = explain(demo, done, None)
@@ -154,15 +153,12 @@ def test_processor_that_cannot_be_taken_apart_is_refused(digits_demo):
         scenes.check_range(demo)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "/no/folder"])
-def test_missing_folder(name):
-    with pytest.raises(ValueError, match=re.escape(f"model={name!r}: there is no such folder")):
-        load_demo_model(name)
-
-
-def test_folder_that_is_no_model(tmp_path):
+def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither a saved image classifier nor the id of one on the Hub"):
         load_demo_model(str(tmp_path))
+    for name in ("./nowhere", "a/b/c", "/no/folder"):
+        with pytest.raises(ValueError, match=re.escape(f"model={name!r}: there is no such folder")):
+            load_demo_model(name)
 
 
 def test_examples_from_a_folder(digits_folder, tmp_path, caplog):
@@ -189,41 +185,33 @@ def test_examples_from_a_folder(digits_folder, tmp_path, caplog):
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def test_open_image_takes_any_mode(tmp_path):
+def test_open_image_takes_any_mode_and_turns_it_upright(tmp_path):
     ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-    images = {
-        "grey.png": Image.fromarray(ramp),
-        "clear.png": Image.fromarray(ramp).convert("RGBA"),
-        "palette.gif": Image.fromarray(ramp),
-    }
-    for name, image in images.items():
+    grey = Image.fromarray(ramp)
+    for name, image in {"grey.png": grey, "clear.png": grey.convert("RGBA"), "palette.gif": grey}.items():
         image.save(tmp_path / name)
         opened = open_image(tmp_path / name)
-        assert opened.mode == "RGB"
-        assert np.array_equal(np.asarray(opened)[..., 0], ramp), name
-
-
-def test_open_image_turns_it_upright(tmp_path):
+        assert opened.mode == "RGB" and np.array_equal(np.asarray(opened)[..., 0], ramp), name
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (10, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg").size == (20, 10)
 
 
-def test_open_image_refuses_what_is_none(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("text.png", "as an image: no image that can be read"),
+        ("floats.tif", "as an image: .*its range is unknown"),
+        ("deep.png", "as an image: .*pipeline would clip it"),
+    ],
+)
+def test_open_image_refuses_what_is_none(name, reason, tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match="text.png cannot be read as an image: no image that can be read"):
-        open_image(tmp_path / "text.png")
-    Image.new("RGB", (200, 200), "red").save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:100])
-    with pytest.raises(ValueError, match="cut.png cannot be read as an image"):
-        open_image(tmp_path / "cut.png")
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "floats.tif")
-    with pytest.raises(ValueError, match="floats.tif cannot be read.*its range is unknown"):
-        open_image(tmp_path / "floats.tif")
     Image.new("I;16", (4, 4), 300).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="deep.png cannot be read.*pipeline would clip it"):
-        open_image(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=f"{name} cannot be read {reason}"):
+        open_image(tmp_path / name)
 
 
 def test_grey_model_gets_the_pixels_that_it_was_trained_on(digits_demo, tmp_path):
@@ -249,11 +237,12 @@ def test_dial_mixes_what_was_seen_without_a_forward(digits_demo, alpha, monkeypa
     assert torch.allclose(found["F_D"], (1 - alpha) * found["F_S"] + alpha * found["F_R"], atol=1e-6)
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.2), ("l2", 1.0)])
-@pytest.mark.parametrize("target", ["F_S", "F_R", "F_D"])
+@pytest.mark.parametrize(
+    ("norm", "eps", "target"), [("linf", 0.2, "F_S"), ("l2", 1.0, "F_R"), ("linf", 0.2, "F_D"), ("l2", 1.0, "F_D")]
+)
 def test_attack_stays_in_its_ball_and_changes_its_target(digits_demo, norm, eps, target):
     changed = 0
-    for example in digits_demo.examples:
+    for example in digits_demo.examples[::2]:
         scene = new_scene(digits_demo, example.pixels)
         done = attack_scene(digits_demo, scene, AttackSettings(eps, norm, 10, target, 0.75))
         delta = done.attacked - example.pixels
@@ -262,7 +251,7 @@ def test_attack_stays_in_its_ball_and_changes_its_target(digits_demo, norm, eps,
         before, after = (answers(digits_demo, seen, 0.75)[target] for seen in (done.clean_look, done.attacked_look))
         assert after[before.argmax()] < before.max()  # each image is less sure at least
         changed += bool(before.argmax() != after.argmax())
-    assert changed >= 3
+    assert changed >= 2
     again = attack_scene(digits_demo, scene, AttackSettings(eps, norm, 10, target, 0.75))
     assert torch.equal(again.attacked, done.attacked)
 
@@ -313,9 +302,8 @@ def hand_made(demo, standard=(3, 8), robust=(3, 3), routes=((1, 1), (0, 2))):
 def test_explanation_says_what_changed_and_what_did_not(digits_demo):
     text = explain(digits_demo, hand_made(digits_demo), 0.75)
     assert "20 PGD steps against F_D at alpha = 0.75" in text
-    assert (
-        "each pixel by 8 of 255 grey levels (0.0314); pixels moved by 4.0 grey levels on average, 4.0 at most" in text
-    )
+    assert "each pixel by 8 of 255 grey levels (0.0314)" in text
+    assert "pixels moved by 4.0 grey levels on average, 4.0 at most" in text
     assert "F_S said 3 (90 %) and **now says 8** (90 %)." in text
     assert "F_R **still says 3** (90 % before, 90 % now)." in text
     assert "F_D **still says 3** (90 % before, 68 % now)." in text
@@ -342,13 +330,8 @@ def test_explanation_before_an_attack_and_before_an_image(digits_demo):
 
 
 def test_numbers_in_words():
-    assert [percent(p) for p in (0.999, 0.42, 0.001, 1.0, 0.0)] == [
-        "more than 99 %",
-        "42 %",
-        "less than 1 %",
-        "more than 99 %",
-        "less than 1 %",
-    ]
+    most, least = "more than 99 %", "less than 1 %"
+    assert [percent(p) for p in (0.999, 0.42, 0.001, 1.0, 0.0)] == [most, "42 %", least, most, least]
     assert radius(8 / 255, "linf") == "8 of 255 grey levels (0.0314)"
     assert radius(0.5, "l2") == "an L2 distance of 127.5 of 255 grey levels (0.5)"
     assert ranges([0.0, 0.01, 0.5, 0.98, 0.99, 1.0]) == "0.00 to 0.01 and 0.50 and 0.98 to 1.00"
@@ -359,9 +342,8 @@ def test_class_names_cannot_inject_markup(digits_demo):
     demo = scenes.replace(digits_demo, labels=["<img src=x onerror=alert(1)>", *"12*456789"])
     scene = hand_made(demo, standard=(0, 3))
     assert "<img" not in answers_html(demo, scene, 0.5) and "&lt;img" in answers_html(demo, scene, 0.5)
-    assert "<img" not in explain(demo, scene, 0.5).replace("\\<", "") and "**now says \\***" in explain(
-        demo, scene, 0.5
-    )
+    text = explain(demo, scene, 0.5)
+    assert "<img" not in text.replace("\\<", "") and "**now says \\***" in text
     assert plain("a_b\n# c") == "a\\_b \\# c"
 
 

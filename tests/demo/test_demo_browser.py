@@ -135,6 +135,7 @@ def test_visit_from_first_look_to_attack_and_dial(page, demo, address):
     assert not outside and not page.errors
 
 
+@pytest.mark.slow
 def test_server_asks_nothing_from_outside(page, connections):
     page.locator("#attack").click()
     wait_for_text(page, "Attacked image.")
@@ -143,6 +144,7 @@ def test_server_asks_nothing_from_outside(page, connections):
     assert hosts  # it did ask itself whether it is up: recording works
 
 
+@pytest.mark.slow
 def test_nothing_is_cut_off_or_overlaps(page):
     page.locator("#attack").click()
     wait_for_text(page, "Attacked image.")
@@ -158,6 +160,7 @@ def test_nothing_is_cut_off_or_overlaps(page):
         assert thumbnails.count() == 10 and last["x"] + last["width"] <= frame["x"] + frame["width"]
 
 
+@pytest.mark.slow
 def test_upload_of_an_image_and_of_something_else(page, tmp_path):
     from hf_dualmoe.demo.pictures import to_picture
 
@@ -175,6 +178,7 @@ def test_upload_of_an_image_and_of_something_else(page, tmp_path):
     page.locator("body", has_text="broken.png is no image; expected PNG").wait_for()
 
 
+@pytest.mark.slow
 def test_norm_changes_the_range_of_eps(page):
     page.locator("#norm label", has_text="L2").click()
     page.locator("#note", has_text="an L2 distance of 127.5 of 255 grey levels (0.5)").wait_for()

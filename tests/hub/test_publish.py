@@ -1,11 +1,11 @@
 """`training/publish.py` and the checks before an upload; nothing here may reach a network (HF_HUB_OFFLINE is set)."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import scripts
 
 from hf_dualmoe.evaluation.report import RobustnessReport
 from hf_dualmoe.hub import publish as hub
@@ -14,21 +14,10 @@ from hf_dualmoe.hub.local_paths import shorten_paths
 from hf_dualmoe.hub.model_card import MARKER
 from hf_dualmoe.hub.publish import publish_folder
 from hf_dualmoe.hub.upload_plan import check_no_token, hide_tokens, plan_upload
+from training import publish as script
+from training import run
 
-TRAINING = Path(__file__).parents[2] / "training"
 TOKEN = "hf_" + "n0tReal" * 5
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_script", TRAINING / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script("publish")
 
 
 @pytest.fixture
@@ -48,17 +37,11 @@ def folder(make_moe, tmp_path):
 
 
 @pytest.fixture
-def publish(script, folder, monkeypatch, capsys):
+def publish(folder, capsys):
     """Run the script on the folder; returns exit status and all that was printed."""
 
     def call(*arguments, repo_id="user/name"):
-        command = ["publish.py", "--model", str(folder), "--repo_id", repo_id, *arguments]
-        monkeypatch.setattr(sys, "argv", command)
-        code = 0
-        try:
-            script.main()
-        except SystemExit as end:
-            code = end.code
+        code = scripts.call(script, "--model", folder, "--repo_id", repo_id, *arguments)
         return code, "".join(capsys.readouterr())
 
     return call
@@ -80,16 +63,9 @@ def test_dry_run_lists_all_files_with_sizes_and_changes_nothing(publish, folder)
     sent = set(before) - {"notes.txt"} | {"README.md"}
     lines = [line.split() for line in text.splitlines()]
     listed = {line[1]: int(line[0].replace(",", "")) for line in lines if len(line) == 2 and line[1] in sent}
-    assert (
-        set(listed)
-        == sent
-        == {
-            *("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "outcomes.parquet"),
-            "tradeoff.png",
-            *(name for name in before if name.endswith("_dualmoe.py")),
-            "README.md",
-        }
-    )
+    code_files = {name for name in before if name.endswith("_dualmoe.py")}
+    others = {"config.json", "model.safetensors", "preprocessor_config.json", "results.json", "outcomes.parquet"}
+    assert set(listed) == sent == code_files | others | {"tradeoff.png", "README.md"}
     assert all(listed[name] == len(before[name]) for name in sent - {"README.md"})
     assert "Left out: checkpoint-3, notes.txt" in text
     assert MARKER in text and "| PGD-20 | 40.00 |" in text and "Warning" not in text
@@ -112,10 +88,10 @@ def test_doubts_are_shown_to_the_publisher(publish, folder):
 def test_card_that_somebody_edited_is_sent_as_it_is(folder):
     rendered = plan_upload(folder, "user/name").card
     (folder / "README.md").write_text(rendered)
-    assert plan_upload(folder, "user/other").card == rendered.replace("user/name", "user/other").replace(
-        "# name", "# other"
-    ).replace("- name: name", "- name: other")
-    edited = rendered.replace(MARKER, "").replace("# name", "# My bird model")
+    for old in ("user/name", "# name", "- name: name"):
+        rendered = rendered.replace(old, old[: -len("name")] + "other")
+    assert plan_upload(folder, "user/other").card == rendered
+    edited = rendered.replace(MARKER, "").replace("# other", "# My bird model")
     (folder / "README.md").write_text(edited)
     assert plan_upload(folder, "user/other").card == edited
 
@@ -334,12 +310,12 @@ def test_failures_after_training_are_told_and_lose_nothing(capsys):
     def fail():
         raise RuntimeError(f"no card today, {TOKEN}")
 
-    load_script("run").attempt("writing the model card", fail)
+    run.attempt("writing the model card", fail)
     assert capsys.readouterr().err == "WARNING: writing the model card failed: RuntimeError: no card today, ***\n"
 
 
 def test_origins_are_hub_ids_only(tmp_path, monkeypatch):
-    run, (data, model) = load_script("run"), (Arguments(), Arguments())
+    data, model = SimpleNamespace(), SimpleNamespace()
     monkeypatch.chdir(tmp_path)
     Path("user/images").mkdir(parents=True)
     data.dataset_name, model.init_experts_from, model.pretrained, model.backbone = "digits", None, False, "resnet18"
@@ -349,7 +325,3 @@ def test_origins_are_hub_ids_only(tmp_path, monkeypatch):
     assert run.origins(data, model) == {"dataset_id": "uoft-cs/cifar10", "base_model": "timm/resnet18.a1_in1k"}
     data.dataset_name, model.pretrained, model.init_experts_from = "user/images", False, "user/images"
     assert run.origins(data, model) == {}
-
-
-class Arguments:
-    """Fields as the test sets them."""

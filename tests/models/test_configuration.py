@@ -6,34 +6,15 @@ from transformers import AutoConfig, ViTConfig
 
 from hf_dualmoe import DualMoEConfig, MoEConfig, MoEForImageClassification
 
-ALL_MOE_FIELDS = {
-    "backbone": "vit_tiny_patch16_224",
-    "backbone_kwargs": {"patch_size": 6, "embed_dim": 48},
-    "stem": "default",
-    "width": [8, 16, 24, 32],
-    "image_size": 30,
-    "backbone_image_size": 36,
-    "num_channels": 2,
-    "image_mean": [0.1, 0.2],
-    "image_std": [0.3, 0.4],
-    "num_experts": 5,
-    "router_top_k": 3,
-    "router": "features",
-    "router_pool_size": 7,
-    "shared_stages": 2,
-    "router_aux_loss_coef": 0.5,
-    "output_router_logits": True,
-}
-ALL_DUAL_FIELDS = {
-    "alpha": 0.625,
-    "mixing": "logits",
-    "standard_logit_map": {"scale": 2.0, "clamp": 0.5, "power": 3.0},
-    "robust_logit_map": {"scale": 0.5},
-    "standard_image_mean": [0.1, 0.2, 0.3],
-    "standard_image_std": [0.4, 0.5, 0.6],
-    "robust_image_mean": [0.7, 0.8, 0.9],
-    "robust_image_std": [0.15, 0.25, 0.35],
-}
+ALL_MOE_FIELDS = {"backbone": "vit_tiny_patch16_224", "backbone_kwargs": {"patch_size": 6, "embed_dim": 48}}
+ALL_MOE_FIELDS |= {"stem": "default", "width": [8, 16, 24, 32], "image_size": 30, "backbone_image_size": 36}
+ALL_MOE_FIELDS |= {"num_channels": 2, "image_mean": [0.1, 0.2], "image_std": [0.3, 0.4], "num_experts": 5}
+ALL_MOE_FIELDS |= {"router_top_k": 3, "router": "features", "router_pool_size": 7, "shared_stages": 2}
+ALL_MOE_FIELDS |= {"router_aux_loss_coef": 0.5, "output_router_logits": True}
+ALL_DUAL_FIELDS = {"alpha": 0.625, "mixing": "logits", "robust_logit_map": {"scale": 0.5}}
+ALL_DUAL_FIELDS |= {"standard_logit_map": {"scale": 2.0, "clamp": 0.5, "power": 3.0}}
+ALL_DUAL_FIELDS |= {"standard_image_mean": [0.1, 0.2, 0.3], "standard_image_std": [0.4, 0.5, 0.6]}
+ALL_DUAL_FIELDS |= {"robust_image_mean": [0.7, 0.8, 0.9], "robust_image_std": [0.15, 0.25, 0.35]}
 
 
 def case_id(value) -> str:
@@ -58,36 +39,49 @@ def test_dual_defaults_allow_certificates():
     assert config.standard_logit_map is config.robust_logit_map is config.standard_image_mean is None
 
 
-def test_moe_round_trip_keeps_every_field(tmp_path):
-    label2id = {"cat": 0, "dog": 1, "emu": 2}
-    config = MoEConfig(**ALL_MOE_FIELDS, id2label={i: name for name, i in label2id.items()}, label2id=label2id)
-    config.save_pretrained(tmp_path)
-    loaded = MoEConfig.from_pretrained(tmp_path)
-    assert {name: getattr(loaded, name) for name in ALL_MOE_FIELDS} == ALL_MOE_FIELDS
-    assert loaded.id2label == {0: "cat", 1: "dog", 2: "emu"} and loaded.label2id == label2id and loaded.num_labels == 3
+NAMES = {"id2label": {0: "cat", 1: "dog", 2: "emu"}, "label2id": {"cat": 0, "dog": 1, "emu": 2}}
+PARTS = {"standard": MoEConfig(num_experts=1, **NAMES), "robust": MoEConfig(num_experts=5, router="conv", **NAMES)}
+NATIVE = ViTConfig(image_size=30, patch_size=6, hidden_size=24, num_labels=7)
+CONFIGS = {
+    "moe": (MoEConfig(**ALL_MOE_FIELDS, **NAMES), ALL_MOE_FIELDS | NAMES | {"num_labels": 3}),
+    "dual": (DualMoEConfig(**PARTS, **ALL_DUAL_FIELDS), ALL_DUAL_FIELDS | NAMES),
+    "of a ViT": (DualMoEConfig(standard=NATIVE, robust=MoEConfig(image_size=30, num_labels=7)), {"num_labels": 7}),
+}
 
 
-def test_dual_round_trip_keeps_every_field_and_both_components(tmp_path):
-    standard, robust = MoEConfig(num_experts=1, num_labels=7), MoEConfig(num_experts=5, num_labels=7, router="conv")
-    DualMoEConfig(standard=standard, robust=robust, **ALL_DUAL_FIELDS).save_pretrained(tmp_path)
-    loaded = DualMoEConfig.from_pretrained(tmp_path)
-    assert {name: getattr(loaded, name) for name in ALL_DUAL_FIELDS} == ALL_DUAL_FIELDS
-    assert (loaded.standard.num_experts, loaded.robust.num_experts, loaded.robust.router) == (1, 5, "conv")
-    assert type(loaded.standard) is type(loaded.robust) is MoEConfig
+def facts(config):
+    """What a config says, but for where it came from."""
+    fields = config.to_dict()
+    for part in (fields, fields.get("standard", {}), fields.get("robust", {})):
+        for name in ("transformers_version", "_name_or_path", "auto_map", "architectures", "dtype"):
+            part.pop(name, None)
+    return fields
 
 
-def test_round_trip_of_a_component_from_transformers(tmp_path):
-    native = ViTConfig(image_size=30, patch_size=6, hidden_size=24, num_labels=7)
-    DualMoEConfig(standard=native, robust=MoEConfig(image_size=30, num_labels=7)).save_pretrained(tmp_path)
-    loaded = DualMoEConfig.from_pretrained(tmp_path)
-    assert isinstance(loaded.standard, ViTConfig) and loaded.standard.hidden_size == 24
-    assert loaded.num_labels == 7
+@pytest.mark.parametrize(("config", "expected"), CONFIGS.values(), ids=CONFIGS)
+def test_config_survives_every_way_out(config, expected, tmp_path):
+    config.save_pretrained(tmp_path / "inner")
+    config.to_json_file(tmp_path / "all.json", use_diff=False)
+    copies = {
+        "dict": type(config).from_dict(config.to_dict()),
+        "diff": type(config).from_dict(config.to_diff_dict()),
+        "text": type(config).from_dict(json.loads(config.to_json_string())),
+        "file": type(config).from_json_file(tmp_path / "all.json"),
+        "subfolder": type(config).from_pretrained(tmp_path, subfolder="inner"),
+        "auto": AutoConfig.from_pretrained(tmp_path / "inner"),
+    }
+    for how, twin in copies.items():
+        assert type(twin) is type(config) and facts(twin) == facts(config), how
+        assert {name: getattr(twin, name) for name in expected} == expected, how
+        for part in ("standard", "robust"):
+            assert type(getattr(twin, part, None)) is type(getattr(config, part, None)), how
 
 
 def test_from_pretrained_takes_overrides(tmp_path):
     MoEConfig(num_experts=5).save_pretrained(tmp_path / "moe")
-    loaded = MoEConfig.from_pretrained(tmp_path / "moe", router_top_k=3, num_labels=7)
+    loaded = MoEConfig.from_pretrained(tmp_path / "moe", router_top_k=3, num_labels=7, image_mean=0.125)
     assert (loaded.num_experts, loaded.router_top_k, loaded.num_labels) == (5, 3, 7)
+    assert loaded.image_mean == [0.125] * 3
 
     DualMoEConfig(alpha=0.25, mixing="logits").save_pretrained(tmp_path / "dual")
     loaded, unused = DualMoEConfig.from_pretrained(
@@ -111,17 +105,6 @@ def test_overrides_of_from_pretrained_are_checked_like_other_fields(config_class
         config_class.from_pretrained(tmp_path, **override)
 
 
-def test_scalar_override_becomes_one_value_per_channel(tmp_path):
-    MoEConfig().save_pretrained(tmp_path)
-    assert MoEConfig.from_pretrained(tmp_path, image_mean=0.125).image_mean == [0.125] * 3
-
-
-def test_auto_config_finds_both_classes(tmp_path):
-    for config in (MoEConfig(), DualMoEConfig()):
-        config.save_pretrained(tmp_path / config.model_type)
-        assert type(AutoConfig.from_pretrained(tmp_path / config.model_type)) is type(config)
-
-
 def test_scalars_become_one_value_per_channel():
     config = MoEConfig(num_channels=2, image_mean=0.5, image_std=1)
     assert config.image_mean == [0.5, 0.5] and config.image_std == [1.0, 1.0]
@@ -134,11 +117,10 @@ def test_configs_do_not_share_mutable_state():
     assert kwargs == second.backbone_kwargs == {"patch_size": 4}
 
 
-@pytest.mark.parametrize("label2id", [{"cat": 0, "dog": 1, "emu": 2}, None], ids=["both-maps", "only-id2label"])
-def test_dual_takes_its_labels_from_the_robust_model(label2id):
-    names = {0: "cat", 1: "dog", 2: "emu"}
-    config = DualMoEConfig(standard=MoEConfig(num_labels=3), robust=MoEConfig(id2label=names, label2id=label2id))
-    assert config.id2label == names and config.label2id == {"cat": 0, "dog": 1, "emu": 2}
+def test_dual_takes_its_labels_from_the_robust_model():
+    for maps in (NAMES, {"id2label": NAMES["id2label"], "label2id": None}):
+        config = DualMoEConfig(standard=MoEConfig(num_labels=3), robust=MoEConfig(**maps))
+        assert (config.id2label, config.label2id) == (NAMES["id2label"], NAMES["label2id"])
 
 
 INVALID_MOE = [

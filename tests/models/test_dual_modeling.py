@@ -18,7 +18,6 @@ from transformers import (
     SiglipConfig,
     SwinConfig,
     TimmWrapperConfig,
-    TimmWrapperForImageClassification,
     ViTConfig,
     ViTModel,
 )
@@ -27,28 +26,28 @@ from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.models.mixing_dualmoe import apply_logit_map, mix_logits
 
 
-@pytest.mark.parametrize(("alpha", "name"), [(0, "standard"), (1, "robust")])
-@pytest.mark.parametrize("how", ["forward", "set_alpha", "config"])
-def test_alpha_at_its_ends_is_one_model_alone(alpha, name, how, make_dual, images):
-    model = make_dual(alpha=alpha if how == "config" else 0.5)
-    if how == "set_alpha":
-        model.set_alpha(alpha)
-    probs = model(images, alpha=alpha if how == "forward" else None).logits.softmax(dim=1)
-    alone = getattr(model, name)(images).logits
-    torch.testing.assert_close(probs, alone.softmax(dim=1), rtol=0, atol=1e-6)
-    assert torch.equal(probs.argmax(dim=1), alone.argmax(dim=1))
+def test_alpha_at_its_ends_is_one_model_alone(dual, images):
+    for alpha, name in ((0, "standard"), (1, "robust")):
+        given = dual(images, alpha=alpha).logits
+        dual.set_alpha(alpha)
+        alone = getattr(dual, name)(images).logits
+        for logits in (given, dual(images).logits):
+            torch.testing.assert_close(logits.softmax(dim=1), alone.softmax(dim=1), rtol=0, atol=1e-6)
+            assert torch.equal(logits.argmax(dim=1), alone.argmax(dim=1))
+        assert dual.config.alpha == alpha
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.75, 1.0])
 @pytest.mark.parametrize("mixing", ["probs", "logits"])
-def test_mixture_by_hand(alpha, mixing, make_dual, images):
-    output = make_dual(alpha=alpha, mixing=mixing)(images)
-    standard, robust = output.standard_logits, output.robust_logits
-    if mixing == "logits":
-        expected = (1 - alpha) * standard + alpha * robust
-    else:
-        expected = ((1 - alpha) * standard.softmax(dim=1) + alpha * robust.softmax(dim=1)).log()
-    torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
+def test_mixture_by_hand(mixing, make_dual, images):
+    model = make_dual(mixing=mixing)
+    for alpha in (0.3, 0.75):
+        output = model(images, alpha=alpha)
+        standard, robust = output.standard_logits, output.robust_logits
+        if mixing == "logits":
+            expected = (1 - alpha) * standard + alpha * robust
+        else:
+            expected = ((1 - alpha) * standard.softmax(dim=1) + alpha * robust.softmax(dim=1)).log()
+        torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_output_carries_both_components(dual, images):
@@ -79,9 +78,8 @@ def test_gradient_of_the_mixed_loss_by_hand():
     labels = torch.arange(13) % 7
     loss = F.cross_entropy(mix_logits(*logits, 0.3), labels)
     naive = -(0.7 * logits[0].softmax(dim=1) + 0.3 * logits[1].softmax(dim=1))[torch.arange(13), labels].log().mean()
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, logits), torch.autograd.grad(naive, logits), atol=1e-6, rtol=1e-5
-    )
+    found, expected = (torch.autograd.grad(value, logits) for value in (loss, naive))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_alpha_can_differ_between_images(dual, images):
@@ -141,15 +139,6 @@ def test_native_resnet_as_robust_model(make_moe, images, labels, tmp_path):
         model(images[:, :2])
 
 
-def test_timm_model_inside_transformers_as_standard_model(resnet_moe, images, tmp_path):
-    config = TimmWrapperConfig(architecture="test_resnet", num_labels=7)
-    standard = TimmWrapperForImageClassification(config).eval()
-    model = DualMoEForImageClassification.from_models(standard, resnet_moe)
-    logits = model(images).logits
-    torch.testing.assert_close(model(images, alpha=0).logits.softmax(dim=1), standard(images).logits.softmax(dim=1))
-    torch.testing.assert_close(save_and_load(model, tmp_path)(images).logits, logits)
-
-
 SIZES = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 37}
 VIT = {**SIZES, "image_size": 30, "patch_size": 6}
 STAGES = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2]}
@@ -161,12 +150,8 @@ FOREIGN = {
     "vocabulary": BeitConfig(**VIT, vocab_size=250_002, out_indices=[1], num_labels=7),
     "vocabulary inside": SiglipConfig(vision_config=VIT, text_config={**SIZES, "vocab_size": 256_000}, num_labels=7),
     "infinite number": ConvNextConfig(
-        hidden_sizes=[8, 12, 16, 20],
-        depths=[1] * 4,
-        image_size=30,
-        patch_size=2,
-        layer_scale_cap=math.inf,
-        num_labels=7,
+        **{"hidden_sizes": [8, 12, 16, 20], "depths": [1] * 4, "image_size": 30, "patch_size": 2},
+        **{"layer_scale_cap": math.inf, "num_labels": 7},
     ),
     "shifted windows": SwinConfig(**STAGES, image_size=30, patch_size=5, window_size=3, num_labels=7),
     "square of a tuple": HieraConfig(
@@ -221,8 +206,7 @@ def test_oblong_component_is_refused(resnet_moe):
         DualMoEForImageClassification.from_models(oblong, resnet_moe)
 
 
-@pytest.mark.parametrize("halved", ["standard", "robust"])
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("halved", "half"), [("standard", torch.float16), ("robust", torch.bfloat16)])
 def test_components_of_two_precisions_keep_their_values(halved, half, make_moe, images, tmp_path):
     parts = {"standard": make_moe("vit", num_experts=1), "robust": make_moe("resnet", num_experts=2)}
     parts[halved].to(half)

@@ -10,7 +10,10 @@ from hf_dualmoe.models.joining import join_models
 from hf_dualmoe.models.loading import load_classifier
 
 NAMES = list("abcde")
-PAIRS = [("vit", "resnet"), ("timm_wrapper", "convnext"), ("mobilenet_v2", "beit"), ("vit of 0 .. 255", "dinov2")]
+PAIRS = [
+    *(("vit", "resnet", 24), ("timm_wrapper", "convnext", None)),
+    *(("mobilenet_v2", "beit", 24), ("vit of 0 .. 255", "dinov2", None)),
+]
 
 
 @pytest.fixture
@@ -31,8 +34,7 @@ def resized(images, size):
     return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
-@pytest.mark.parametrize("size", [None, 24], ids=["own size", "another size"])
-@pytest.mark.parametrize(("standard", "robust"), PAIRS)
+@pytest.mark.parametrize(("standard", "robust", "size"), PAIRS)
 def test_parts_answer_as_alone_and_are_saved_so(standard, robust, size, save, tmp_path):
     folders = {"standard": save(standard), "robust": save(robust, seed=1)}
     dual = join_models(*folders.values(), 0.6, image_size=size)

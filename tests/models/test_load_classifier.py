@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from foreign_models import FOREIGN, NORMALISATION, SHORTEST, SIZE, SMALL, SQUARE, STAGES, VIT, vit
+from foreign_models import FOREIGN, SHORTEST, SIZE, SMALL, SQUARE, STAGES, VIT, vit
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -84,7 +84,7 @@ def test_classes_and_probabilities_are_those_of_pipeline(kind, save, photos):
         assert max(found.values()) - min(found.values()) > 1e-3  # the network sees something
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("kind", ["resnet", "mobilenet_v2", "beit", "timm_wrapper", "vit of 0 .. 255"])
 def test_what_is_saved_again_is_served_by_transformers_alone(kind, save, photos, tmp_path):
     model = load_classifier(save(kind))
     with torch.no_grad():
@@ -102,17 +102,6 @@ def test_what_is_saved_again_is_served_by_transformers_alone(kind, save, photos,
             probabilities = model(images).logits.softmax(dim=1)[0]
         found = {model.config.id2label[i]: float(p) for i, p in enumerate(probabilities)}
         assert found == pytest.approx({answer["label"]: answer["score"] for answer in served(picture)}, abs=1e-4)
-
-
-def test_normalisation_matters_and_is_that_of_the_processor(save, photos):
-    model = load_classifier(save("resnet"))
-    assert model.config.image_mean == NORMALISATION["image_mean"]
-    assert model.config.image_std == NORMALISATION["image_std"]
-    raw = hf.AutoModelForImageClassification.from_pretrained(save("resnet"))
-    images = unit(photos[0])
-    with torch.no_grad():
-        difference = model(images).logits.softmax(1) - raw(images).logits.softmax(1)
-    assert difference.abs().max() > 0.01  # what evaluate measured before was another function
 
 
 def test_gradients_pass_the_normalisation(save, photos):
@@ -168,34 +157,15 @@ def test_size_that_nobody_knows(tmp_path):
         lambda: hf.MobileViTImageProcessor(size=SHORTEST, crop_size=SQUARE),  # swaps the channels
         lambda: hf.ConvNextImageProcessor(size=SHORTEST, do_resize=False),  # images of any size
         lambda: hf.ViTImageProcessor(size={"height": SIZE, "width": 2 * SIZE}),
-        lambda: hf.BitImageProcessor(size={"shortest_edge": 16}, crop_size=SQUARE),  # pads with zeros
         lambda: hf.ImageGPTImageProcessor(clusters=[[0.0, 0.0, 0.0]], size=SQUARE),  # words of colours
-        lambda: hf.ViTImageProcessor(size=SQUARE, image_mean=[0.5] * 4, image_std=[0.5] * 4),  # RGB and one more
-        lambda: hf.ViTImageProcessor(size=SQUARE, rescale_factor=1 / 65535, **NORMALISATION),
     ],
-    ids=["channels", "sizes", "oblong", "padding", "clusters", "four channels", "16 bits"],
+    ids=["channels", "sizes", "oblong", "clusters"],
 )
 def test_processor_that_does_more_is_refused(bare, processor):
     processor().save_pretrained(bare)
     with pytest.raises(ValueError, match=r"does more than resize, crop, rescale and normalise \(.*pass image_mean"):
         load_classifier(bare)
     assert load_classifier(bare, image_mean=0.5, image_std=0.5).config.image_size == SIZE
-
-
-def test_why_a_processor_is_refused_is_said(bare):
-    hf.ViTImageProcessor(size=SQUARE, rescale_factor=1 / 65535).save_pretrained(bare)
-    with pytest.raises(ValueError, match="as if pictures had 16 bits per value and not 8"):
-        load_classifier(bare)
-    hf.BitImageProcessor(size={"shortest_edge": 16}, crop_size=SQUARE).save_pretrained(bare)
-    with pytest.raises(ValueError, match=r"\(it changes colours by more than a factor and an offset, or pads\)"):
-        load_classifier(bare)
-
-
-def test_a_model_of_four_channels_is_refused(tmp_path):
-    hf.ViTForImageClassification(hf.ViTConfig(**VIT, num_channels=4)).save_pretrained(tmp_path)
-    hf.ViTImageProcessor(size=SQUARE).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"takes no images of \(channels, height, width\) = \(3, 32, 32\)"):
-        load_classifier(tmp_path)
 
 
 def test_a_given_normalisation_is_saved_as_an_image_processor(bare, tmp_path, photos):

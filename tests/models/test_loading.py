@@ -14,14 +14,13 @@ import torch
 from conftest import shake
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 import hf_dualmoe
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
 from hf_dualmoe.data.datasets import load_splits, to_unit_range
 
 PACKAGE = Path(hf_dualmoe.__file__).parent / "models"
-AUTO_CLASSES = {"AutoModel": AutoModel, "AutoModelForImageClassification": AutoModelForImageClassification}
 CODE = {path.name for path in PACKAGE.glob("*_dualmoe.py")}
 CODE_OF = {"dual": CODE, "moe": CODE - {"merging_dualmoe.py", "mixing_dualmoe.py", "modeling_dualmoe.py"}}
 NO_CODE = {"config.json", "model.safetensors", "preprocessor_config.json"}
@@ -58,18 +57,16 @@ def describe(model, kind):
         "config": type(model.config).__name__,
         "training": any(module.training for module in model.modules()),
         "error": error(model(images).logits, inputs[kind]),
-        "device": str(model.device),
         "dtype": str(model.dtype),
         "finite": bool(model(images).logits.isfinite().all()),
     }
 
 def check(kind):
     model = AutoModelForImageClassification.from_pretrained(kind, **remote)
+    half = AutoModel.from_pretrained(kind, dtype=torch.bfloat16, device_map="cpu", **remote)
     result = {
-        "AutoModel": describe(AutoModel.from_pretrained(kind, **remote), kind),
-        "AutoModelForImageClassification": describe(model, kind),
-        "bfloat16": describe(AutoModel.from_pretrained(kind, dtype=torch.bfloat16, **remote), kind),
-        "device_map": describe(AutoModel.from_pretrained(kind, device_map="cpu", **remote), kind),
+        "loaded": describe(model, kind),
+        "bfloat16": describe(half, kind),
         "AutoConfig": type(AutoConfig.from_pretrained(kind, **remote)).__name__,
     }
     model.save_pretrained("again-" + kind)
@@ -165,6 +162,9 @@ def saved(make_moe, _native_vit, _images, tmp_path_factory):
     return tmp_path
 
 
+# --- in a fresh process: slow, since `tests/hub/test_hub.py` loads models of the Hub in one --------------------------
+
+
 @pytest.fixture(scope="module")
 def child(saved):
     """What a fresh process without the package found in the saved folders."""
@@ -184,41 +184,33 @@ KINDS = pytest.mark.parametrize("kind", CLASSES)
 
 
 @KINDS
-@pytest.mark.parametrize("how", ["AutoModel", "AutoModelForImageClassification", "device_map", "again"])
-def test_fresh_process_gives_the_same_logits_in_eval_mode(child, kind, how):
-    result = child[kind][how]
-    assert (result["class"], result["config"]) == CLASSES[kind]
-    assert result["module"].startswith("transformers_modules.")
-    assert result["error"] == 0
-    assert result["training"] is False and result["dtype"] == "torch.float32" and result["device"] == "cpu"
-
-
-@KINDS
-def test_fresh_process_saves_all_that_it_loaded(child, saved, kind):
+@pytest.mark.slow
+def test_fresh_process_loads_saves_and_loads_again(child, saved, kind):
+    for how in ("loaded", "again"):
+        result = child[kind][how]
+        assert (result["class"], result["config"]) == CLASSES[kind]
+        assert result["module"].startswith("transformers_modules.")
+        assert result["error"] == 0 and result["training"] is False and result["dtype"] == "torch.float32"
     assert {path.name for path in (saved / f"again-{kind}").iterdir()} == NO_CODE | CODE_OF[kind]
+    half = child[kind]["bfloat16"]
+    assert half["dtype"] == "torch.bfloat16" and half["finite"]
+    assert 0 < half["error"] < 1 and half["training"] is False
 
 
-@KINDS
-def test_fresh_process_loads_bfloat16(child, kind):
-    result = child[kind]["bfloat16"]
-    assert result["dtype"] == "torch.bfloat16" and result["finite"]
-    assert 0 < result["error"] < 1 and result["training"] is False
-
-
+@pytest.mark.slow
 def test_fresh_process_does_not_see_the_package(child):
     assert child["imported"] == []
     assert (child["dual"]["AutoConfig"], child["moe"]["AutoConfig"]) == ("DualMoEConfig", "MoEConfig")
 
 
-@pytest.mark.parametrize("how", ["standard-call", "standard-set", "robust-call", "robust-set"])
-def test_fresh_process_turns_the_dial(child, how):
-    assert child["ends"][how]["error"] <= 1e-6 and child["ends"][how]["argmax"]
-
-
-def test_fresh_process_saves_the_dial(child):
+@pytest.mark.slow
+def test_fresh_process_turns_the_dial_and_saves_it(child):
+    for how in ("standard-call", "standard-set", "robust-call", "robust-set"):
+        assert child["ends"][how]["error"] <= 1e-6 and child["ends"][how]["argmax"]
     assert child["ends"]["saved"]["alpha"] == 1 and child["ends"]["saved"]["error"] <= 1e-6
 
 
+@pytest.mark.slow
 def test_fresh_process_has_a_dial_in_the_weights(child):
     found = child["weights"]
     assert max(found[name] for name in ("call", "again", "turned")) <= 1e-5
@@ -227,6 +219,7 @@ def test_fresh_process_has_a_dial_in_the_weights(child):
 
 
 @KINDS
+@pytest.mark.slow
 def test_fresh_process_reads_any_picture_as_pixels_in_0_1(child, kind):
     assert child[kind]["square"]["error"] <= 1e-6
     for name in ("square", "wide", "grey"):
@@ -235,40 +228,28 @@ def test_fresh_process_reads_any_picture_as_pixels_in_0_1(child, kind):
 
 
 @KINDS
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_fresh_process_runs_the_pipeline(child, kind, batch_size):
-    result = child[kind][f"pipeline-{batch_size}"]
-    assert isinstance(result, list), result
-    for entries in result:
-        assert {entry["label"] for entry in entries} == set(NAMES.values())
-    scores = {entry["label"]: entry["score"] for entry in result[0]}
-    assert [scores[NAMES[i]] for i in range(7)] == pytest.approx(child[kind]["square"]["probs"], abs=1e-5)
+@pytest.mark.slow
+def test_fresh_process_runs_the_pipeline(child, kind):
+    for batch_size in (1, 2):
+        result = child[kind][f"pipeline-{batch_size}"]
+        assert isinstance(result, list), result
+        for entries in result:
+            assert {entry["label"] for entry in entries} == set(NAMES.values())
+        scores = {entry["label"]: entry["score"] for entry in result[0]}
+        assert [scores[NAMES[i]] for i in range(7)] == pytest.approx(child[kind]["square"]["probs"], abs=1e-5)
 
 
 # --- in this process -------------------------------------------------------------------------------------------------
 
 
 @KINDS
-@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
-@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize(("auto_class", "trust"), [(AutoModel, False), (AutoModelForImageClassification, True)])
 def test_installed_package_uses_its_own_classes(saved, kind, auto_class, trust):
-    model = AUTO_CLASSES[auto_class].from_pretrained(saved / kind, trust_remote_code=trust)
+    model = auto_class.from_pretrained(saved / kind, trust_remote_code=trust)
     assert type(model) is {"dual": DualMoEForImageClassification, "moe": MoEForImageClassification}[kind]
-    assert AutoConfig.from_pretrained(saved / kind, trust_remote_code=trust).__class__.__module__.startswith(
-        "hf_dualmoe"
-    )
+    config = AutoConfig.from_pretrained(saved / kind, trust_remote_code=trust)
+    assert type(config).__module__.startswith("hf_dualmoe")
     assert not any(module.training for module in model.modules())
-
-
-def test_pipeline_in_this_process_sees_pixels_over_255(saved):
-    with Image.open(saved / "square.png") as picture:
-        pixels = AutoImageProcessor.from_pretrained(saved / "dual")(picture, return_tensors="pt")["pixel_values"]
-        expected = torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 255
-        best = pipeline("image-classification", model=str(saved / "dual"))(picture, top_k=1)[0]
-    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
-    model = DualMoEForImageClassification.from_pretrained(saved / "dual")
-    probs = model(expected).logits.exp()[0]
-    assert best["label"] == NAMES[int(probs.argmax())] and best["score"] == pytest.approx(probs.max().item(), abs=1e-5)
 
 
 @KINDS

@@ -9,7 +9,7 @@ from conftest import assert_same_tensors, save_and_load
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForImageClassification
+from torch.utils._pytree import tree_leaves
 
 from hf_dualmoe import MoEConfig, MoEForImageClassification
 from hf_dualmoe.attacks.base import frozen
@@ -140,16 +140,6 @@ def test_initialisation_of_timm_survives(arch, tiny_config):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("shared_stages", [0, 2])
-def test_loading_restores_every_tensor_and_eval_mode(shared_stages, make_moe, images, tmp_path):
-    model = make_moe("vit", shared_stages=shared_stages).train()
-    loaded = save_and_load(model, tmp_path)
-    assert_same_tensors(model, loaded)
-    assert not any(module.training for module in loaded.modules())
-    assert type(AutoModelForImageClassification.from_pretrained(tmp_path)) is MoEForImageClassification
-    torch.testing.assert_close(loaded(images).logits, model.eval()(images).logits)
-
-
 def test_model_built_on_the_meta_device_can_be_filled(vit_moe, images):
     with torch.device("meta"):
         model = MoEForImageClassification(vit_moe.config).eval()
@@ -160,15 +150,6 @@ def test_model_built_on_the_meta_device_can_be_filled(vit_moe, images):
             module.init_non_persistent_buffers()
     assert_same_tensors(vit_moe, model)
     torch.testing.assert_close(model(images).logits, vit_moe(images).logits)
-
-
-@pytest.mark.parametrize("arch", ["resnet", "vit"])
-def test_bfloat16_loading_keeps_the_normalisation_exact(arch, make_moe, images, tmp_path):
-    model = make_moe(arch)
-    loaded = save_and_load(model, tmp_path, dtype=torch.bfloat16)
-    assert loaded.dtype == torch.bfloat16 and loaded(images).logits.isfinite().all()
-    assert loaded.normalize.mean.dtype == loaded.normalize.std.dtype == torch.float32
-    torch.testing.assert_close(loaded.normalize(images), normalize(model, images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shared_stages", [0, 1])
@@ -240,15 +221,7 @@ def test_pretrained_weights_of_timm_fill_every_expert(backbone, tmp_path):
         ({"num_experts": 2, "router": "conv"}, {"init_experts_from": "double"}, "does not fit a mixture.*router"),
         ({}, {"pretrained": True}, "pretrained weights have full width"),
     ],
-    ids=[
-        "no-source",
-        "two-sources",
-        "other-network",
-        "other-shape",
-        "other-number",
-        "other-router",
-        "narrow-pretrained",
-    ],
+    ids=str,
 )
 def test_unfit_source_of_weights_is_refused(config_fields, kwargs, expected, make_moe, tiny_config):
     models = {"single": lambda: make_moe(num_experts=1), "double": lambda: make_moe(num_experts=2)}
@@ -307,8 +280,7 @@ def test_expert_logits_are_those_of_every_expert(moe, images):
     torch.testing.assert_close(router_logits, moe.route(images))
 
 
-@pytest.mark.parametrize("arch", ["resnet", "vit"])
-@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize(("arch", "k"), [("resnet", 2), ("vit", 3), ("resnet", 4)])
 def test_soft_routing_is_the_renormalised_mixture_of_probabilities(arch, k, make_moe, images):
     model = make_moe(arch, router_top_k=k, output_router_logits=True)
     model.router[-1].weight.data *= 0.1  # weights that matter: not one expert alone
@@ -371,32 +343,20 @@ def test_experts_see_no_more_rows_than_needed(k, forced, rows, make_moe, images)
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation returns."""
 
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
+    numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, (tuple, list)) else (output,):
-            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        self.numel = max(self.numel, *(t.numel() for t in tree_leaves(output) if isinstance(t, torch.Tensor)), 0)
         return output
 
 
 def test_hard_routing_holds_no_tensor_of_all_experts(moe, images):
-    largest = []
-    for call in (lambda: moe.experts[0](moe.normalize(images)), lambda: moe(images)):
-        with torch.no_grad(), LargestTensor() as mode:
-            call()
-        largest.append(mode.numel)
-    assert largest[1] <= largest[0]
-
-
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("arch", ["resnet", "vit"])
-def test_batch_of_one_equals_batch_of_many(arch, k, make_moe, images):
-    model = make_moe(arch, router_top_k=k)
-    single = torch.cat([model(image[None]).logits for image in images])
-    torch.testing.assert_close(single, model(images).logits, atol=1e-4, rtol=1e-4)
+    with torch.no_grad(), LargestTensor() as one:
+        moe.experts[0](moe.normalize(images))
+    with torch.no_grad(), LargestTensor() as all_experts:
+        moe(images)
+    assert 0 < all_experts.numel <= one.numel
 
 
 def test_single_rows_in_training_mode_leave_batchnorm_alone(make_moe):
@@ -482,22 +442,6 @@ def test_frozen_model_has_no_straight_through_path(moe, images):
         torch.testing.assert_close(gradient(), single)
 
 
-def test_gradient_checkpointing_changes_memory_only(make_moe, images, labels):
-    model = make_moe("vit", shared_stages=1).train()
-    calls = []
-    block = model.experts[0].blocks[1]  # timm never recomputes the last one
-    block.register_forward_pre_hook(lambda *_: calls.append(1))
-    gradients = []
-    for enable, expected_calls in ((False, 1), (True, 2), (False, 1)):
-        (model.gradient_checkpointing_enable if enable else model.gradient_checkpointing_disable)()
-        model.zero_grad()
-        calls.clear()
-        model(images, labels=labels).loss.backward()
-        assert len(calls) == expected_calls
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(gradients[1], gradients[0])
-
-
 def test_gradient_checkpointing_of_single_rows_in_training_mode(make_moe, images):
     model = make_moe("resnet").train()
     index = torch.tensor([0] + [1] * 12)
@@ -527,6 +471,7 @@ GATES = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.3, 0.2], [0.2, 0.7, 0.1], [0.1, 0
 def test_load_balancing_loss_by_hand(k, expected):
     logits = GATES.log() + torch.tensor([[5.0], [-3.0], [0.0], [1.0]])  # softmax does not see the shift
     assert load_balancing_loss(logits, k).item() == pytest.approx(expected, abs=1e-6)
+    assert load_balancing_loss(torch.zeros(0, 4), k).item() == 0
 
 
 def test_balance_takes_the_loads_that_it_is_given(moe, images):
@@ -541,14 +486,7 @@ def test_balance_takes_the_loads_that_it_is_given(moe, images):
     assert len(seen) == 1 and seen[0].sum().item() == pytest.approx(1)
 
 
-def test_load_balancing_loss_is_one_at_balance_and_num_experts_at_collapse():
-    assert load_balancing_loss(9 * torch.eye(4)).item() == pytest.approx(1)
-    assert load_balancing_loss(torch.tensor([[50.0, 0, 0, 0]] * 5)).item() == pytest.approx(4)
-    assert load_balancing_loss(torch.zeros(0, 4)).item() == 0
-
-
-@pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("given", [False, True], ids=["routed", "partly-forced"])
+@pytest.mark.parametrize(("k", "given"), [(1, False), (1, True), (2, False), (4, True)])
 def test_extra_experts_ride_along(k, given, make_moe, images):
     model = make_moe("resnet", num_experts=4, router_top_k=k, shared_stages=2).eval()
     extra = torch.tensor([-1, 0, 1, 2, 3] + [1] * (len(images) - 5))
@@ -574,7 +512,7 @@ def test_gate_weights_are_those_of_the_mixture():
     torch.testing.assert_close(gate_weights(logits, 3), GATES)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, 2])
 def test_load_balancing_loss_pushes_towards_balance(k):
     logits = torch.randn(64, 4, generator=torch.Generator().manual_seed(9)) + torch.tensor([2.0, 0, 0, 0])
     logits.requires_grad_(True)
@@ -627,8 +565,12 @@ WRONG_INPUT = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG_INPUT)
-@pytest.mark.parametrize("kind", ["moe", "dual"])
+DUAL_TOO = ("size", "uint8", "nan", "label-range", "expert-dtype")
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [*(("moe", case) for case in WRONG_INPUT), *(("dual", case) for case in DUAL_TOO)]
+)
 def test_wrong_input_is_refused_with_what_is_allowed(kind, case, make_moe, make_dual, images):
     model = make_moe("resnet") if kind == "moe" else make_dual()
     build, expected = WRONG_INPUT[case]

@@ -14,8 +14,9 @@ NAMES = ["ant", "bee", "cow"]
 SAME_NUMBER = list("vwxyz")
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet", "convnext", "timm_wrapper"])
-@pytest.mark.parametrize("names", [NAMES, SAME_NUMBER], ids=["fewer", "as many"])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("vit", NAMES), ("resnet", SAME_NUMBER), ("convnext", NAMES), ("timm_wrapper", SAME_NUMBER)]
+)
 def test_only_the_head_is_new(kind, names, tmp_path):
     foreign_models.save(kind, tmp_path / "old", labels=list("abcde"))
     old = load_classifier(tmp_path / "old")

@@ -6,7 +6,6 @@ This file is also the script that the launched processes run: they train every c
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.trainer.arguments import METHODS, RobustTrainingArguments
 from hf_dualmoe.trainer.trainer import RobustTrainer
 
-CONFIG = Path(__file__).parents[2] / "training" / "accelerate_configs" / "two_cpu_processes.yaml"
 GLOBAL_BATCH = 16
 STEPS = 4
 HOW = [(2, 1), (4, 1), (1, 2), (2, 2)]  # processes, batches accumulated
@@ -106,27 +104,12 @@ class Poison(TrainerCallback):
 def train(folder, name, method, accumulation=1, callbacks=(), poison=False, **changes):
     """Train one case; the main process writes weights and losses, the others check theirs against it."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    args = RobustTrainingArguments(
-        output_dir=str(folder / "run"),
-        method=method,
-        eps=0.1,
-        attack_steps=2,
-        second_term="ce",
-        second_attack="own" if name.endswith("own") else "shared",
-        max_steps=STEPS,
-        per_device_train_batch_size=GLOBAL_BATCH // world // accumulation,
-        gradient_accumulation_steps=accumulation,
-        optim="sgd",
-        learning_rate=0.05,
-        logging_steps=1,
-        save_strategy="no",
-        crop_padding=0,
-        horizontal_flip=False,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        **changes,
-    )
+    settings = {"eps": 0.1, "attack_steps": 2, "second_term": "ce", "max_steps": STEPS, "optim": "sgd"}
+    settings |= {"second_attack": "own" if name.endswith("own") else "shared", "learning_rate": 0.05, "use_cpu": True}
+    settings |= {"logging_steps": 1, "save_strategy": "no", "crop_padding": 0, "horizontal_flip": False}
+    settings |= {"per_device_train_batch_size": GLOBAL_BATCH // world // accumulation, "report_to": "none"}
+    settings |= {"gradient_accumulation_steps": accumulation, "disable_tqdm": True}
+    args = RobustTrainingArguments(output_dir=str(folder / "run"), method=method, **settings, **changes)
     assert args.world_size == world
     model = build(method)
     idle = IdleExperts(model)
@@ -167,11 +150,10 @@ def main(folder, what):
 
 
 def launch(folder, processes, what):
+    import scripts  # of the tests, which the processes do not find
+
     folder.mkdir(parents=True, exist_ok=True)
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--num_processes", str(processes)]
-    command = [sys.executable, *launcher, __file__, str(folder), str(what)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+    return scripts.launch(__file__, folder, what, processes=processes)
 
 
 @pytest.fixture(scope="module")

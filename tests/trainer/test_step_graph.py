@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import tiny_training
 import torch
 import torch.nn.functional as F
 from operations import Operations, TapeRecorder
@@ -10,17 +11,14 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.attacks.base import frozen
 from hf_dualmoe.attacks.folding import foldable_pairs, folded
 from hf_dualmoe.attacks.nfgsm import NFGSM
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.evaluation.memory import largest_that_fits
 from hf_dualmoe.losses.adversarial import at_loss
 from hf_dualmoe.models.experts_dualmoe import static_shapes
 from hf_dualmoe.models.inputs_dualmoe import trusted_values
-from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.compiling import compile_networks
 from hf_dualmoe.trainer.resumable import ResumableTrainer
 from hf_dualmoe.trainer.static_step import WaitWatch
@@ -28,61 +26,32 @@ from hf_dualmoe.trainer.step_graph import StepGraph, why_eager
 from hf_dualmoe.trainer.step_parts import share_buffers
 from hf_dualmoe.trainer.trainer import RobustTrainer
 
-TINY = {
-    "backbone": "resnet10t",
-    "stem": "cifar",
-    "width": [8, 8, 8, 16],
-    "num_labels": 3,
-    "image_size": 10,
-    "num_channels": 1,
-    "router": "pooled",
-}
 SOFT = {"num_experts": 2, "router_top_k": 2, "shared_stages": 1}
-SHARED = {"second_term": "ce", "second_attack": "shared", "standard_eps": 0.05}
+SHARED_ATTACK = {"second_term": "ce", "second_attack": "shared"}
+SHARED = {**SHARED_ATTACK, "standard_eps": 0.05}
 
 
 def build(method, **fields):
-    torch.manual_seed(0)
-    fields = {**TINY, **({"num_experts": 1} if method in ("standard", "at", "trades") else SOFT), **fields}
-    if method != "jtdmoe":
-        return MoEForImageClassification(MoEConfig(**fields))
-    return DualMoEForImageClassification(DualMoEConfig(standard=MoEConfig(**fields), robust=MoEConfig(**fields)))
+    experts = {"num_experts": 1} if method in ("standard", "at", "trades") else SOFT
+    return tiny_training.build(method, **{"router": "pooled", **experts, **fields})
 
 
 @pytest.fixture(scope="module")
-def stripes():
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 255, (64, 1, 10, 10), generator=generator, dtype=torch.uint8)
-    return ImageTensorDataset(images, torch.randint(3, (64,), generator=generator), ["a", "b", "c"])
+def noise():
+    return tiny_training.noise(64)
 
 
 @pytest.fixture
-def train(tmp_path, stripes):
+def train(tmp_path, noise):
     """train(method, graph=..., model=..., **arguments): a trainer that has trained."""
 
     def run(method, graph=False, model=None, recorder=None, callbacks=(), resume=None, **changes):
-        settings = {
-            "output_dir": str(tmp_path / ("graph" if graph else "eager")),
-            "method": method,
-            "eps": 0.1,
-            "attack_steps": 2,
-            "max_steps": 6,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 0.05,
-            "optim": "sgd",
-            "logging_steps": 3,
-            "save_strategy": "no",
-            "crop_padding": 1,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            **(SHARED if method == "jtdmoe" else {}),
-        }
-        if method == "rt_er":
-            settings |= {"second_term": "ce", "second_attack": "shared"}
-        args = RobustTrainingArguments(**{**settings, **changes})
+        settings = {"method": method, "attack_steps": 2, "max_steps": 6, "per_device_train_batch_size": 8}
+        settings |= {"learning_rate": 0.05, "optim": "sgd", "logging_steps": 3, "crop_padding": 1}
+        settings |= {"jtdmoe": SHARED, "rt_er": SHARED_ATTACK}.get(method, {})
+        args = tiny_training.arguments(tmp_path / ("graph" if graph else "eager"), **{**settings, **changes})
         model = build(method) if model is None else model
-        trainer = RobustTrainer(model, args, train_dataset=stripes, eval_dataset=stripes, callbacks=[*callbacks])
+        trainer = RobustTrainer(model, args, train_dataset=noise, eval_dataset=noise, callbacks=[*callbacks])
         if graph:
             trainer.step_graph = StepGraph(trainer, recorder=recorder or TapeRecorder(trainer))
         trainer.train(resume_from_checkpoint=resume)
@@ -99,6 +68,13 @@ def difference(left, right):
 
 def recorded(trainer):
     return trainer.step_graph.captures == 1 and trainer.step_graph.reason is None
+
+
+def train_the_same(train, method, **options):
+    """Two trainers, with and without a graph; their models are the same to the bit."""
+    ordinary, graphed = (train(method, graph=graph, **options) for graph in (False, True))
+    assert recorded(graphed) and difference(ordinary, graphed) == 0
+    return ordinary, graphed
 
 
 METHODS = ("standard", "at", "trades", "rt_er", "jtdmoe")
@@ -125,13 +101,13 @@ class Watched(TrainerCallback):
             self.watch.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize(("method", "attack"), CASES)
+@pytest.mark.parametrize(("method", "attack"), [*((m, "pgd") for m in METHODS), ("at", "nfgsm")])
 def test_a_step_waits_for_nothing(method, attack, train):
     watched = Watched()
     options = {"training_attack": attack, "ema_decay": 0.9, "max_grad_norm": 0.1, "optim_args": "momentum=0.9"}
     options |= {"awp_gamma": 0.01, "clean_weight": 0.2 if method == "at" else 0.0}
     options["cutmix_prob"] = 0.5 if method in ("standard", "at", "trades") else 0.0
-    train(method, callbacks=[watched], max_steps=4, logging_steps=100, **options)
+    train(method, callbacks=[watched], max_steps=3, attack_steps=1, logging_steps=100, **options)
     assert watched.watch.names == []
 
 
@@ -212,8 +188,8 @@ def test_radii_may_be_tensors(attack):
 
 
 @pytest.mark.parametrize("values", ["images", "labels"])
-def test_batches_are_checked_on_the_host(values, train, stripes):
-    images, labels = stripes.images.float() / 255, stripes.labels.clone()
+def test_batches_are_checked_on_the_host(values, train, noise):
+    images, labels = noise.images.float() / 255, noise.labels.clone()
     (images if values == "images" else labels)[40] = 7
     items = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
     trainer = train("at", max_steps=1)
@@ -266,28 +242,17 @@ def test_an_expert_with_one_image_or_none_keeps_its_statistics(rows):
     [case if "pgd" in case else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_replayed_steps_are_the_ordinary_ones_to_the_bit(method, attack, train):
-    ordinary, graphed = (train(method, graph=graph, training_attack=attack) for graph in (False, True))
-    assert recorded(graphed) and graphed.step_graph.recorder.replays == 3
-    assert difference(ordinary, graphed) == 0
+    ordinary, graphed = train_the_same(train, method, training_attack=attack)
+    assert graphed.step_graph.recorder.replays == 3
     for left, right in zip(ordinary.state.log_history, graphed.state.log_history, strict=True):
         own = {name: value for name, value in left.items() if "runtime" not in name and "per_second" not in name}
         assert {name: right[name] for name in own} == own
     assert torch.equal(*(torch.stack(list(t.watch._first.values())[:1]) for t in (ordinary, graphed)))
 
 
-TOGETHER = {
-    "eps_warmup_ratio": 0.9,
-    "gradient_accumulation_steps": 3,
-    "ema_decay": 0.9,
-    "max_grad_norm": 0.01,
-    "optim_args": "momentum=0.9",
-    "weight_decay": 5e-4,
-    "label_smoothing_factor": 0.1,
-    "eval_strategy": "steps",
-    "eval_steps": 3,
-    "eval_attack_steps": 1,
-    "max_steps": 5,
-}
+TOGETHER = {"eps_warmup_ratio": 0.9, "gradient_accumulation_steps": 3, "ema_decay": 0.9, "max_grad_norm": 0.01}
+TOGETHER |= {"optim_args": "momentum=0.9", "weight_decay": 5e-4, "label_smoothing_factor": 0.1, "max_steps": 5}
+TOGETHER |= {"eval_strategy": "steps", "eval_steps": 3, "eval_attack_steps": 1}
 SETTINGS = {
     "together": TOGETHER,
     "eps warm-up": {"eps_warmup_ratio": 0.9},
@@ -301,17 +266,13 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS if name 
 
 @pytest.mark.parametrize("name", ["together", *SLOW])
 def test_settings_train_the_same_in_a_graph(name, train):
-    ordinary, graphed = (train("jtdmoe", graph=graph, **SETTINGS[name]) for graph in (False, True))
-    assert recorded(graphed)
-    assert difference(ordinary, graphed) == 0
+    train_the_same(train, "jtdmoe", **SETTINGS[name])
 
 
 def test_clean_images_and_perturbed_weights_train_the_same_in_a_graph(train):
-    options = {"clean_weight": 0.3, "awp_gamma": 0.05}
-    ordinary, graphed = (train("at", graph=graph, **options) for graph in (False, True))
-    assert recorded(graphed) and graphed.step_graph.recorder.replays == 3
-    assert difference(ordinary, graphed) == 0
-    logs = [[e["loss_ce"] for e in t.state.log_history if "loss_ce" in e] for t in (ordinary, graphed)]
+    both = train_the_same(train, "at", clean_weight=0.3, awp_gamma=0.05)
+    assert both[1].step_graph.recorder.replays == 3
+    logs = [[e["loss_ce"] for e in t.state.log_history if "loss_ce" in e] for t in both]
     assert logs[0] == logs[1] and len(logs[0]) == 2
 
 
@@ -371,15 +332,6 @@ def test_a_cpu_is_said_to_be_the_reason(train, caplog):
     assert sum("launched one by one" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_a_failed_recording_trains_on(train, caplog):
-    ordinary = train("at")
-    with caplog.at_level(logging.WARNING):
-        trainer = train("at", graph=True, recorder=FailingRecorder())
-    assert "operation not permitted" in trainer.step_graph.reason
-    assert difference(ordinary, trainer) == 0
-    assert sum("recording failed" in record.getMessage() for record in caplog.records) == 1
-
-
 class FailingRecorder(TapeRecorder):
     def __init__(self):
         super().__init__(None)
@@ -406,10 +358,13 @@ class StaleRecorder(TapeRecorder):
         return result, replay
 
 
-def test_a_graph_with_wrong_gradients_is_thrown_away(train):
-    ordinary, trainer = train("at"), train("at", graph=True, recorder=StaleRecorder())
-    assert "differed" in trainer.step_graph.reason
-    assert difference(ordinary, trainer) == 0
+def test_a_recording_that_failed_or_gives_wrong_gradients_is_thrown_away(train, caplog):
+    ordinary = train("at")
+    with caplog.at_level(logging.WARNING):
+        for recorder, reason in ((FailingRecorder(), "operation not permitted"), (StaleRecorder(), "differed")):
+            trainer = train("at", graph=True, recorder=recorder)
+            assert reason in trainer.step_graph.reason and difference(ordinary, trainer) == 0
+    assert sum("recording failed" in record.getMessage() for record in caplog.records) == 1
 
 
 class Waiting(nn.Module):

@@ -1,6 +1,5 @@
 """Interrupted runs: damaged checkpoints are found, the one before is used, a full disk loses nothing."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -12,52 +11,31 @@ import time
 from pathlib import Path
 
 import pytest
+import scripts
+import tiny_training
 import torch
 
-from hf_dualmoe import MoEConfig, MoEForImageClassification
-from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.trainer import checkpoints, resumable
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.checkpoints import CheckpointError, check_checkpoint, last_good_checkpoint, list_checkpoints
 from hf_dualmoe.trainer.trainer import RobustTrainer
+from training import run as script
 
-TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1, "num_experts": 2}
 TOKEN = "hf_" + "x7Q" * 12
 FILES = (
-    "config.json",
-    "model.safetensors",
-    "training_args.bin",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-    "trainer_state.json",
-    "progress.json",
-    "ema.safetensors",
+    *("config.json", "model.safetensors", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+    *("trainer_state.json", "progress.json", "ema.safetensors"),
 )
 BENCHMARK = Path(__file__).parents[2] / "training" / "benchmarks" / "reliability" / "survival.py"
 
 
 def create(output_dir, **changes):
-    settings = {
-        "method": "standard",
-        "max_steps": 6,
-        "per_device_train_batch_size": 10,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "logging_steps": 4,  # no multiple of save_steps: checkpoints come in the middle of a log
-        "ema_decay": 0.5,
-        "eval_attack_steps": 0,
-        "crop_padding": 1,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 255, (30, 1, 10, 10), generator=generator, dtype=torch.uint8)
-    data = ImageTensorDataset(images, torch.arange(30) % 3, ["a", "b", "c"])
-    args = RobustTrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
-    return RobustTrainer(MoEForImageClassification(MoEConfig(**TINY)), args, train_dataset=data, eval_dataset=data)
+    settings = {"method": "standard", "max_steps": 6, "per_device_train_batch_size": 10, "crop_padding": 1}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "ema_decay": 0.5, "eval_attack_steps": 0}
+    settings |= {"logging_steps": 4}  # no multiple of save_steps: checkpoints come in the middle of a log
+    args = tiny_training.arguments(output_dir, **{**settings, **changes})
+    data = tiny_training.noise(30)
+    return RobustTrainer(tiny_training.build("standard"), args, train_dataset=data, eval_dataset=data)
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +75,13 @@ def test_a_checkpoint_lists_all_that_resuming_reads(run_dir):
     assert not (run_dir / "unfinished").exists()
 
 
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped bit", "missing"])
-@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(run_dir, name, damage, caplog):
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [(flip, name) for name in FILES]  # one bit of a listing may leave it readable
+    + [(damage, name) for damage in (cut, Path.unlink) for name in ("model.safetensors", "manifest.json")],
+)
+def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(run_dir, damage, name):
     damage(run_dir / "checkpoint-6" / name)
-    if (name, damage) == ("manifest.json", flip):  # one bit of a listing may leave it readable, but never right
-        damage = cut
-        damage(run_dir / "checkpoint-6" / name)
     with pytest.raises(CheckpointError, match="checkpoint-6"):
         check_checkpoint(run_dir / "checkpoint-6")
     assert last_good_checkpoint(run_dir).name == "checkpoint-4"
@@ -160,10 +138,9 @@ def without_time(log):
     return [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in log]
 
 
-@pytest.mark.parametrize("step", [2, 4])
-def test_a_run_that_goes_on_ends_as_one_that_was_never_interrupted(finished, tmp_path, step):
+def test_a_run_that_goes_on_ends_as_one_that_was_never_interrupted(finished, tmp_path):
     resumed = create(tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(finished / f"checkpoint-{step}"))
+    resumed.train(resume_from_checkpoint=str(finished / "checkpoint-2"))
     whole, again = (folder / "checkpoint-6" for folder in (finished, tmp_path / "resumed"))
     for name in ("model.safetensors", "ema.safetensors"):
         assert (whole / name).read_bytes() == (again / name).read_bytes(), name
@@ -181,8 +158,9 @@ def test_training_time_is_that_of_all_starts(run_dir):
     assert earlier < once == again.train_seconds < earlier + 60
 
 
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-@pytest.mark.parametrize("max_steps", [5, 6], ids=["within an epoch", "at its end"])
+@pytest.mark.parametrize(
+    ("max_steps", "strategy"), [(5, "steps"), (6, "epoch")], ids=["within an epoch", "at its end"]
+)
 def test_a_finished_run_that_is_started_again_takes_no_step(tmp_path, max_steps, strategy):
     options = {"max_steps": max_steps, "save_strategy": strategy, "eval_strategy": strategy, "logging_steps": 1}
     first = create(tmp_path, **options)
@@ -309,16 +287,7 @@ def test_no_file_of_a_run_holds_the_access_token(finished, tmp_path):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def script():
-    path = BENCHMARK.parents[2] / "run.py"
-    spec = importlib.util.spec_from_file_location("run_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_run_goes_on_from_the_last_whole_checkpoint(script, run_dir):
+def test_run_goes_on_from_the_last_whole_checkpoint(run_dir):
     with pytest.raises(ValueError, match="holds checkpoints but no settings.json"):
         script.find_checkpoint(run_dir, {})
     recorded = {"data": {}, "model": {}, "training": {}}
@@ -341,7 +310,7 @@ def test_run_goes_on_from_the_last_whole_checkpoint(script, run_dir):
     ],
     ids=str,
 )
-def test_a_run_goes_on_with_the_same_settings_or_for_longer(script, tmp_path, there, here, refused):
+def test_a_run_goes_on_with_the_same_settings_or_for_longer(tmp_path, there, here, refused):
     there, here = ({"data": {}, "model": {}, "training": settings} for settings in (there, here))
     (tmp_path / "settings.json").write_text(json.dumps(there))
     if refused is None:
@@ -352,27 +321,14 @@ def test_a_run_goes_on_with_the_same_settings_or_for_longer(script, tmp_path, th
     assert script.recorded_settings(tmp_path, here, fresh=True) == {}
 
 
-def test_fresh_leaves_no_checkpoint_to_go_on_from(script, run_dir, monkeypatch):
+def test_fresh_leaves_no_checkpoint_to_go_on_from(run_dir):
     """Or the next start would go on from one of the run before."""
-    options = {
-        "method": "standard",
-        "max_train_samples": "64",
-        "max_validation_samples": "20",
-        "max_test_samples": "20",
-        "width": "8,8,8,16",
-        "num_experts": "2",
-        "router_top_k": "2",
-        "report": "none",
-        "max_steps": "1",
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": "false",
-        "disable_tqdm": "true",
-        "output_dir": str(run_dir),
-    }
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["run.py", *words, "--fresh"])
-    script.main()
+    options = (
+        "--method standard --max_train_samples 64 --max_validation_samples 20 --backbone resnet10t --width 8,8,8,16 "
+        "--num_experts 2 --router_top_k 2 --report none --max_steps 1 --eval_strategy no --save_strategy no "
+        "--load_best_model_at_end false --disable_tqdm true --fresh"
+    ).split()
+    assert scripts.call(script, *options, "--output_dir", run_dir) == 0
     assert not list_checkpoints(run_dir) and (run_dir / "model" / "model.safetensors").is_file()
 
 

@@ -1,20 +1,16 @@
 """The time of a run is measured on a copy: the training that follows is the same to the bit."""
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
+import tiny_training
 import torch
 from conftest import assert_same_tensors
 from transformers import TrainerCallback
 
-from hf_dualmoe import MoEConfig, MoEForImageClassification
-from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.trainer import time_estimate
-from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.time_estimate import (
     Effort,
     Measured,
@@ -25,14 +21,7 @@ from hf_dualmoe.trainer.time_estimate import (
     estimate_time,
 )
 from hf_dualmoe.trainer.trainer import RobustTrainer
-
-TINY = {"method": "at", "training_attack": "nfgsm", "eval_attack_steps": 1, "use_cpu": True, "report_to": "none"}
-TINY |= {
-    "per_device_train_batch_size": 6,
-    "per_device_eval_batch_size": 5,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-}
+from training import run as script
 
 
 class Count(TrainerCallback):
@@ -49,12 +38,9 @@ def trainer(tmp_path):
     """trainer(**changes): a trainer of a tiny network on 20 random images."""
 
     def make(**changes) -> RobustTrainer:
-        torch.manual_seed(0)
-        sizes = {"image_size": 8, "num_labels": 3, "num_channels": 1, "image_mean": 0.5, "image_std": 0.5}
-        model = MoEForImageClassification(MoEConfig(backbone="resnet10t", width=[4, 4, 8, 8], num_experts=1, **sizes))
-        pixels = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-        data = ImageTensorDataset(pixels, torch.arange(20) % 3, ["a", "b", "c"])
-        args = RobustTrainingArguments(output_dir=str(tmp_path), **{**TINY, **changes})
+        sizes = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 5, "eval_attack_steps": 1}
+        args = tiny_training.arguments(tmp_path, **{"training_attack": "nfgsm", **sizes, **changes})
+        model, data = tiny_training.build("at", num_experts=1), tiny_training.noise(20)
         return RobustTrainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[Count()])
 
     return make
@@ -64,9 +50,9 @@ def random_numbers() -> tuple:
     return random.random(), np.random.rand(), torch.rand(1).item()
 
 
-@pytest.mark.parametrize("options", [{}, {"clean_weight": 0.5, "awp_gamma": 0.01}], ids=["plain", "all options"])
-def test_training_after_an_estimate_is_the_same_to_the_bit(options, trainer):
-    settings = {"max_steps": 5, "ema_decay": 0.9, "logging_steps": 2, "learning_rate": 0.05, **options}
+def test_training_after_an_estimate_is_the_same_to_the_bit(trainer):
+    settings = {"max_steps": 5, "ema_decay": 0.9, "logging_steps": 2, "learning_rate": 0.05}
+    settings |= {"clean_weight": 0.5, "awp_gamma": 0.01}
     plain = trainer(**settings)
     plain.train()
     expected = random_numbers()
@@ -154,15 +140,11 @@ def test_sharded_weights_are_refused(trainer):
 
 @pytest.mark.parametrize(("value", "trains"), [([], False), (["only"], False), (["first"], True)])
 def test_run_py_tells_the_time_and_stops_unless_asked_to_train(value, trains, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("run_script", Path(__file__).parents[2] / "training" / "run.py")
-    run = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run)
     estimate, trained = TimeEstimate(10, 0, {time_estimate.WITHOUT: 0.5}, 0.0, "a CPU", 2), []
-    monkeypatch.setattr(run, "estimate_time", lambda trainer: estimate)
-    monkeypatch.setattr(run.RobustTrainer, "train", lambda self, **kwargs: trained.append(kwargs))
-    monkeypatch.setattr(run, "save_and_report", lambda *args: None)
+    monkeypatch.setattr(script, "estimate_time", lambda trainer: estimate)
+    monkeypatch.setattr(script.RobustTrainer, "train", lambda self, **kwargs: trained.append(kwargs))
+    monkeypatch.setattr(script, "save_and_report", lambda *args: None)
     options = ["--width", "8,8,8,16", "--max_train_samples", "40", "--output_dir", str(tmp_path), "--report", "none"]
-    monkeypatch.setattr(sys, "argv", ["run.py", *options, "--estimate_time", *value])
-    run.main()
+    assert scripts.call(script, *options, "--estimate_time", *value) == 0
     assert estimate.text() in capsys.readouterr().out
     assert len(trained) == trains and (tmp_path / "settings.json").is_file() == trains

@@ -4,13 +4,12 @@ import copy
 import math
 
 import pytest
+import tiny_training
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.attacks.nfgsm import NFGSM
-from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.losses.adversarial import at_loss, standard_loss
 from hf_dualmoe.trainer import weight_perturbation
 from hf_dualmoe.trainer.arguments import METHODS, RobustTrainingArguments
@@ -18,51 +17,18 @@ from hf_dualmoe.trainer.checks import check_weight_perturbation
 from hf_dualmoe.trainer.trainer import RobustTrainer
 from hf_dualmoe.trainer.weight_perturbation import ascent_step, averaged, perturbed_loss
 
-TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1, "num_experts": 2}
 UNATTACKED = {"attack": lambda model, images, labels: images}
 
 
-@pytest.fixture(scope="module")
-def noise():
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 255, (60, 1, 10, 10), generator=generator, dtype=torch.uint8)
-    return ImageTensorDataset(images, torch.arange(60) % 3, ["a", "b", "c"])
-
-
-def build(method):
-    torch.manual_seed(0)
-    if method == "certified":
-        lipschitz = {"backbone": "lipschitz_mlp", "backbone_kwargs": {"hidden_sizes": [8], "logit_scale": 8.0}}
-        return MoEForImageClassification(MoEConfig(**{**TINY, **lipschitz, "width": None}))
-    if method == "jtdmoe":
-        return DualMoEForImageClassification(DualMoEConfig(standard=MoEConfig(**TINY), robust=MoEConfig(**TINY)))
-    return MoEForImageClassification(MoEConfig(**TINY))
-
-
 @pytest.fixture
-def trainer_of(noise, tmp_path):
+def trainer_of(tmp_path):
     """trainer_of(model, folder, method=..., ...): a trainer on 60 images of noise."""
 
-    def make(model, folder="run", method="at", **changes):
-        settings = {
-            "output_dir": str(tmp_path / folder),
-            "method": method,
-            "awp_gamma": 0.05,
-            "eps": 0.1,
-            "attack_steps": 1,
-            "eval_attack_steps": 0,
-            "max_steps": 2,
-            "per_device_train_batch_size": 20,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "crop_padding": 0,
-            "horizontal_flip": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        return RobustTrainer(model, RobustTrainingArguments(**{**settings, **changes}), train_dataset=noise)
+    def make(model, folder="run", **changes):
+        settings = {"awp_gamma": 0.05, "eval_attack_steps": 0, "max_steps": 2, "learning_rate": 0.01}
+        settings |= {"logging_steps": 1, "horizontal_flip": False}
+        args = tiny_training.arguments(tmp_path / folder, **{**settings, **changes})
+        return RobustTrainer(model, args, train_dataset=tiny_training.noise())
 
     return make
 
@@ -155,7 +121,7 @@ def test_every_method_trains_at_perturbed_weights(method, trainer_of):
     logged, moved = {}, {}
     for gamma in (0.0, 0.05):
         torch.manual_seed(3)
-        model = build(method)
+        model = tiny_training.build(method)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         options = {"standard_eps": 0.05} if method == "jtdmoe" else {}
         trainer = trainer_of(model, method=method, awp_gamma=gamma, **options)
@@ -173,16 +139,8 @@ def test_each_accumulated_batch_has_a_perturbation_of_its_own(trainer_of):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(100, 8), nn.ReLU(), nn.Linear(8, 3))
     start, batches = copy.deepcopy(model), []
-    trainer = trainer_of(
-        model,
-        method="standard",
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        max_steps=1,
-        gradient_accumulation_steps=3,
-    )
+    plain = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = trainer_of(model, method="standard", max_steps=1, gradient_accumulation_steps=3, **plain)
     compute_loss = trainer.compute_loss
 
     def recorded(model, inputs, **kwargs):
@@ -198,23 +156,11 @@ def test_each_accumulated_batch_has_a_perturbation_of_its_own(trainer_of):
         torch.testing.assert_close(parameter.detach(), (expected - 0.1 * expected.grad).detach())
 
 
-def test_a_resumed_run_equals_an_unbroken_one(trainer_of):
-    options = {"max_steps": 4, "ema_decay": 0.9, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
-    options |= {"save_steps": 2}
-    whole = trainer_of(build("at"), "whole", **options)
-    whole.train()
-    resumed = trainer_of(build("standard"), "resumed", **options)
-    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
-    for name, value in whole.ema.module.state_dict().items():
-        assert torch.equal(value, resumed.ema.module.state_dict()[name]), name
-
-
+@pytest.mark.slow  # without a perturbation, `test_trainer.py` compiles in seconds
 def test_compiled_networks_take_the_same_steps(trainer_of):
     runs = []
     for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        runs.append(trainer_of(build("at"), **compiled))
+        runs.append(trainer_of(tiny_training.build("at"), **compiled))
         runs[-1].train()
     for name, value in runs[0].model.state_dict().items():
         torch.testing.assert_close(runs[1].model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -222,7 +168,7 @@ def test_compiled_networks_take_the_same_steps(trainer_of):
 
 def test_recomputed_activations_are_refused(trainer_of):
     with pytest.raises(ValueError, match="awp_gamma=0.05 does not work with gradient checkpointing"):
-        trainer_of(build("at"), gradient_checkpointing=True)
+        trainer_of(tiny_training.build("at"), gradient_checkpointing=True)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +180,7 @@ def test_recomputed_activations_are_refused(trainer_of):
     ],
 )
 def test_weights_that_cannot_be_replaced_are_refused(name, message, trainer_of, monkeypatch):
-    trainer = trainer_of(build("at"))
+    trainer = trainer_of(tiny_training.build("at"))
     if name == "n_gpu":
         monkeypatch.setattr(RobustTrainingArguments, "n_gpu", 2)
     else:
