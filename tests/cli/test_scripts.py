@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
-from hf_dualmoe.hub.publish import TOKEN
+from hf_dualmoe.hub.upload_plan import TOKEN
 from training import run as script
 
 QUICK = (
