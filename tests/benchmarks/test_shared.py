@@ -12,7 +12,7 @@ import pytest
 from training.benchmarks.shared import command_line, files, tables, time_guard
 
 SCRIPTS = [path for path in sorted(files.BENCHMARKS.rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
-WITHOUT_HELP = {"levers.py": "usage: levers.py", "run.py": "usage: run.py"}  # take what other scripts hand them
+WITHOUT_HELP = {"run.py": "usage: run.py"}  # takes what study.py hands it
 
 
 @pytest.mark.slow  # each imports torch and transformers

@@ -105,6 +105,66 @@ def test_an_arm_joins_two_trained_models_as_it_says(tiny, tmp_path, monkeypatch,
     assert training.get("calibration") == (found if mapped else None)
 
 
+@pytest.mark.parametrize(
+    ("arm", "named"),
+    [
+        ({"passes": 0}, "passes=0 must be > 0"),
+        ({"passes": 1, "same_steps_as": "single"}, "does not go with passes"),
+        ({"init_from": "nothing"}, "init_from='nothing' is not an arm"),
+        ({"init_from": "moe", "settings": {"shared_stages": 1}}, "init_from='moe' must be one network .* same shape"),
+        ({"init_from": "moe", "settings": {"router_top_k": 4}}, "init_from='moe' costs 1 of 1 passes"),
+        ({"init_from": "single"}, "init_from='single' costs 1 of 1 passes"),
+        ({"init_from": "mine", "passes": 3}, "mine -> mine is a circle"),
+    ],
+)
+def test_an_arm_that_cannot_be_trained_is_refused_when_the_study_is_read(arm, named, tiny):
+    with pytest.raises(ValueError, match=named):
+        study.read_study(tiny(arms={"single": {"settings": {"num_experts": 1}}, "moe": {}, "mine": arm}))
+
+
+UPCYCLED = {
+    "up": {"init_from": "half", "passes": 24},
+    "longer": {"init_from": "half", "settings": {"awp_gamma": 0.01}},
+    "half": {"settings": {"num_experts": 1, "shared_stages": 0}, "passes": 12},
+    "scratch": {"passes": 24},
+}
+
+
+@pytest.fixture
+def upcycled(tiny, tmp_path):
+    """upcycled(standard, robust): the run of a pair of two arms of UPCYCLED."""
+
+    def make(standard, robust):
+        arms = {"pair": {"standard": standard, "robust": robust}, **UPCYCLED}
+        return study_run.StudyRun(study.read_study(tiny(arms=arms, passes=40)), "pair", 0, tmp_path / "run")
+
+    return make
+
+
+def test_an_upcycled_arm_pays_for_the_model_that_it_starts_from(upcycled):
+    run = upcycled("up", "half")
+    totals = {arm: run.steps(arm) for arm in UPCYCLED}
+    for arm, passes in {"up": 24, "longer": 40, "half": 12, "scratch": 24}.items():
+        own = totals[arm][1] - run.passes_before(arm)
+        assert totals[arm][1] == pytest.approx(passes, abs=0.51 * own / totals[arm][0]), arm
+    assert run.passes_before("up") == totals["half"][1] and run.passes_before("scratch") == 0
+    assert totals["up"][0] == pytest.approx(totals["scratch"][0] / 2, abs=1)
+    order = [each.arm for each in study.plan(run.study, list(run.study["arms"]), [0])]
+    assert order.index("half") < order.index("up") < order.index("pair")
+
+
+@pytest.mark.parametrize(
+    ("standard", "robust", "passes"), [("up", "half", 24), ("up", "longer", 52), ("scratch", "half", 36)]
+)
+def test_a_joined_arm_pays_once_for_the_model_that_both_started_from(standard, robust, passes, upcycled):
+    run = upcycled(standard, robust)
+    trained = {"up": (24, 12), "longer": (40, 12), "half": (12, None), "scratch": (24, None)}
+    for arm, (total, before) in trained.items():
+        training = {"passes": total} | ({"passes_from": before} if before else {})
+        write_json(run.model_of(arm).parent / "run.json", {"training": training})
+    assert run.joined_passes() == passes
+
+
 def test_plan_refuses_arms_that_cannot_be_run(tiny):
     content = study.read_study(tiny())
     with pytest.raises(ValueError, match="'nothing' is not one of"):

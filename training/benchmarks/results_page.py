@@ -194,7 +194,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "autoattack_parity": partial(rendered, "autoattack_parity", parity.render),
     "reliability": render_reliability,
     "smoke_recipes": partial(rendered, "smoke_recipes", smoke_recipes.render),
-    "study_digits_levers": partial(rendered, "study_digits_levers", render_study),
     "calibrated_mixing": partial(rendered, "calibrated_mixing", render_calibration),
 }
 

@@ -2,7 +2,7 @@
 
 Each lever is switched against the same PGD call without it; "robust" is the accuracy on the images that the attack
 found, classified in float32 without the lever. Below 1 the lever pays. What the levers of a whole RT-ER step do to
-robust accuracy only training can tell: the study of levers has it (study/studies/digits_levers.yaml).
+robust accuracy only training can tell.
 """
 
 import argparse

@@ -7,17 +7,16 @@ from typing import Any
 import yaml
 
 from hf_dualmoe.models.configuration_dualmoe import MIXINGS
-from training.benchmarks.study.levers import lever_trainer
 
 STUDIES = Path(__file__).parent / "studies"
 KEYS = {"dataset_name", "passes", "seeds", "settings", "evaluation", "arms"}
-OPTIONAL_KEYS = {"reference", "most"}  # an arm that the tables show the differences to; limits that --scale keeps to
+OPTIONAL_KEYS = {"most"}  # limits that --scale keeps to
 LIMITS = ("max_train_samples", "max_validation_samples", "max_test_samples")
 PARTS = ("standard", "robust", "init_from")  # of an arm: other arms whose trained models it needs
 REFERENCES = ("same_steps_as", "match_parameters", *PARTS)
 NOTES = {"about", "extra"}  # keys of an arm that its result does not depend on
 JOINING = {"standard", "robust", "mixing", "calibrate"}  # keys of an arm that joins two models
-ARM_KEYS = {*NOTES, *JOINING, "settings", "passes", "lever", "lever_args", "evaluation", *REFERENCES}
+ARM_KEYS = {*NOTES, *JOINING, "settings", "passes", "evaluation", *REFERENCES}
 SHAPE = ("backbone", "stem", "width", "num_experts", "shared_stages", "router")  # settings that weights depend on
 
 
@@ -49,8 +48,6 @@ def read_study(path: Path) -> dict[str, Any]:
     study = yaml.safe_load(path.read_text(encoding="utf-8"))
     if wrong := sorted((set(study) - OPTIONAL_KEYS) ^ KEYS):
         raise ValueError(f"study {path.name}: unknown or missing keys {', '.join(wrong)}.")
-    if study.get("reference", next(iter(study["arms"]))) not in study["arms"]:
-        raise ValueError(f"study {path.name}: reference={study['reference']!r} is not an arm.")
     for name in study["arms"]:
         try:
             check_arm(study, name)
@@ -79,10 +76,6 @@ def check_arm(study: dict[str, Any], name: str) -> None:
     for key in ("extra", "calibrate"):
         if not isinstance(arm.get(key, False), bool):
             raise ValueError(f"{key}={arm[key]!r} must be true or false.")
-    if "lever_args" in arm and "lever" not in arm:
-        raise ValueError("lever_args needs a lever.")
-    if "lever" in arm:
-        lever_trainer(arm["lever"], arm.get("lever_args"))
     check_joining(study, arm)
     check_no_circle(study["arms"], name)
     check_budget(study, name)

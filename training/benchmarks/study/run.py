@@ -4,7 +4,6 @@
 With "confirm" it judges the model of a finished run again, on test images that no run of the study was judged on.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -37,7 +36,6 @@ from training import run as training
 from training.benchmarks.shared.files import TRAINING, read_json, write_json
 from training.benchmarks.shared.recipes import FlopCounter, count_parameters, forward_flops, parse_recipe
 from training.benchmarks.study.definition import settings_of
-from training.benchmarks.study.levers import lever_trainer
 
 # what `numbers` takes from a report
 NUMBERS = ("sa", "ra", "ra_pgd", "expert_load", "route_flip_rate", "num_images", "environment", "union")
@@ -97,15 +95,10 @@ class StudyRun:
 
     # --- budget --------------------------------------------------------------------------------------------------
 
-    def trainer_class(self, arm: str) -> type[RobustTrainer]:
-        """What trains an arm: `RobustTrainer`, or that of its lever."""
-        entry = self.study["arms"][arm]
-        return lever_trainer(entry["lever"], entry.get("lever_args")) if "lever" in entry else RobustTrainer
-
-    def step_flops(self, settings: dict[str, Any], trainer_class: type[RobustTrainer] = RobustTrainer) -> float:
+    def step_flops(self, settings: dict[str, Any]) -> float:
         """Floating-point operations per image of one training step: attack, loss and backward."""
         _, _, args, _ = self.parse({**settings, "bf16": False})
-        trainer = trainer_class(self.build(settings), args, train_dataset=self.data.train)
+        trainer = RobustTrainer(self.build(settings), args, train_dataset=self.data.train)
         trainer.state.global_step = 1  # the first step of a training also logs, which costs a forward
         rows = torch.arange(min(args.per_device_train_batch_size, len(self.data.train)))
         batch = {
@@ -141,8 +134,7 @@ class StudyRun:
         """What one step of an arm costs, in passes over all training images."""
         if arm not in self.costs:
             share = self.study["settings"]["per_device_train_batch_size"] / len(self.data.train)
-            flops = self.step_flops(self.settings_of(arm), self.trainer_class(arm))
-            self.costs[arm] = flops / self.pass_flops * share
+            self.costs[arm] = self.step_flops(self.settings_of(arm)) / self.pass_flops * share
         return self.costs[arm]
 
     # --- work ----------------------------------------------------------------------------------------------------
@@ -154,16 +146,12 @@ class StudyRun:
         settings = self.settings_of(self.arm)
         count, passes = self.steps()
         known = {name: settings[name] for name in ("method", "width", "num_experts") if name in settings}
-        known |= {name: self.entry[name] for name in ("lever", "lever_args", "init_from") if name in self.entry}
         if "init_from" in self.entry:
+            known["init_from"] = self.entry["init_from"]
             known["passes_from"] = round(self.passes_before(self.arm), 2)
             settings["init_experts_from"] = str(self.model_of(self.entry["init_from"]))
         recipe = self.write_recipe({**settings, "max_steps": count}, self.folder)
-        script = [str(TRAINING / "run.py")]
-        if "lever" in self.entry:
-            levers = Path(__file__).with_name("levers.py")
-            script = [str(levers), self.entry["lever"], json.dumps(self.entry.get("lever_args", {}))]
-        command = [sys.executable, *script, "--recipe", str(recipe)]
+        command = [sys.executable, str(TRAINING / "run.py"), "--recipe", str(recipe)]
         command += ["--seed", str(self.seed), "--output_dir", str(self.folder), "--report", "none"]
         started = time.perf_counter()
         subprocess.run(command, check=True)

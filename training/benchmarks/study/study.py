@@ -10,7 +10,7 @@ python training/benchmarks/study/study.py --study digits --render    # keep the 
 A study is a YAML file: settings of `training/run.py` that all arms share, the arms with what they change, the seeds,
 and a budget. The budget counts forward+backward passes of one plain backbone per training image, those of the attack
 included; an arm whose steps need more arithmetic gets fewer of them. An arm may change `settings`, have a budget of
-its own (`passes`), a `lever` of levers.py, an `evaluation` of its own (such as union_restarts), or start from the
+its own (`passes`), an `evaluation` of its own (such as union_restarts), or start from the
 model of another arm (`init_from`), one network or a mixture of the same shape, whose passes then count as its own. An
 arm may join the trained models of two others (`standard` and `robust`): it mixes their probabilities, or `mixing:
 logits`, or `mixing: weights` into one network, or with `calibrate: true` probabilities behind a logit map of F_R that
