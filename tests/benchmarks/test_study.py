@@ -6,11 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from transformers import AutoModelForImageClassification
 
-from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset
 from hf_dualmoe.evaluation.report import RobustnessReport
 from training.benchmarks import results_page
 from training.benchmarks.shared.files import read_json, write_json
@@ -59,7 +57,7 @@ def test_every_study_reads_and_plans(path):
     [
         ({"budget": 3}, "budget"),
         ({"arms": {"a": {"setings": {}}}}, "setings"),
-        ({"arms": {"a": {"same_steps_as": "b"}}}, "same_steps_as='b'"),
+        ({"arms": {"a": {"init_from": "b"}}}, "init_from='b' is not an arm"),
         ({"arms": {"a": {"standard": "a"}}}, "standard and robust go together"),
         ({"arms": {"a": {"extra": "yes"}}}, "extra='yes' must be true or false"),
         ({"arms": {"a": {"mixing": "weights"}}}, "mixing given: only an arm that joins models"),
@@ -96,7 +94,7 @@ def test_an_arm_joins_two_trained_models_as_it_says(tiny, tmp_path, monkeypatch,
     found = {"robust_logit_map": {"scale": 3.0}, "alpha": 0.9}
     monkeypatch.setattr(study_run, "calibrate_robust_logits", lambda model, images, **options: found)
     run = study_run.StudyRun(content, "p", 0, tmp_path / "p-seed0")
-    run.build(run.settings_of("a")).save_pretrained(run.model_of("a"))
+    run.build(definition.settings_of(content, "a")).save_pretrained(run.model_of("a"))
     (run.model_of("a").parent / "run.json").write_text(json.dumps({"training": {"passes": 2.0}}))
     training = run.train()
     model = AutoModelForImageClassification.from_pretrained(run.folder / "model")
@@ -109,8 +107,6 @@ def test_an_arm_joins_two_trained_models_as_it_says(tiny, tmp_path, monkeypatch,
     ("arm", "named"),
     [
         ({"passes": 0}, "passes=0 must be > 0"),
-        ({"passes": 1, "same_steps_as": "single"}, "does not go with passes"),
-        ({"init_from": "nothing"}, "init_from='nothing' is not an arm"),
         ({"init_from": "moe", "settings": {"shared_stages": 1}}, "init_from='moe' must be one network .* same shape"),
         ({"init_from": "moe", "settings": {"router_top_k": 4}}, "init_from='moe' costs 1 of 1 passes"),
         ({"init_from": "single"}, "init_from='single' costs 1 of 1 passes"),
@@ -193,14 +189,6 @@ def test_the_budget_is_spent_whatever_a_step_costs(budget):
     assert steps["rt_er"] < steps["nfgsm"] and steps["dense"] < steps["nfgsm"]
 
 
-def test_a_wider_network_matches_the_parameters_of_the_mixture(tiny, tmp_path):
-    run = study_run.StudyRun(study.read_study(tiny()), "wide_single", 0, tmp_path / "wide")
-    wide, mixture, single = (
-        study_run.count_parameters(run.build(run.settings_of(arm))) for arm in ("wide_single", "moe_at", "single")
-    )
-    assert wide == pytest.approx(mixture, rel=0.15) and wide > 1.3 * single
-
-
 def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
     def result(arm, seed, sa, ra, **more):
         cost = {"parameters": 2000, "flops": 100 if arm == "single" else 250, "training": {"passes": 3.0, "steps": 9}}
@@ -221,15 +209,6 @@ def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
     assert "55.0 (50.0 to 60.0)" in table and "F_R of jtdmoe" in table
 
 
-def test_scale_keeps_to_the_images_that_there_are():
-    content = study.read_study(BENCHMARKS / "study" / "studies" / "cifar10.yaml")
-    limits = {
-        scale: [definition.scaled(content, scale)["settings"][name] for name in definition.LIMITS] for scale in (2, 10)
-    }
-    assert limits == {2: [10_000, 1_000, 2_000], 10: [45_000, 5_000, 10_000]}
-    assert content["settings"]["max_train_samples"] == 5_000
-
-
 def test_a_definition_is_all_that_a_result_depends_on(tiny):
     content = study.read_study(tiny())
     before = {arm: definition.definition(content, arm) for arm in content["arms"]}
@@ -242,7 +221,7 @@ def test_a_definition_is_all_that_a_result_depends_on(tiny):
     assert changed(seeds=[7], arms={**arms, "new": {}, "single": told}) == set()
     assert changed(passes=7) == set(arms)
     other = {**arms, "rt_er": {"settings": {"method": "rt_er"}}}
-    assert {"rt_er", "standard", "separate_dual"} <= changed(arms=other) and "single" not in changed(arms=other)
+    assert changed(arms=other) == {"rt_er", "separate_clean", "separate_dual"}
     assert definition.definition(content, "nothing") is None
 
 
@@ -261,31 +240,6 @@ def test_a_run_that_cannot_be_started_is_noted(tiny, tmp_path, monkeypatch):
     assert work.failed["separate_clean-seed0"] == "a model that it needs is missing"
 
 
-def test_only_finished_runs_are_confirmed_and_once(tiny, tmp_path, monkeypatch):
-    content = study.read_study(tiny())
-    runs = study.plan(content, ["single", "rt_er", "moe_at"], [0])
-    work = study.Study(content, runs, tmp_path, jobs=1, threads=1, confirm=True)
-    numbers = {"sa": 50.0, "ra": 30.0, "ra_pgd": 31.0}
-    finished = {**numbers, "seed": 0, "parameters": 9, "flops": 9, "training": {"steps": 1, "passes": 1.0}}
-    for arm in ("single", "rt_er"):
-        work.folder(f"{arm}-seed0").mkdir(parents=True)
-        (work.folder(f"{arm}-seed0") / "run.json").write_text(json.dumps({"arm": arm, **finished}))
-    (work.folder("rt_er-seed0") / "confirmed.json").write_text(json.dumps({**numbers, "ra": 29.0}))
-    started = []
-
-    def run(command, **_):
-        started.append(command[3:])
-        (Path(command[-2]) / "confirmed.json").write_text(json.dumps(numbers))
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(study.subprocess, "run", run)
-    work.work()
-    assert started == [["single", "0", str(work.folder("single-seed0")), "confirm"]]
-    assert list(work.failed) == ["moe_at-seed0"] and "nothing to confirm" in work.failed["moe_at-seed0"]
-    kept = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert {entry["arm"]: entry["confirmed"]["ra"] for entry in kept} == {"single": 30.0, "rt_er": 29.0}
-
-
 def test_numbers_of_a_broken_measurement_are_refused():
     metrics = {"sa": 90.0, "ra_pgd10": 50.0, "ra_worst_case": 40.0}
     described = {
@@ -299,27 +253,6 @@ def test_numbers_of_a_broken_measurement_are_refused():
     report.failures["worst_case"] = "out of memory"
     with pytest.raises(RuntimeError, match="worst_case: out of memory"):
         study_run.numbers(report)
-
-
-def test_images_to_confirm_with_were_drawn_by_no_seed(tiny, tmp_path, monkeypatch):
-    content = study.read_study(tiny())
-    content["seeds"] = [0, 1]
-    pixels = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
-    whole = ImageTensorDataset(pixels, torch.arange(60) % 2, ["even", "odd"])
-
-    def load_data(data_args, image_size, num_channels, seed):
-        test = whole.take(data_args.max_test_samples, seed) if data_args.max_test_samples else whole
-        return DataSplits(whole, whole, test, name="numbers")
-
-    monkeypatch.setattr(study_run.training, "load_data", load_data)
-    content["settings"]["max_test_samples"] = 20
-    run = study_run.StudyRun(content, "single", 1, tmp_path)
-    drawn = {int(image) for seed in (0, 1) for image in whole.take(20, seed).images}
-    unseen = {int(image) for image in run.unseen_images().images}
-    assert len(unseen) == 20 and not unseen & drawn
-    content["settings"]["max_test_samples"] = 40
-    with pytest.raises(ValueError, match="40 are needed to confirm"):
-        study_run.StudyRun(content, "single", 1, tmp_path).unseen_images()
 
 
 def test_kept_results_name_the_dataset_and_no_place(tiny, tmp_path, monkeypatch):
