@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from hf_dualmoe.models import lipschitz_dualmoe
 from training.benchmarks import results_page
 from training.benchmarks.certificates import certificates, report
-from training.benchmarks.shared import files
+from training.benchmarks.shared import store
 
 TINY = {
     "radii": [0.05, 0.1],
@@ -200,7 +200,7 @@ def test_bad_counts_are_refused(capsys):
 
 
 def test_literature_states_sources_and_fits_together():
-    rows = files.read_json(files.RESULTS / "certified_literature.json")["rows"]
+    rows = store.read_json(store.RESULTS / "certified_literature.json")["rows"]
     for row in rows:
         assert row["source"].startswith("https://")
         values = [value for value in (row["clean"], *row["certified"].values()) if value is not None]

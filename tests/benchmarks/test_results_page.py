@@ -8,8 +8,8 @@ import yaml
 
 from training.benchmarks import results_page
 from training.benchmarks.reliability import smoke_recipes
-from training.benchmarks.shared.files import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
-from training.benchmarks.shared.tables import marks, section
+from training.benchmarks.shared.render import marks, section
+from training.benchmarks.shared.store import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
 from training.benchmarks.study import findings
 from training.benchmarks.study.definition import STUDIES
 from training.benchmarks.study.findings import Comparison

@@ -7,8 +7,8 @@ import torch
 import yaml
 
 from training.benchmarks.reliability import smoke_recipes
-from training.benchmarks.shared.files import RESULTS as KEPT
-from training.benchmarks.shared.files import read_json
+from training.benchmarks.shared.store import RESULTS as KEPT
+from training.benchmarks.shared.store import read_json
 from training.run import RECIPES
 
 RESULTS = read_json(KEPT / "smoke_recipes.json")

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_dualmoe.evaluation.report import RobustnessReport
 from training.benchmarks import results_page
-from training.benchmarks.shared.files import read_json, write_json
+from training.benchmarks.shared.store import read_json, write_json
 from training.benchmarks.study import card as study_card
 from training.benchmarks.study import definition, study
 from training.benchmarks.study import run as study_run

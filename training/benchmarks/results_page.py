@@ -22,9 +22,9 @@ from training.benchmarks.certificates import report as certificates
 from training.benchmarks.full_scale import full_scale
 from training.benchmarks.parity import parity
 from training.benchmarks.reliability import smoke_recipes
-from training.benchmarks.shared.command_line import create_parser
-from training.benchmarks.shared.files import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
-from training.benchmarks.shared.tables import folded, markdown_table, replace_section
+from training.benchmarks.shared.render import folded, markdown_table, replace_section
+from training.benchmarks.shared.run import create_parser
+from training.benchmarks.shared.store import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
 from training.benchmarks.speed import cpu, gpu_table
 from training.benchmarks.study.findings import render_findings
 from training.benchmarks.study.summary import mean_sweep, render_arms, summarise

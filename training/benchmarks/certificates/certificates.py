@@ -40,9 +40,9 @@ from hf_dualmoe.evaluation.environment import describe_environment
 from hf_dualmoe.trainer import RobustTrainer, RobustTrainingArguments, last_good_checkpoint
 from hf_dualmoe.trainer.checkpoints import list_checkpoints, remove_checkpoint
 from training.benchmarks.certificates.report import gains, keep, keep_repeats, render, summarise
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import read_json, write_json
 from training.benchmarks.shared.recipes import count_parameters
+from training.benchmarks.shared.run import create_parser, require_positive
+from training.benchmarks.shared.store import read_json, write_json
 
 ALPHAS = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 PRESETS: dict[str, dict[str, Any]] = {

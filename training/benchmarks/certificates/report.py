@@ -4,8 +4,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from training.benchmarks.shared.files import RESULTS, read_json, write_json
-from training.benchmarks.shared.tables import folded, markdown_table
+from training.benchmarks.shared.render import folded, markdown_table
+from training.benchmarks.shared.store import RESULTS, read_json, write_json
 
 KEPT = 0.95  # of F_R's certified accuracy at the first radius: the goal
 ABOUT = {

@@ -52,10 +52,9 @@ from training.benchmarks.full_scale.plan import (
     shards_there,
 )
 from training.benchmarks.full_scale.weights import join_parts, save_whole, write_parts
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import read_json, write_json
-from training.benchmarks.shared.tables import markdown_table
-from training.benchmarks.shared.time_guard import Clock, OutOfTime
+from training.benchmarks.shared.render import markdown_table
+from training.benchmarks.shared.run import Clock, OutOfTime, create_parser, require_positive
+from training.benchmarks.shared.store import read_json, write_json
 
 START_UP = 5.0  # seconds of a stage that are no steps: measuring, capturing, saving
 LAST_CALL = 10.0  # seconds before the end of a session at which a training writes a checkpoint and stops

@@ -28,9 +28,9 @@ from hf_dualmoe.attacks.apgd import PassCounter
 from hf_dualmoe.attacks.auto_attack import BACKENDS, VERSIONS, make_attack
 from hf_dualmoe.data import DataSplits, ImageTensorDataset, load_splits, to_unit_range
 from hf_dualmoe.evaluation.environment import describe_environment, pixel_radius
-from training.benchmarks.shared.command_line import create_parser, default_device
-from training.benchmarks.shared.files import RESULTS, store_run
-from training.benchmarks.shared.tables import markdown_table, mean_and_range
+from training.benchmarks.shared.render import markdown_table, mean_and_range
+from training.benchmarks.shared.run import create_parser, default_device
+from training.benchmarks.shared.store import RESULTS, store_run
 
 SEEDLESS = ("fab-t",)  # draws no random numbers, on either side
 TOLERANCE = 1.0  # points by which ours may leave more images standing than theirs

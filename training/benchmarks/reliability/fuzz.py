@@ -33,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run 
 
 from hf_dualmoe.evaluation.environment import describe_environment
 from training.benchmarks.reliability.fuzz_cases import TARGETS, Target
-from training.benchmarks.shared.command_line import create_parser
-from training.benchmarks.shared.files import RESULTS, write_json
-from training.benchmarks.shared.time_guard import Clock, OutOfTime
+from training.benchmarks.shared.run import Clock, OutOfTime, create_parser
+from training.benchmarks.shared.store import RESULTS, write_json
 
 DEADLINE = 120  # seconds per case
 CHUNK = 100  # cases per seed

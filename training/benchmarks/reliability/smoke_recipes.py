@@ -34,10 +34,10 @@ from hf_dualmoe.attacks import PGD
 from hf_dualmoe.data import DataSplits, to_unit_range
 from hf_dualmoe.evaluation.environment import describe_environment
 from hf_dualmoe.trainer import RobustTrainer
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import RESULTS, TRAINING, read_json, write_json
 from training.benchmarks.shared.recipes import FlopCounter, as_options, count_parameters, forward_flops, parse_recipe
-from training.benchmarks.shared.tables import markdown_table
+from training.benchmarks.shared.render import markdown_table
+from training.benchmarks.shared.run import create_parser, require_positive
+from training.benchmarks.shared.store import RESULTS, TRAINING, read_json, write_json
 from training.run import RECIPES, create_model, load_data
 
 RUN = TRAINING / "run.py"

@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run 
 from hf_dualmoe.evaluation.environment import describe_environment
 from hf_dualmoe.trainer.checkpoints import UNFINISHED, last_good_checkpoint, list_checkpoints
 from training import run as training
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import RESULTS, read_json, write_json
 from training.benchmarks.shared.recipes import as_options
+from training.benchmarks.shared.run import create_parser, require_positive
+from training.benchmarks.shared.store import RESULTS, read_json, write_json
 
 EVERY = 4  # steps between checkpoints; an evaluation comes before each
 SPARE = 3  # checkpoints more than kills

@@ -22,9 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
 
 from hf_dualmoe.evaluation.environment import describe_environment
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import RESULTS, read_json, write_json
-from training.benchmarks.shared.time_guard import Clock, OutOfTime
+from training.benchmarks.shared.run import Clock, OutOfTime, create_parser, require_positive
+from training.benchmarks.shared.store import RESULTS, read_json, write_json
 from training.benchmarks.speed.gpu_passes import (
     time_autoattack,
     time_bare_pass,

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run 
 import hf_dualmoe  # noqa: F401 - registers the models
 from hf_dualmoe.evaluation import RobustnessReport
 from hf_dualmoe.hub import write_model_card
-from training.benchmarks.shared.command_line import create_parser
-from training.benchmarks.shared.files import read_json
+from training.benchmarks.shared.run import create_parser
+from training.benchmarks.shared.store import read_json
 
 OF_TRAINING = ("beta", "second_term", "second_attack", "train_alpha", "standard_eps", "eps", "training_attack")
 OF_TRAINING += ("crop_padding", "horizontal_flip", "learning_rate", "lr_scheduler_type", "optim", "weight_decay")

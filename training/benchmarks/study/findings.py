@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from training.benchmarks.shared.tables import folded, markdown_table
+from training.benchmarks.shared.render import folded, markdown_table
 
 MEASURES = ("sa", "ra")
 GAIN = (3.0, -1.5)  # what a dial should change: SA by at least 3 points, RA by at most 1.5

@@ -31,8 +31,8 @@ from hf_dualmoe.evaluation import (
 from hf_dualmoe.evaluation.dial import dial_attack
 from hf_dualmoe.trainer import RobustTrainer, RobustTrainingArguments
 from training import run as training
-from training.benchmarks.shared.files import TRAINING, read_json, write_json
 from training.benchmarks.shared.recipes import FlopCounter, count_parameters, forward_flops, parse_recipe
+from training.benchmarks.shared.store import TRAINING, read_json, write_json
 from training.benchmarks.study.definition import settings_of
 
 # what `numbers` takes from a report

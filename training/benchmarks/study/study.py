@@ -31,8 +31,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
 
 from hf_dualmoe.evaluation.environment import write_text
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import RESULTS, read_json, write_json
+from training.benchmarks.shared.run import create_parser, require_positive
+from training.benchmarks.shared.store import RESULTS, read_json, write_json
 from training.benchmarks.study.definition import STUDIES, Run, definition, plan, read_study, usual_arms
 from training.benchmarks.study.summary import render_arms, summarise
 

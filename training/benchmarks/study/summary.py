@@ -3,7 +3,7 @@
 from statistics import mean
 from typing import Any
 
-from training.benchmarks.shared.tables import markdown_table
+from training.benchmarks.shared.render import markdown_table
 from training.benchmarks.study.definition import settings_of
 
 Runs = list[dict[str, Any]]
