@@ -181,7 +181,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "certificates_digits": partial(rendered, "certificates_digits", certificates.render),
     "certificates_cifar10": partial(rendered, "certificates_cifar10", certificates.render),
     "certified_literature": certificates.render_literature,
-    "repeats_digits": partial(rendered, "repeats_digits", certificates.render_repeats),
     "speed": partial(rendered, "speed", cpu.render),
     "speed_gpu": lambda: gpu_table.render(*gpu_table.read_measurements()),
     "full_scale": partial(rendered, "full_scale", full_scale.render),
