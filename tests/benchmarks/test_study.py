@@ -9,10 +9,8 @@ import pytest
 import yaml
 from transformers import AutoModelForImageClassification
 
-from hf_dualmoe.evaluation.report import RobustnessReport
 from training.benchmarks import results_page
 from training.benchmarks.shared.store import read_json, write_json
-from training.benchmarks.study import card as study_card
 from training.benchmarks.study import definition, study
 from training.benchmarks.study import run as study_run
 from training.benchmarks.study import summary as study_tables
@@ -307,25 +305,3 @@ def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, ca
     assert (
         "runs of broken, jtdmoe, rt_er, separate_clean, standard, warm with other settings" in capfd.readouterr().err
     )
-
-    card = tmp_path / "card"
-    study_card.main([str(runs / "jtdmoe-seed0"), str(card), "--controls", "rt_er"])
-    model = AutoModelForImageClassification.from_pretrained(card)
-    run = next(run for run in results["runs"] if run["arm"] == "jtdmoe")
-    report = RobustnessReport.load(card / "results.json")
-    assert model.config.alpha == report.alpha_choice["alpha"] == run["alpha"]
-    assert report.metrics["sa"] == run["sa"] and report.controls["F_R alone"]["sa"] == run["robust"]["sa"]
-    assert report.training["steps"] == run["training"]["steps"] and "rt_er" in (card / "README.md").read_text()
-    study_card.main([str(runs / "warm-seed0"), str(tmp_path / "warm"), "--controls", "jtdmoe"])
-    warm = RobustnessReport.load(tmp_path / "warm" / "results.json").training
-    assert warm["init_from"] == "rt_er" and warm["passes"] > warm["passes_from"] == results["arms"]["rt_er"]["passes"]
-    study_card.main([str(runs / "separate_clean-seed0"), str(tmp_path / "pair"), "--controls"])
-    pair = RobustnessReport.load(tmp_path / "pair" / "results.json")
-    assert pair.training["method"] == "rt_er" and pair.training["standard_method"] == "standard"
-    by_arm = {run["arm"]: run for run in results["runs"]}
-    assert pair.training["passes"] == by_arm["separate_clean"]["training"]["passes"]
-    assert pair.controls["F_R alone"]["sa"] == by_arm["rt_er"]["sa"]
-    (runs / "rt_er-seed0" / "settings.json").unlink()
-    with pytest.raises(SystemExit):
-        study_card.main([str(runs / "separate_clean-seed0"), str(card)])
-    assert "settings.json is missing" in capfd.readouterr().err
