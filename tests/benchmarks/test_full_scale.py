@@ -1,6 +1,5 @@
 """The twelve-minute run, rehearsed on a CPU: shards in two transfers, stops and goes on, weights in parts."""
 
-import argparse
 import io
 import json
 from pathlib import Path
@@ -67,10 +66,7 @@ def test_the_second_shard_moves_no_image_into_or_out_of_the_held_out_set(half):
     assert plan.shards_there(str(folder)) == (2, 2) and len(both.train) + len(both.validation) == 400
     assert keys(first.train) < keys(both.train) and keys(first.validation) <= keys(both.validation)
     assert not keys(both.train) & keys(both.validation) and len(both.test) == 16
-
-
-def test_shards_of_other_names_count_as_whole(tmp_path):
-    assert plan.shards_there("uoft-cs/cifar10") == plan.shards_there(str(tmp_path)) == (1, 1)
+    assert plan.shards_there("uoft-cs/cifar10") == (1, 1)  # cannot be told
 
 
 def test_weights_come_back_from_their_parts(make_moe, tmp_path, monkeypatch):
@@ -101,13 +97,6 @@ def test_steps_are_what_the_measured_time_allows(monkeypatch):
     assert told["steps"] == int((12 * 60 * 0.38 - 5 - 8 * 1.0) / 0.1) and told["step_ms"] == 100
     step = 0.001  # then the epochs of the whole set are the limit
     assert run.plan("single", full_scale.STAGES["single"])["steps"] == -(-60 * 49_000 // 512)
-
-
-def test_trainings_leave_time_for_the_evaluation():
-    assert sum(stage.share for stage in full_scale.STAGES.values()) <= 0.6
-    names = list(full_scale.STAGES)
-    assert all(stage.start is None or stage.start in names[:i] for i, stage in enumerate(full_scale.STAGES.values()))
-    assert {name for name, _ in full_scale.EVALUATIONS} == {"single", "pair", "pair_weights", "rt_er", "jtdmoe"}
 
 
 def test_other_settings_do_not_go_on(tmp_path):
@@ -209,10 +198,3 @@ def test_the_table_tells_what_is_missing():
     metrics = {"sa": 80.0, "ra_pgd20": 52.1, "ra_autoattack": 48.4}
     results = {"evaluations": {"single": {"metrics": metrics}}, "dials": {}, "stages": {"single": {"seconds": 9.5}}}
     assert full_scale.render(results).splitlines()[2] == "| single | 80.0 | 52.1 | - | 48.4 | - | 9.5 |"
-
-
-def test_arguments_have_defaults_that_fit_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    args = full_scale.parse_args([])
-    assert isinstance(args, argparse.Namespace) and args.dataset_name == "uoft-cs/cifar10"
-    assert args.stop_after == args.minutes == 12 and args.work_dir == args.output_dir / "work"

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the deadline of
 
 
 def test_nonsense_works_or_is_refused():
-    result = fuzz.summary(fuzz.fuzz(60, seed=2024))
-    assert result["cases"] == 60 and result["faults"] == []
+    result = fuzz.summary(fuzz.fuzz(40, seed=2024))
+    assert result["cases"] == 40 and result["faults"] == []
     assert set(result["outcomes"]) >= {"works", "refused"} and len(result["by_target"]) >= 6
 
 

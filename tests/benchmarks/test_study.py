@@ -24,19 +24,6 @@ def tiny(tiny_study):
     return partial(tiny_study, "digits")
 
 
-@pytest.fixture
-def budget(tiny, tmp_path):
-    """Steps and passes that an arm with these settings gets."""
-
-    def make(**settings) -> tuple[int, float]:
-        content = yaml.safe_load(tiny().read_text())
-        content["passes"] = 30
-        content["arms"]["mine"] = {"settings": settings}
-        return study_run.StudyRun(content, "mine", 0, tmp_path / "mine").steps()
-
-    return make
-
-
 PAIR = {"standard": "a", "robust": "a"}
 
 
@@ -51,33 +38,33 @@ def test_every_study_reads_and_plans(path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("mine", "named"),
     [
-        ({"budget": 3}, "budget"),
-        ({"arms": {"a": {"setings": {}}}}, "setings"),
-        ({"arms": {"a": {"init_from": "b"}}}, "init_from='b' is not an arm"),
-        ({"arms": {"a": {"standard": "a"}}}, "standard and robust go together"),
-        ({"arms": {"a": {"extra": "yes"}}}, "extra='yes' must be true or false"),
-        ({"arms": {"a": {"mixing": "weights"}}}, "mixing given: only an arm that joins models"),
-        ({"arms": {"a": {}, "p": {**PAIR, "mixing": "sum"}}}, "mixing='sum' is not one of 'probs', 'logits', 'wei"),
-        ({"arms": {"a": {}, "p": {**PAIR, "calibrate": 1}}}, "calibrate=1 must be true or false"),
-        ({"arms": {"a": {}, "p": {**PAIR, "calibrate": True, "mixing": "weights"}}}, "calibrate goes with mixing='pr"),
-        (
-            {
-                "arms": {
-                    "a": {},
-                    "b": {"settings": {"num_experts": 3}},
-                    "p": {**PAIR, "robust": "b", "mixing": "weights"},
-                }
-            },
-            "two models of one shape; they differ in num_experts",
-        ),
-        ({"arms": {"a": {}, "p": {**PAIR, "settings": {}}}}, "it joins trained models, so that settings have no"),
+        ({"setings": {}}, "setings"),
+        ({"extra": "yes"}, "extra='yes' must be true or false"),
+        ({"passes": 0}, "passes=0 must be > 0"),
+        ({"init_from": "nothing"}, "init_from='nothing' is not an arm"),
+        ({"init_from": "moe", "settings": {"shared_stages": 1}}, "init_from='moe' must be one network .* same shape"),
+        ({"init_from": "moe", "settings": {"router_top_k": 4}}, "init_from='moe' costs 1 of 1 passes"),
+        ({"init_from": "a"}, "init_from='a' costs 1 of 1 passes"),
+        ({"init_from": "mine", "passes": 3}, "mine -> mine is a circle"),
+        ({"standard": "a"}, "standard and robust go together"),
+        ({"mixing": "weights"}, "mixing given: only an arm that joins models"),
+        ({**PAIR, "mixing": "sum"}, "mixing='sum' is not one of 'probs', 'logits', 'wei"),
+        ({**PAIR, "calibrate": 1}, "calibrate=1 must be true or false"),
+        ({**PAIR, "calibrate": True, "mixing": "weights"}, "calibrate goes with mixing='pr"),
+        ({**PAIR, "robust": "moe", "mixing": "weights"}, "two models of one shape; they differ in num_experts"),
+        ({**PAIR, "settings": {}}, "it joins trained models, so that settings have no"),
     ],
 )
-def test_a_wrong_study_is_refused_by_name(tiny, changes, named):
+def test_a_wrong_arm_is_refused_by_name(tiny, mine, named):
     with pytest.raises(ValueError, match=named):
-        study.read_study(tiny(**changes))
+        study.read_study(tiny(arms={"a": {"settings": {"num_experts": 1}}, "moe": {}, "mine": mine}))
+
+
+def test_a_study_with_an_unknown_key_is_refused(tiny):
+    with pytest.raises(ValueError, match="budget"):
+        study.read_study(tiny(budget=3))
 
 
 @pytest.mark.parametrize(
@@ -99,21 +86,6 @@ def test_an_arm_joins_two_trained_models_as_it_says(tiny, tmp_path, monkeypatch,
     assert training["mixing"] == model.config.mixing == mixing and training["passes"] == 2.0
     assert model.config.robust_logit_map == ({"scale": 3.0} if mapped else None)
     assert training.get("calibration") == (found if mapped else None)
-
-
-@pytest.mark.parametrize(
-    ("arm", "named"),
-    [
-        ({"passes": 0}, "passes=0 must be > 0"),
-        ({"init_from": "moe", "settings": {"shared_stages": 1}}, "init_from='moe' must be one network .* same shape"),
-        ({"init_from": "moe", "settings": {"router_top_k": 4}}, "init_from='moe' costs 1 of 1 passes"),
-        ({"init_from": "single"}, "init_from='single' costs 1 of 1 passes"),
-        ({"init_from": "mine", "passes": 3}, "mine -> mine is a circle"),
-    ],
-)
-def test_an_arm_that_cannot_be_trained_is_refused_when_the_study_is_read(arm, named, tiny):
-    with pytest.raises(ValueError, match=named):
-        study.read_study(tiny(arms={"single": {"settings": {"num_experts": 1}}, "moe": {}, "mine": arm}))
 
 
 UPCYCLED = {
@@ -167,18 +139,20 @@ def test_plan_refuses_arms_that_cannot_be_run(tiny):
         study.plan(content, ["standard", "separate_dual"], [0])
 
 
-def test_the_budget_is_spent_whatever_a_step_costs(budget):
+def test_the_budget_is_spent_whatever_a_step_costs(tiny, tmp_path):
     """The stated passes per image, up to half a step, for cheap and dear methods; dearer ones take fewer steps."""
     plain = {"num_experts": 1, "shared_stages": 0}
-    spent = {
-        "standard": budget(method="standard", **plain),
-        "nfgsm": budget(method="at", **plain),
-        "pgd": budget(method="at", training_attack="pgd", attack_steps=5, **plain),
-        "rt_er": budget(method="rt_er"),
-        "dense": budget(router_top_k=4),
+    settings = {
+        "standard": {"method": "standard", **plain},
+        "nfgsm": plain,
+        "pgd": {"training_attack": "pgd", "attack_steps": 5, **plain},
+        "rt_er": {"method": "rt_er"},
+        "dense": {"router_top_k": 4},
     }
-    for steps, passes in spent.values():
-        assert passes == pytest.approx(30, abs=0.6 * 30 / steps)
+    arms = {name: {"settings": own} for name, own in settings.items()}
+    run = study_run.StudyRun(study.read_study(tiny(arms=arms, passes=30)), "nfgsm", 0, tmp_path / "run")
+    spent = {name: run.steps(name) for name in arms}
+    assert all(passes == pytest.approx(30, abs=0.6 * 30 / steps) for steps, passes in spent.values())
     steps = {name: count for name, (count, _) in spent.items()}
     assert steps["standard"] == 30  # one pass per image, one batch per epoch
     # forward : input gradient : weight gradient = 1 : 1 : 1, so that an attack pass costs 2/3 of a training pass
