@@ -14,7 +14,6 @@ from huggingface_hub.errors import StrictDataclassError
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import TrainingArguments
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.attacks.apgd import APGD
@@ -153,11 +152,13 @@ SPLITS = {
     "train_split": of(None, "train"),
     "label_column": of(None, "label"),
 }
-OF_TRAINER = {field.name for field in fields(TrainingArguments)}
+OURS = ("train_alpha", "eps", "norm", "beta", "trades_lambda", "method", "second_term", "second_attack", "ema_decay")
+OURS += ("attack_steps", "attack_step_size", "eps_warmup_ratio", "eval_attack_steps")
+OURS += ("crop_padding", "training_attack")
 TRAINING = {
     field.name: of(field.default, *(field.metadata.get("choices") or ()))
     for field in fields(RobustTrainingArguments)
-    if field.name not in OF_TRAINER
+    if field.name in OURS
 }
 CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6)  # (where, new byte)
 FILES = st.tuples(CHANGES, st.none() | st.floats(0, 1))  # and where the file ends
