@@ -223,3 +223,12 @@ def test_the_picture_shows_the_seeds_that_all_dials_have(tmp_path):
     results["runs"][-1]["swept_with"] = ["pgd"]
     with pytest.raises(ValueError, match="different attacks"):
         results_page.dials(results)
+
+
+def test_extra_arms_have_a_folded_table_of_their_own():
+    arms = {"single": {"about": "one network"}, "single_awp": {"about": "with AWP", "extra": True}}
+    cost = {"ra_pgd": 31, "parameters": 9, "flops": 5, "num_images": 7, "training": {"steps": 2, "passes": 1}}
+    runs = [{"arm": arm, "seed": 0, "sa": 50, "ra": 30, **cost} for arm in arms]
+    study = {"passes": 1, "settings": {"num_experts": 1}, "arms": arms}
+    before, after = results_page.render_study({"study": study, "runs": runs}).split("More arms, some with fewer seeds")
+    assert "| single |" in before and "single_awp" not in before and "| single_awp |" in after

@@ -63,8 +63,14 @@ def render_study(results: dict[str, Any]) -> str:
     """What one study found: its arms and their differences."""
     arms = summarise(results["runs"], results["study"])
     about, names = describe_study(results, arms)
-    findings = render_findings({**results, "arms": arms})
-    blocks = [about, render_arms(arms), folded("What the names mean", names), findings]
+    extra = {arm: entry for arm, entry in arms.items() if results["study"]["arms"][arm].get("extra")}
+    blocks = [
+        about,
+        render_arms({arm: entry for arm, entry in arms.items() if arm not in extra}),
+        *([folded("More arms, some with fewer seeds", render_arms(extra))] if extra else []),
+        folded("What the names mean", names),
+        render_findings({**results, "arms": arms}),
+    ]
     return "\n\n".join(filter(None, blocks))
 
 
