@@ -136,6 +136,7 @@ class StopAt(TrainerCallback):
 
 
 @needs_torchlip
+@pytest.mark.slow
 def test_a_training_goes_on_from_its_last_checkpoint(tiny, tmp_path, monkeypatch):
     def study(folder):
         args = certificates.parse_args([*tiny, "--output_dir", str(tmp_path / folder)])
