@@ -1,6 +1,5 @@
 """The twelve-minute run, rehearsed on a CPU: shards in two transfers, stops and goes on, weights in parts."""
 
-import argparse
 import io
 import json
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_dualmoe import DualMoEForImageClassification
-from training.benchmarks.full_scale import full_scale
+from training.benchmarks.full_scale import full_scale, plan
 from training.benchmarks.full_scale import weights as weight_parts
 
 SHARDS = [f"train-0000{i}-of-00002.parquet" for i in range(2)]
@@ -60,17 +59,14 @@ def keys(dataset) -> set[bytes]:
 
 def test_the_second_shard_moves_no_image_into_or_out_of_the_held_out_set(half):
     folder, bring = half
-    first, shards = full_scale.load_data(str(folder)), full_scale.shards_there(str(folder))
+    first, shards = plan.load_data(str(folder)), plan.shards_there(str(folder))
     assert shards == (1, 2) and len(first.train) + len(first.validation) == 200 and len(first.validation) > 0
     bring()
-    both = full_scale.load_data(str(folder))
-    assert full_scale.shards_there(str(folder)) == (2, 2) and len(both.train) + len(both.validation) == 400
+    both = plan.load_data(str(folder))
+    assert plan.shards_there(str(folder)) == (2, 2) and len(both.train) + len(both.validation) == 400
     assert keys(first.train) < keys(both.train) and keys(first.validation) <= keys(both.validation)
     assert not keys(both.train) & keys(both.validation) and len(both.test) == 16
-
-
-def test_shards_of_other_names_count_as_whole(tmp_path):
-    assert full_scale.shards_there("uoft-cs/cifar10") == full_scale.shards_there(str(tmp_path)) == (1, 1)
+    assert plan.shards_there("uoft-cs/cifar10") == (1, 1)  # cannot be told
 
 
 def test_weights_come_back_from_their_parts(make_moe, tmp_path, monkeypatch):
@@ -97,27 +93,20 @@ def test_steps_are_what_the_measured_time_allows(monkeypatch):
     monkeypatch.setattr(run, "trainer", lambda *args, **kwargs: None)
     monkeypatch.setattr(full_scale, "measure", lambda trainer, effort, graph: (step, 1.0, None))
     step = 0.1
-    plan = run.plan("single", full_scale.STAGES["single"])
-    assert plan["steps"] == int((12 * 60 * 0.38 - 5 - 8 * 1.0) / 0.1) and plan["step_ms"] == 100
+    told = run.plan("single", full_scale.STAGES["single"])
+    assert told["steps"] == int((12 * 60 * 0.38 - 5 - 8 * 1.0) / 0.1) and told["step_ms"] == 100
     step = 0.001  # then the epochs of the whole set are the limit
     assert run.plan("single", full_scale.STAGES["single"])["steps"] == -(-60 * 49_000 // 512)
-
-
-def test_trainings_leave_time_for_the_evaluation():
-    assert sum(stage.share for stage in full_scale.STAGES.values()) <= 0.6
-    names = list(full_scale.STAGES)
-    assert all(stage.start is None or stage.start in names[:i] for i, stage in enumerate(full_scale.STAGES.values()))
-    assert {name for name, _ in full_scale.EVALUATIONS} == {"single", "pair", "pair_weights", "rt_er", "jtdmoe"}
 
 
 def test_other_settings_do_not_go_on(tmp_path):
     options = ["--rehearse", "--output_dir", str(tmp_path)]
     args = full_scale.parse_args(options)
-    full_scale.write_results(args, full_scale.begin(args))
-    assert len(full_scale.begin(full_scale.parse_args([*options, "--minutes", "3"]))["sessions"]) == 2
+    full_scale.write_results(args, full_scale.open_results(args))
+    assert len(full_scale.open_results(full_scale.parse_args([*options, "--minutes", "3"]))["sessions"]) == 2
     with pytest.raises(SystemExit, match="--fresh"):
-        full_scale.main([*options, "--attack_steps", "2"])
-    assert len(full_scale.begin(full_scale.parse_args([*options, "--attack_steps", "2", "--fresh"]))["sessions"]) == 1
+        full_scale.main([*options, "--seed", "2"])
+    assert len(full_scale.open_results(full_scale.parse_args([*options, "--seed", "2", "--fresh"]))["sessions"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -125,7 +114,6 @@ def test_other_settings_do_not_go_on(tmp_path):
     [
         (["--minutes", "0", "--rehearse"], "minutes=0.0 must be > 0"),
         (["--stop_after", "-1", "--rehearse"], "stop_after=-1.0"),
-        (["--attack_steps", "0", "--rehearse"], "attack_steps=0 must be > 0"),
         ([], "no CUDA GPU"),
     ],
 )
@@ -139,6 +127,7 @@ def test_bad_calls_are_refused(options, message, monkeypatch, capsys):
 def short(monkeypatch) -> None:
     """One training and one evaluation in the place of all."""
     monkeypatch.setattr(full_scale, "STAGES", {"single": full_scale.STAGES["single"]})
+    monkeypatch.setattr(full_scale.plan, "WEIGHTS", ())
     monkeypatch.setattr(full_scale, "EVALUATIONS", (("single", "worst_case"),))
 
 
@@ -156,7 +145,7 @@ def stop_after_step(step: int):
 def test_a_training_that_is_stopped_ends_as_one_that_is_not(monkeypatch, tmp_path, capsys):
     short(monkeypatch)
     folders = [tmp_path / "whole", tmp_path / "stopped"]
-    commands = [["--rehearse", "--weights", "--output_dir", str(folder)] for folder in folders]
+    commands = [["--rehearse", "--output_dir", str(folder)] for folder in folders]
     full_scale.main(commands[0])
     with monkeypatch.context() as patch:
         patch.setattr(full_scale.StopInTime, "on_step_end", stop_after_step(1))
@@ -209,10 +198,3 @@ def test_the_table_tells_what_is_missing():
     metrics = {"sa": 80.0, "ra_pgd20": 52.1, "ra_autoattack": 48.4}
     results = {"evaluations": {"single": {"metrics": metrics}}, "dials": {}, "stages": {"single": {"seconds": 9.5}}}
     assert full_scale.render(results).splitlines()[2] == "| single | 80.0 | 52.1 | - | 48.4 | - | 9.5 |"
-
-
-def test_arguments_have_defaults_that_fit_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    args = full_scale.parse_args([])
-    assert isinstance(args, argparse.Namespace) and args.dataset_name == "uoft-cs/cifar10"
-    assert args.stop_after == args.minutes == 12 and args.work_dir == args.output_dir / "work"

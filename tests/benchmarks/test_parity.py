@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig
-from hf_dualmoe.attacks import autoattack
 from training.benchmarks.parity import parity
 
 DIGITS = {"num_labels": 10, "image_size": 8, "num_channels": 1, "num_experts": 2, "width": [8, 8, 8, 16]}
@@ -58,30 +57,15 @@ def test_both_sides_are_measured(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(parity.VERSIONS, "fast", version)
     make = parity.make_attack
     monkeypatch.setattr(parity, "make_attack", lambda *args, backend, **kwargs: make(*args, **kwargs))
-    monkeypatch.setattr(parity, "autoattack", lambda *args, backend, **kwargs: autoattack(*args, **kwargs))
     monkeypatch.setattr(parity.metadata, "version", lambda name: "1.0")
     output = tmp_path / "results.json"
     command = f"--model {folder} --num_images 30 --eps 12/255 --version fast --seeds 0 1 --output {output}".split()
     parity.main([*command, "--batch_size", "7", "--device", "cpu"])
     (run,) = json.loads(output.read_text())["runs"]
     assert run["settings"]["model"] == "tiny" and run["settings"]["eps"] == pytest.approx(12 / 255)
-    assert [r["attack"] for r in run["rows"]] == ["apgd-ce", "square", "union"]
+    assert [r["attack"] for r in run["rows"]] == ["apgd-ce", "square"]
     for found in run["rows"]:
         ours, theirs = found["hf_dualmoe"], found["torchattacks"]
         assert ours["standing"] == theirs["standing"] and len(ours["standing"]) == 2
         assert {len(standing) for standing in ours["standing"]} == {run["clean_correct"]}
-    assert parity.pointwise(run["rows"][:2])["hf_dualmoe"]["standing"] == run["rows"][2]["hf_dualmoe"]["standing"]
     assert "tiny, 30, fast" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--model is missing"),
-        (["--model", "x", "--version", "fast", "--attacks", "fab-t"], "--attacks has fab-t"),
-    ],
-)
-def test_bad_requests_are_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        parity.main(arguments)
-    assert message in capsys.readouterr().err

@@ -8,9 +8,10 @@ import yaml
 
 from training.benchmarks import results_page
 from training.benchmarks.reliability import smoke_recipes
-from training.benchmarks.shared.files import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
-from training.benchmarks.shared.tables import marks, section
+from training.benchmarks.shared.render import marks, section
+from training.benchmarks.shared.store import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
 from training.benchmarks.study import findings
+from training.benchmarks.study.definition import STUDIES
 from training.benchmarks.study.findings import Comparison
 
 README, FRONT = (BENCHMARKS / "README.md").read_text(), (CHECKOUT / "README.md").read_text()
@@ -82,9 +83,8 @@ def test_the_page_is_written_into_its_places(elsewhere, tmp_path):
 
 
 def test_a_study_that_was_not_run_is_said_to_be_missing(elsewhere, tmp_path):
-    for name in ("study_cifar10", "study_cifar10_full"):
-        (tmp_path / "results" / f"{name}.json").unlink()
-    assert results_page.SECTIONS["study_cifar10"]() == "Not measured yet."
+    (tmp_path / "results" / "study_cifar10_full.json").unlink()
+    assert results_page.SECTIONS["study_cifar10_full"]() == "Not measured yet."
     assert len(results_page.render_summary().splitlines()) < 2 + results_page.ROWS
 
 
@@ -170,14 +170,11 @@ def test_unequal_budgets_and_marks_are_told():
 
 
 def test_every_comparison_names_arms_of_a_study():
-    studies = [yaml.safe_load(path.read_text()) for path in (BENCHMARKS / "study" / "studies").glob("*.yaml")]
+    studies = {path.stem: set(yaml.safe_load(path.read_text())["arms"]) for path in STUDIES.glob("*.yaml")}
     pairs = [{c.arm, c.other or c.arm} for c in findings.COMPARISONS] + [set(curve[:2]) for curve in findings.CURVES]
     for arms in [*pairs, *({arm} for arm in results_page.DIALS)]:
-        assert any(arms <= set(study["arms"]) for study in studies), arms
-    for name, arms in results_page.ARMS.items():
-        assert set(arms) <= set(
-            yaml.safe_load((BENCHMARKS / "study" / "studies" / f"{name}.yaml").read_text())["arms"]
-        )
+        assert any(arms <= known for known in studies.values()), arms
+    assert set(results_page.ARMS) <= studies[results_page.STUDY]
 
 
 # --- dials -----------------------------------------------------------------------------------------------------------
@@ -228,12 +225,10 @@ def test_the_picture_shows_the_seeds_that_all_dials_have(tmp_path):
         results_page.dials(results)
 
 
-def test_confirmed_numbers_take_the_place_of_the_first():
-    study = {"settings": {"num_experts": 1}, "arms": {"single": {}, "rt_er": {}}}
-    cost = {"parameters": 10, "flops": 5, "ra_pgd": 3, "training": {"steps": 2, "passes": 1}}
-    runs = [{"arm": arm, "seed": 0, "sa": 50, "ra": 30, **cost} for arm in study["arms"]]
-    assert results_page.confirmed({"study": study, "runs": runs}) is None
-    runs[0]["confirmed"] = {"sa": 40, "ra": 20, "ra_pgd": 21}
-    again = results_page.confirmed({"study": study, "runs": runs})
-    assert list(again["arms"]) == ["single"] and again["arms"]["single"]["ra"]["mean"] == 20
-    assert runs[0]["sa"] == 50
+def test_extra_arms_have_a_folded_table_of_their_own():
+    arms = {"single": {"about": "one network"}, "single_awp": {"about": "with AWP", "extra": True}}
+    cost = {"ra_pgd": 31, "parameters": 9, "flops": 5, "num_images": 7, "training": {"steps": 2, "passes": 1}}
+    runs = [{"arm": arm, "seed": 0, "sa": 50, "ra": 30, **cost} for arm in arms]
+    study = {"passes": 1, "settings": {"num_experts": 1}, "arms": arms}
+    before, after = results_page.render_study({"study": study, "runs": runs}).split("More arms, some with fewer seeds")
+    assert "| single |" in before and "single_awp" not in before and "| single_awp |" in after

@@ -1,47 +1,32 @@
 """The smoke test of the full-scale recipes notices what goes wrong, and its results are of the recipes as they are."""
 
-import json
-
 import pytest
 import torch
 import yaml
 
 from training.benchmarks.reliability import smoke_recipes
-from training.benchmarks.shared.files import RESULTS as KEPT
-from training.benchmarks.shared.files import read_json
+from training.benchmarks.shared.store import RESULTS as KEPT
+from training.benchmarks.shared.store import read_json
 from training.run import RECIPES
 
 RESULTS = read_json(KEPT / "smoke_recipes.json")
-SMOKED = [name for name, result in RESULTS["recipes"].items() if "smoke" in result]
 
 
 @pytest.mark.parametrize("recipe", smoke_recipes.FULL_SCALE)
-def test_recorded_costs_are_of_the_recipes_as_they_are(recipe):
+def test_recorded_costs_and_smoke_tests_are_of_the_recipes_as_they_are(recipe):
     result = RESULTS["recipes"][recipe]
     assert result["recipe_settings"] == yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+    smoke, batch_size = result["smoke"], result["settings"]["per_device_train_batch_size"]
+    assert result["settings"] == smoke_recipes.smoke_settings(recipe, smoke["steps"], batch_size)
+    assert smoke["steps"] >= 200 > smoke["killed_after_step"] >= smoke["resumed_from_step"]
 
 
-@pytest.mark.parametrize("recipe", SMOKED)
-def test_recorded_smoke_tests_are_of_the_recipes_as_they_are(recipe):
-    result = RESULTS["recipes"][recipe]
-    assert result["smoke"]["recipe_settings"] == yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
-    assert result["settings"] == smoke_recipes.smoke_settings(
-        recipe, result["smoke"]["steps"], result["settings"]["per_device_train_batch_size"], pretrained=False
-    )
-    assert result["smoke"]["steps"] >= 200 > result["smoke"]["killed_after_step"]
-    assert result["smoke"]["resumed_from_step"] <= result["smoke"]["killed_after_step"]
-
-
-def test_an_estimate_keeps_the_smoke_test(tmp_path):
-    args = smoke_recipes.parse_args(["--output", str(tmp_path / "r.json")])
-    for recipe in ("paper", "cifar10_resnet18"):
-        smoke_recipes.save({"recipe": recipe, "cost": {"total_pflops": 100.0}, "smoke": {"steps": 200}}, args)
-    args = smoke_recipes.parse_args(["--output", str(tmp_path / "r.json"), "--estimate"])
-    smoke_recipes.save({"recipe": "paper", "cost": {"total_pflops": 200.0}}, args)
-    saved = json.loads((tmp_path / "r.json").read_text())
-    assert list(saved["recipes"]) == ["paper", "cifar10_resnet18"]
-    assert saved["recipes"]["paper"]["smoke"] == {"steps": 200}
-    assert [recipe["cost"]["total_pflops"] for recipe in saved["recipes"].values()] == [200, 100]
+def test_a_result_takes_the_place_of_that_recipe_only(tmp_path):
+    path = tmp_path / "r.json"
+    for recipe, flops in (("paper", 100), ("cifar10_resnet18", 300), ("paper", 200)):
+        smoke_recipes.save({"recipe": recipe, "cost": flops}, path)
+    saved = read_json(path)["recipes"]
+    assert {name: result["cost"] for name, result in saved.items()} == {"paper": 200, "cifar10_resnet18": 300}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +80,7 @@ def test_the_smoke_test_notices_a_broken_training(fake_run, tmp_path, behaviour,
 @pytest.mark.slow
 def test_the_smoke_test_kills_and_resumes_a_real_training(tmp_path):
     changes = {"dataset_name": "digits", "width": "8,8,8,16", "max_train_samples": 64}
-    settings = smoke_recipes.smoke_settings("digits", 20, 4, False) | changes
+    settings = smoke_recipes.smoke_settings("digits", 20, 4) | changes
     result = smoke_recipes.smoke("digits", tmp_path / "out", settings, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
     assert result["steps"] == 20 and 4 <= result["resumed_from_step"] <= result["killed_after_step"] < 20
     assert result["loss_first"] > 0 and not list((tmp_path / "out").glob("checkpoint-*"))

@@ -45,8 +45,7 @@ def test_a_rehearsal_of_everything(tmp_path):
 
 
 def test_trainings_that_differ_are_told_apart():
-    one = gpu_steps.trained("at", "nfgsm", gpu_sizes.REHEARSAL, graph=False, steps=2)
-    assert one["loss"].shape == (2,) and one["gradient"].norm() > 0 and one["weights"].norm() > 0
+    one = {name: torch.ones(3) for name in gpu_steps.TOLERANCE}
     other = {**one, "gradient": 1.1 * one["gradient"]}
     assert gpu_steps.distances(one, other) == {"loss": 0, "gradient": pytest.approx(0.1), "weights": 0}
 

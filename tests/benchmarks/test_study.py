@@ -6,15 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from transformers import AutoModelForImageClassification
 
-from hf_dualmoe.data.datasets import DataSplits, ImageTensorDataset
-from hf_dualmoe.evaluation.report import RobustnessReport
 from training.benchmarks import results_page
-from training.benchmarks.shared.files import read_json, write_json
-from training.benchmarks.study import card as study_card
+from training.benchmarks.shared.store import read_json, write_json
 from training.benchmarks.study import definition, study
 from training.benchmarks.study import run as study_run
 from training.benchmarks.study import summary as study_tables
@@ -26,19 +22,6 @@ BENCHMARKS = Path(__file__).parents[2] / "training" / "benchmarks"
 def tiny(tiny_study):
     """tiny(**changes): path of the digits study, small and changed."""
     return partial(tiny_study, "digits")
-
-
-@pytest.fixture
-def budget(tiny, tmp_path):
-    """Steps and passes that an arm with these settings gets."""
-
-    def make(**settings) -> tuple[int, float]:
-        content = yaml.safe_load(tiny().read_text())
-        content["passes"] = 30
-        content["arms"]["mine"] = {"settings": settings}
-        return study_run.StudyRun(content, "mine", 0, tmp_path / "mine").steps()
-
-    return make
 
 
 PAIR = {"standard": "a", "robust": "a"}
@@ -55,33 +38,33 @@ def test_every_study_reads_and_plans(path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("mine", "named"),
     [
-        ({"budget": 3}, "budget"),
-        ({"arms": {"a": {"setings": {}}}}, "setings"),
-        ({"arms": {"a": {"same_steps_as": "b"}}}, "same_steps_as='b'"),
-        ({"arms": {"a": {"standard": "a"}}}, "standard and robust go together"),
-        ({"arms": {"a": {"extra": "yes"}}}, "extra='yes' must be true or false"),
-        ({"arms": {"a": {"mixing": "weights"}}}, "mixing given: only an arm that joins models"),
-        ({"arms": {"a": {}, "p": {**PAIR, "mixing": "sum"}}}, "mixing='sum' is not one of 'probs', 'logits', 'wei"),
-        ({"arms": {"a": {}, "p": {**PAIR, "calibrate": 1}}}, "calibrate=1 must be true or false"),
-        ({"arms": {"a": {}, "p": {**PAIR, "calibrate": True, "mixing": "weights"}}}, "calibrate goes with mixing='pr"),
-        (
-            {
-                "arms": {
-                    "a": {},
-                    "b": {"settings": {"num_experts": 3}},
-                    "p": {**PAIR, "robust": "b", "mixing": "weights"},
-                }
-            },
-            "two models of one shape; they differ in num_experts",
-        ),
-        ({"arms": {"a": {}, "p": {**PAIR, "settings": {}}}}, "it joins trained models, so that settings have no"),
+        ({"setings": {}}, "setings"),
+        ({"extra": "yes"}, "extra='yes' must be true or false"),
+        ({"passes": 0}, "passes=0 must be > 0"),
+        ({"init_from": "nothing"}, "init_from='nothing' is not an arm"),
+        ({"init_from": "moe", "settings": {"shared_stages": 1}}, "init_from='moe' must be one network .* same shape"),
+        ({"init_from": "moe", "settings": {"router_top_k": 4}}, "init_from='moe' costs 1 of 1 passes"),
+        ({"init_from": "a"}, "init_from='a' costs 1 of 1 passes"),
+        ({"init_from": "mine", "passes": 3}, "mine -> mine is a circle"),
+        ({"standard": "a"}, "standard and robust go together"),
+        ({"mixing": "weights"}, "mixing given: only an arm that joins models"),
+        ({**PAIR, "mixing": "sum"}, "mixing='sum' is not one of 'probs', 'logits', 'wei"),
+        ({**PAIR, "calibrate": 1}, "calibrate=1 must be true or false"),
+        ({**PAIR, "calibrate": True, "mixing": "weights"}, "calibrate goes with mixing='pr"),
+        ({**PAIR, "robust": "moe", "mixing": "weights"}, "two models of one shape; they differ in num_experts"),
+        ({**PAIR, "settings": {}}, "it joins trained models, so that settings have no"),
     ],
 )
-def test_a_wrong_study_is_refused_by_name(tiny, changes, named):
+def test_a_wrong_arm_is_refused_by_name(tiny, mine, named):
     with pytest.raises(ValueError, match=named):
-        study.read_study(tiny(**changes))
+        study.read_study(tiny(arms={"a": {"settings": {"num_experts": 1}}, "moe": {}, "mine": mine}))
+
+
+def test_a_study_with_an_unknown_key_is_refused(tiny):
+    with pytest.raises(ValueError, match="budget"):
+        study.read_study(tiny(budget=3))
 
 
 @pytest.mark.parametrize(
@@ -96,13 +79,56 @@ def test_an_arm_joins_two_trained_models_as_it_says(tiny, tmp_path, monkeypatch,
     found = {"robust_logit_map": {"scale": 3.0}, "alpha": 0.9}
     monkeypatch.setattr(study_run, "calibrate_robust_logits", lambda model, images, **options: found)
     run = study_run.StudyRun(content, "p", 0, tmp_path / "p-seed0")
-    run.build(run.settings_of("a")).save_pretrained(run.model_of("a"))
+    run.build(definition.settings_of(content, "a")).save_pretrained(run.model_of("a"))
     (run.model_of("a").parent / "run.json").write_text(json.dumps({"training": {"passes": 2.0}}))
     training = run.train()
     model = AutoModelForImageClassification.from_pretrained(run.folder / "model")
     assert training["mixing"] == model.config.mixing == mixing and training["passes"] == 2.0
     assert model.config.robust_logit_map == ({"scale": 3.0} if mapped else None)
     assert training.get("calibration") == (found if mapped else None)
+
+
+UPCYCLED = {
+    "up": {"init_from": "half", "passes": 24},
+    "longer": {"init_from": "half", "settings": {"awp_gamma": 0.01}},
+    "half": {"settings": {"num_experts": 1, "shared_stages": 0}, "passes": 12},
+    "scratch": {"passes": 24},
+}
+
+
+@pytest.fixture
+def upcycled(tiny, tmp_path):
+    """upcycled(standard, robust): the run of a pair of two arms of UPCYCLED."""
+
+    def make(standard, robust):
+        arms = {"pair": {"standard": standard, "robust": robust}, **UPCYCLED}
+        return study_run.StudyRun(study.read_study(tiny(arms=arms, passes=40)), "pair", 0, tmp_path / "run")
+
+    return make
+
+
+def test_an_upcycled_arm_pays_for_the_model_that_it_starts_from(upcycled):
+    run = upcycled("up", "half")
+    totals = {arm: run.steps(arm) for arm in UPCYCLED}
+    for arm, passes in {"up": 24, "longer": 40, "half": 12, "scratch": 24}.items():
+        own = totals[arm][1] - run.passes_before(arm)
+        assert totals[arm][1] == pytest.approx(passes, abs=0.51 * own / totals[arm][0]), arm
+    assert run.passes_before("up") == totals["half"][1] and run.passes_before("scratch") == 0
+    assert totals["up"][0] == pytest.approx(totals["scratch"][0] / 2, abs=1)
+    order = [each.arm for each in study.plan(run.study, list(run.study["arms"]), [0])]
+    assert order.index("half") < order.index("up") < order.index("pair")
+
+
+@pytest.mark.parametrize(
+    ("standard", "robust", "passes"), [("up", "half", 24), ("up", "longer", 52), ("scratch", "half", 36)]
+)
+def test_a_joined_arm_pays_once_for_the_model_that_both_started_from(standard, robust, passes, upcycled):
+    run = upcycled(standard, robust)
+    trained = {"up": (24, 12), "longer": (40, 12), "half": (12, None), "scratch": (24, None)}
+    for arm, (total, before) in trained.items():
+        training = {"passes": total} | ({"passes_from": before} if before else {})
+        write_json(run.model_of(arm).parent / "run.json", {"training": training})
+    assert run.joined_passes() == passes
 
 
 def test_plan_refuses_arms_that_cannot_be_run(tiny):
@@ -113,32 +139,26 @@ def test_plan_refuses_arms_that_cannot_be_run(tiny):
         study.plan(content, ["standard", "separate_dual"], [0])
 
 
-def test_the_budget_is_spent_whatever_a_step_costs(budget):
+def test_the_budget_is_spent_whatever_a_step_costs(tiny, tmp_path):
     """The stated passes per image, up to half a step, for cheap and dear methods; dearer ones take fewer steps."""
     plain = {"num_experts": 1, "shared_stages": 0}
-    spent = {
-        "standard": budget(method="standard", **plain),
-        "nfgsm": budget(method="at", **plain),
-        "pgd": budget(method="at", training_attack="pgd", attack_steps=5, **plain),
-        "rt_er": budget(method="rt_er"),
-        "dense": budget(router_top_k=4),
+    settings = {
+        "standard": {"method": "standard", **plain},
+        "nfgsm": plain,
+        "pgd": {"training_attack": "pgd", "attack_steps": 5, **plain},
+        "rt_er": {"method": "rt_er"},
+        "dense": {"router_top_k": 4},
     }
-    for steps, passes in spent.values():
-        assert passes == pytest.approx(30, abs=0.6 * 30 / steps)
+    arms = {name: {"settings": own} for name, own in settings.items()}
+    run = study_run.StudyRun(study.read_study(tiny(arms=arms, passes=30)), "nfgsm", 0, tmp_path / "run")
+    spent = {name: run.steps(name) for name in arms}
+    assert all(passes == pytest.approx(30, abs=0.6 * 30 / steps) for steps, passes in spent.values())
     steps = {name: count for name, (count, _) in spent.items()}
     assert steps["standard"] == 30  # one pass per image, one batch per epoch
     # forward : input gradient : weight gradient = 1 : 1 : 1, so that an attack pass costs 2/3 of a training pass
     assert steps["nfgsm"] == pytest.approx(30 / (1 + 2 / 3), rel=0.03)
     assert steps["pgd"] == pytest.approx(30 / (1 + 5 * 2 / 3), rel=0.05)
     assert steps["rt_er"] < steps["nfgsm"] and steps["dense"] < steps["nfgsm"]
-
-
-def test_a_wider_network_matches_the_parameters_of_the_mixture(tiny, tmp_path):
-    run = study_run.StudyRun(study.read_study(tiny()), "wide_single", 0, tmp_path / "wide")
-    wide, mixture, single = (
-        study_run.count_parameters(run.build(run.settings_of(arm))) for arm in ("wide_single", "moe_at", "single")
-    )
-    assert wide == pytest.approx(mixture, rel=0.15) and wide > 1.3 * single
 
 
 def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
@@ -161,15 +181,6 @@ def test_summary_has_mean_and_range_and_the_gain_of_the_dial(tiny):
     assert "55.0 (50.0 to 60.0)" in table and "F_R of jtdmoe" in table
 
 
-def test_scale_keeps_to_the_images_that_there_are():
-    content = study.read_study(BENCHMARKS / "study" / "studies" / "cifar10.yaml")
-    limits = {
-        scale: [definition.scaled(content, scale)["settings"][name] for name in definition.LIMITS] for scale in (2, 10)
-    }
-    assert limits == {2: [10_000, 1_000, 2_000], 10: [45_000, 5_000, 10_000]}
-    assert content["settings"]["max_train_samples"] == 5_000
-
-
 def test_a_definition_is_all_that_a_result_depends_on(tiny):
     content = study.read_study(tiny())
     before = {arm: definition.definition(content, arm) for arm in content["arms"]}
@@ -182,7 +193,7 @@ def test_a_definition_is_all_that_a_result_depends_on(tiny):
     assert changed(seeds=[7], arms={**arms, "new": {}, "single": told}) == set()
     assert changed(passes=7) == set(arms)
     other = {**arms, "rt_er": {"settings": {"method": "rt_er"}}}
-    assert {"rt_er", "standard", "separate_dual"} <= changed(arms=other) and "single" not in changed(arms=other)
+    assert changed(arms=other) == {"rt_er", "separate_clean", "separate_dual"}
     assert definition.definition(content, "nothing") is None
 
 
@@ -201,31 +212,6 @@ def test_a_run_that_cannot_be_started_is_noted(tiny, tmp_path, monkeypatch):
     assert work.failed["separate_clean-seed0"] == "a model that it needs is missing"
 
 
-def test_only_finished_runs_are_confirmed_and_once(tiny, tmp_path, monkeypatch):
-    content = study.read_study(tiny())
-    runs = study.plan(content, ["single", "rt_er", "moe_at"], [0])
-    work = study.Study(content, runs, tmp_path, jobs=1, threads=1, confirm=True)
-    numbers = {"sa": 50.0, "ra": 30.0, "ra_pgd": 31.0}
-    finished = {**numbers, "seed": 0, "parameters": 9, "flops": 9, "training": {"steps": 1, "passes": 1.0}}
-    for arm in ("single", "rt_er"):
-        work.folder(f"{arm}-seed0").mkdir(parents=True)
-        (work.folder(f"{arm}-seed0") / "run.json").write_text(json.dumps({"arm": arm, **finished}))
-    (work.folder("rt_er-seed0") / "confirmed.json").write_text(json.dumps({**numbers, "ra": 29.0}))
-    started = []
-
-    def run(command, **_):
-        started.append(command[3:])
-        (Path(command[-2]) / "confirmed.json").write_text(json.dumps(numbers))
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(study.subprocess, "run", run)
-    work.work()
-    assert started == [["single", "0", str(work.folder("single-seed0")), "confirm"]]
-    assert list(work.failed) == ["moe_at-seed0"] and "nothing to confirm" in work.failed["moe_at-seed0"]
-    kept = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert {entry["arm"]: entry["confirmed"]["ra"] for entry in kept} == {"single": 30.0, "rt_er": 29.0}
-
-
 def test_numbers_of_a_broken_measurement_are_refused():
     metrics = {"sa": 90.0, "ra_pgd10": 50.0, "ra_worst_case": 40.0}
     described = {
@@ -239,27 +225,6 @@ def test_numbers_of_a_broken_measurement_are_refused():
     report.failures["worst_case"] = "out of memory"
     with pytest.raises(RuntimeError, match="worst_case: out of memory"):
         study_run.numbers(report)
-
-
-def test_images_to_confirm_with_were_drawn_by_no_seed(tiny, tmp_path, monkeypatch):
-    content = study.read_study(tiny())
-    content["seeds"] = [0, 1]
-    pixels = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
-    whole = ImageTensorDataset(pixels, torch.arange(60) % 2, ["even", "odd"])
-
-    def load_data(data_args, image_size, num_channels, seed):
-        test = whole.take(data_args.max_test_samples, seed) if data_args.max_test_samples else whole
-        return DataSplits(whole, whole, test, name="numbers")
-
-    monkeypatch.setattr(study_run.training, "load_data", load_data)
-    content["settings"]["max_test_samples"] = 20
-    run = study_run.StudyRun(content, "single", 1, tmp_path)
-    drawn = {int(image) for seed in (0, 1) for image in whole.take(20, seed).images}
-    unseen = {int(image) for image in run.unseen_images().images}
-    assert len(unseen) == 20 and not unseen & drawn
-    content["settings"]["max_test_samples"] = 40
-    with pytest.raises(ValueError, match="40 are needed to confirm"):
-        study_run.StudyRun(content, "single", 1, tmp_path).unseen_images()
 
 
 def test_kept_results_name_the_dataset_and_no_place(tiny, tmp_path, monkeypatch):
@@ -314,25 +279,3 @@ def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, ca
     assert (
         "runs of broken, jtdmoe, rt_er, separate_clean, standard, warm with other settings" in capfd.readouterr().err
     )
-
-    card = tmp_path / "card"
-    study_card.main([str(runs / "jtdmoe-seed0"), str(card), "--controls", "rt_er"])
-    model = AutoModelForImageClassification.from_pretrained(card)
-    run = next(run for run in results["runs"] if run["arm"] == "jtdmoe")
-    report = RobustnessReport.load(card / "results.json")
-    assert model.config.alpha == report.alpha_choice["alpha"] == run["alpha"]
-    assert report.metrics["sa"] == run["sa"] and report.controls["F_R alone"]["sa"] == run["robust"]["sa"]
-    assert report.training["steps"] == run["training"]["steps"] and "rt_er" in (card / "README.md").read_text()
-    study_card.main([str(runs / "warm-seed0"), str(tmp_path / "warm"), "--controls", "jtdmoe"])
-    warm = RobustnessReport.load(tmp_path / "warm" / "results.json").training
-    assert warm["init_from"] == "rt_er" and warm["passes"] > warm["passes_from"] == results["arms"]["rt_er"]["passes"]
-    study_card.main([str(runs / "separate_clean-seed0"), str(tmp_path / "pair"), "--controls"])
-    pair = RobustnessReport.load(tmp_path / "pair" / "results.json")
-    assert pair.training["method"] == "rt_er" and pair.training["standard_method"] == "standard"
-    by_arm = {run["arm"]: run for run in results["runs"]}
-    assert pair.training["passes"] == by_arm["separate_clean"]["training"]["passes"]
-    assert pair.controls["F_R alone"]["sa"] == by_arm["rt_er"]["sa"]
-    (runs / "rt_er-seed0" / "settings.json").unlink()
-    with pytest.raises(SystemExit):
-        study_card.main([str(runs / "separate_clean-seed0"), str(card)])
-    assert "settings.json is missing" in capfd.readouterr().err

@@ -22,9 +22,9 @@ from training.benchmarks.certificates import report as certificates
 from training.benchmarks.full_scale import full_scale
 from training.benchmarks.parity import parity
 from training.benchmarks.reliability import smoke_recipes
-from training.benchmarks.shared.command_line import create_parser
-from training.benchmarks.shared.files import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
-from training.benchmarks.shared.tables import folded, markdown_table, replace_section
+from training.benchmarks.shared.render import folded, markdown_table, replace_section
+from training.benchmarks.shared.run import create_parser
+from training.benchmarks.shared.store import BENCHMARKS, CHECKOUT, RESULTS, TRAINING, read_json
 from training.benchmarks.speed import cpu, gpu_table
 from training.benchmarks.study.findings import render_findings
 from training.benchmarks.study.summary import mean_sweep, render_arms, summarise
@@ -54,41 +54,42 @@ DIALS = {  # arm: label, color, marker, line of the plot; not those in the weigh
     "jtdmoe_clean": ("JTDMoE, clean F_S (paper)", "#8fbde0", "o", "--"),
     "separate_dual": ("trained apart, F_S at eps / 2", "#6b6b6b", "s", "-"),
     "dial_outputs": ("warm pair, outputs mixed", "#6b6b6b", "s", "-"),
-    "separate_heads": ("trained apart, heads, F_S at eps / 2", "#2f2f2f", "^", "-"),
     "jtdmoe": ("JTDMoE, F_S at eps / 2", "#1f6fb4", "o", "-"),
-    "jtdmoe_heads_warm": ("JTDMoE of heads, warm start", "#c8641e", "D", "-"),
     "jtdmoe_warm": ("JTDMoE, warm start", "#c8641e", "D", "-"),
 }
 
 
 def render_study(results: dict[str, Any]) -> str:
-    """What one study found: its arms, their differences, and what is left of them on images not used before."""
-    arms, study = summarise(results["runs"], results["study"]), results["study"]
-    results = {**results, "arms": arms}
-    images = max(run["num_images"] for run in results["runs"])
-    extra = {arm: entry for arm, entry in arms.items() if study["arms"][arm].get("extra")}
-    names = "\n".join(f"- `{arm}`: {entry['about']}." for arm, entry in arms.items() if entry["about"])
+    """What one study found: its arms and their differences."""
+    arms = summarise(results["runs"], results["study"])
+    about, names = describe_study(results, arms)
+    extra = {arm: entry for arm, entry in arms.items() if results["study"]["arms"][arm].get("extra")}
     blocks = [
-        f"Each arm trains for what {study['passes']} passes of one network over the training images cost, attack "
-        f'included, unless "passes" says otherwise: a dual model has two models to train. {images:,} test images; '
-        "mean of the seeds, range in brackets.",
+        about,
         render_arms({arm: entry for arm, entry in arms.items() if arm not in extra}),
         *([folded("More arms, some with fewer seeds", render_arms(extra))] if extra else []),
         folded("What the names mean", names),
-        render_findings(results),
+        render_findings({**results, "arms": arms}),
     ]
-    if again := confirmed(results):
-        images = max(run["num_images"] for run in again["runs"])
-        text = f"{images:,} test images that no seed had drawn, at the alphas chosen before:"
-        tables = f"{text}\n\n{render_arms(again['arms'])}\n\n{render_findings(again)}"
-        blocks.append(folded("The same models on images that no choice was made by", tables))
     return "\n\n".join(filter(None, blocks))
 
 
-def confirmed(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The study's results with the numbers of `study.py --confirm` in the place of the first; None before that ran."""
-    runs = [{**run, **run["confirmed"]} for run in results["runs"] if "confirmed" in run]
-    return {**results, "runs": runs, "arms": summarise(runs, results["study"])} if runs else None
+def render_old_study(results: dict[str, Any]) -> str:
+    """The arms of a study that others have taken the place of."""
+    arms = summarise(results["runs"], results["study"])
+    about, names = describe_study(results, arms)
+    return f"{about}\n\n{render_arms(arms)}\n\n{names}"
+
+
+def describe_study(results: dict[str, Any], arms: dict[str, Any]) -> tuple[str, str]:
+    """What was equal in a study and how much it measured, and a list of its arms in words."""
+    images = max(run["num_images"] for run in results["runs"])
+    about = (
+        f"Each arm trains for what {results['study']['passes']} passes of one network over the training images cost, "
+        f'attack included, unless "passes" says otherwise: a dual model has two models to train. {images:,} test '
+        "images; mean of the seeds, range in brackets."
+    )
+    return about, "\n".join(f"- `{arm}`: {entry['about']}." for arm, entry in arms.items() if entry["about"])
 
 
 def dials(results: dict[str, Any]) -> tuple[dict[str, list[dict[str, float]]], list[int]]:
@@ -181,20 +182,18 @@ def render_reliability() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "study_cifar10_full": partial(rendered, "study_cifar10_full", render_study),
-    "study_cifar10": partial(rendered, "study_cifar10", render_study),
     "study_digits": partial(rendered, "study_digits", render_study),
     "public_numbers": partial(rendered, "public_numbers", render_public),
     "certificates_digits": partial(rendered, "certificates_digits", certificates.render),
     "certificates_cifar10": partial(rendered, "certificates_cifar10", certificates.render),
     "certified_literature": certificates.render_literature,
-    "repeats_digits": partial(rendered, "repeats_digits", certificates.render_repeats),
     "speed": partial(rendered, "speed", cpu.render),
     "speed_gpu": lambda: gpu_table.render(*gpu_table.read_measurements()),
     "full_scale": partial(rendered, "full_scale", full_scale.render),
     "autoattack_parity": partial(rendered, "autoattack_parity", parity.render),
     "reliability": render_reliability,
     "smoke_recipes": partial(rendered, "smoke_recipes", smoke_recipes.render),
-    "study_digits_levers": partial(rendered, "study_digits_levers", render_study),
+    "study_cifar10": partial(rendered, "study_cifar10", render_old_study),
     "calibrated_mixing": partial(rendered, "calibrated_mixing", render_calibration),
 }
 
@@ -204,26 +203,17 @@ SECTIONS: dict[str, Callable[[], str]] = {
 ROWS = 10
 HEADER = ["model", "dataset", "eps", "parameters", "networks per answer", "SA %", "RA % (attack)", "source"]
 STRONG = {"ra_adaptive_union": "adaptive union", "ra_autoattack": "AutoAttack"}  # what a row names
-ARMS = {  # study: its arms that may have a row, most interesting first, and what they are
-    "cifar10_full": {
-        "single": "one network",
-        "half_eps": "one network, in the end trained with half of eps",
-        "single_long": "one network, trained as long as a dual model in all",
-        "dial_weights": "weights of two networks mixed",
-        "dial_outputs": "outputs of the same two networks mixed",
-        "jtdmoe_warm": "JTDMoE, warm start",
-        "rt_er_heads": "RT-ER, four heads on one trunk",
-        "rt_er": "RT-ER, four thin experts",
-        "pair_clean": "outputs of a clean and a robust network mixed, as in the paper",
-    },
-    "cifar10": {
-        "single": "one network, 5,000 images",
-        "single_long": "one network, 5,000 images, trained as long as a dual model in all",
-        "jtdmoe_heads_warm": "JTDMoE of heads, warm start, 5,000 images",
-        "separate_warm": "outputs of two networks mixed, 5,000 images",
-        "rt_er_heads": "RT-ER, four heads on one trunk, 5,000 images",
-        "rt_er": "RT-ER, four thin experts, 5,000 images",
-    },
+STUDY = "cifar10_full"  # whose arms have rows
+ARMS = {  # the arms that may have a row, most interesting first, and what they are
+    "single": "one network",
+    "half_eps": "one network, in the end trained with half of eps",
+    "single_long": "one network, trained as long as a dual model in all",
+    "dial_weights": "weights of two networks mixed",
+    "dial_outputs": "outputs of the same two networks mixed",
+    "jtdmoe_warm": "JTDMoE, warm start",
+    "rt_er_heads": "RT-ER, four heads on one trunk",
+    "rt_er": "RT-ER, four thin experts",
+    "pair_clean": "outputs of a clean and a robust network mixed, as in the paper",
 }
 
 
@@ -255,15 +245,15 @@ def card_rows(folder: Path) -> list[list[str]]:
     ]
 
 
-def study_rows(name: str) -> list[list[str]]:
-    """Arms of a study, mean over its seeds."""
-    results = kept(f"study_{name}")
+def study_rows() -> list[list[str]]:
+    """Arms of the study of all CIFAR-10, mean over its seeds."""
+    results = kept(f"study_{STUDY}")
     if results is None:
         return []
     study, rows = results["study"], []
     summary = summarise(results["runs"], study)
-    link = f"[study](training/benchmarks/README.md), {name}"
-    for arm, title in ARMS[name].items():
+    link = f"[study](training/benchmarks/README.md), {STUDY}"
+    for arm, title in ARMS.items():
         if entry := summary.get(arm):
             networks = "2" if "robust" in entry and study["arms"][arm].get("mixing") != "weights" else "1"
             size, sa, ra = f"{entry['parameters'] / 1e6:.2f} M", entry["sa"]["mean"], entry["ra"]["mean"]
@@ -273,10 +263,9 @@ def study_rows(name: str) -> list[list[str]]:
 
 
 def render_summary() -> str:
-    """The ten rows: shared models with their controls, then the full study, or the small one before it has run."""
+    """The ten rows: shared models with their controls, then arms of the study."""
     rows = [row for path in sorted(CHECKOUT.glob("model_cards/*/results.json")) for row in card_rows(path.parent)]
-    rows += study_rows("cifar10_full") or study_rows("cifar10")
-    return markdown_table(HEADER, rows[:ROWS])
+    return markdown_table(HEADER, (rows + study_rows())[:ROWS])
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -301,7 +290,7 @@ def render_page(readme: Path = BENCHMARKS / "README.md", front: Path = CHECKOUT 
     for name, text in texts.items():
         replace_section(name, text, readme)
     replace_section("results", render_summary(), front)
-    titles = {"cifar10_full": "CIFAR-10", "cifar10": "CIFAR-10, 5,000 images", "digits": "Digits"}
+    titles = {"cifar10_full": "CIFAR-10", "digits": "Digits"}
     studies = {title: kept(f"study_{name}") for name, title in titles.items()}
     draw({title: results for title, results in studies.items() if results}, RESULTS / "dials.png")
     for recipe in smoke_recipes.FULL_SCALE:

@@ -1,8 +1,7 @@
 """Certified accuracy of 1-Lipschitz networks, mixtures of them, and dual models with a free standard model.
 
 python training/benchmarks/certificates/certificates.py --dataset_name digits
-python training/benchmarks/certificates/certificates.py --dataset_name path/to/cifar10 --preset cifar10_cpu --jobs 2
-python training/benchmarks/certificates/certificates.py --dataset_name path/to/cifar10          # on a GPU
+python training/benchmarks/certificates/certificates.py --dataset_name path/to/cifar10
 python training/benchmarks/certificates/certificates.py --dataset_name digits --arms single mixture  # some arms only
 python training/benchmarks/certificates/certificates.py --dataset_name digits --render         # keep the results
 
@@ -14,16 +13,14 @@ hard-routed mixture costs one network per image. The dual models join `standard`
 Certificates are L2 proofs on test images. Which alpha to use is chosen on held-out images: the lowest that keeps 95 %
 of F_R's certified accuracy at the first radius there. All is trained by `RobustTrainer`, as `training/run.py` does it,
 with method="certified" or "standard". The same command goes on where it was stopped: a training from its last
-checkpoint, and no finished training or measurement is made again. `results.json` has each run, mean and standard
-deviation over seeds, and is brought up to date after each seed.
+checkpoint, and no finished training or measurement is made again. Several processes can share the work, each with
+other --seeds: the command with all of them then sums up. `results.json` has each run, mean and standard deviation over
+seeds, and is brought up to date after each seed.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +36,10 @@ from hf_dualmoe.data import load_splits, to_unit_range
 from hf_dualmoe.evaluation.environment import describe_environment
 from hf_dualmoe.trainer import RobustTrainer, RobustTrainingArguments, last_good_checkpoint
 from hf_dualmoe.trainer.checkpoints import list_checkpoints, remove_checkpoint
-from training.benchmarks.certificates.report import gains, keep, keep_repeats, render, summarise
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import read_json, write_json
+from training.benchmarks.certificates.report import gains, keep, render, summarise
 from training.benchmarks.shared.recipes import count_parameters
+from training.benchmarks.shared.run import create_parser, require_positive
+from training.benchmarks.shared.store import begin, read_json, write_json
 
 ALPHAS = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 PRESETS: dict[str, dict[str, Any]] = {
@@ -57,32 +54,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-3,
         "augmentation": {"crop_padding": 0, "horizontal_flip": False},
     },
-    "cifar10": {
+    "cifar10": {  # narrow, for CPUs
         "radii": [36 / 255, 72 / 255, 108 / 255],
         "alphas": [0.55, 0.9, 0.97, 0.99, 0.995, 0.998, 0.999, 1.0],  # F_R is not confident: the dial acts near 1
         "train_radius": 108 / 255,
+        # Few 3x3 convolutions: each takes margin away, as its operator is not orthogonal. The logits' scale is low:
+        # where many images are misclassified, cross-entropy keeps margins of logits small, and so the radii.
         "backbone": "lipschitz_cnn",
-        "backbone_kwargs": {"channels": [32, 128, 256], "depth": 1, "hidden_size": 1024, "logit_scale": 1.0},
-        "standard": {"backbone": "resnet18", "stem": "cifar"},
-        "epochs": 60,
-        "batch_size": 256,
+        "backbone_kwargs": {"channels": [16, 32], "depth": 1, "hidden_size": 128, "logit_scale": 1.0},
+        "standard": {"backbone": "resnet18", "stem": "cifar", "width": [8, 16, 32, 64]},
+        "epochs": 10,
+        "batch_size": 128,
         "learning_rate": 1e-2,
         "standard_learning_rate": 2e-3,
-        "augmentation": {"crop_padding": 4, "horizontal_flip": True},
+        "max_train_samples": 10_000,
+        "num_images": 2_000,
+        "arms": ["single", "mixture", "mixture_trained", "standard"],
+        "augmentation": {"crop_padding": 2, "horizontal_flip": True},
     },
-}
-# Few 3x3 convolutions: each takes margin away, as its operator is not orthogonal. The logits' scale is low: where many
-# images are misclassified, cross-entropy keeps margins of logits small, and the radii of a steep network with them.
-PRESETS["cifar10_cpu"] = {
-    **PRESETS["cifar10"],
-    "backbone_kwargs": {"channels": [16, 32], "depth": 1, "hidden_size": 128, "logit_scale": 1.0},
-    "standard": {"backbone": "resnet18", "stem": "cifar", "width": [8, 16, 32, 64]},
-    "epochs": 10,
-    "batch_size": 128,
-    "max_train_samples": 10_000,
-    "num_images": 2_000,
-    "arms": ["single", "mixture", "mixture_trained", "standard"],
-    "augmentation": {"crop_padding": 2, "horizontal_flip": True},
 }
 ARMS: dict[str, dict[str, Any]] = {
     "single_plain": {"num_experts": 1, "margin_weight": 0.0},
@@ -100,18 +89,17 @@ class CertificateStudy:
     """Trains and certifies all arms and seeds in one folder.
 
     Args:
-        preset: Settings, one of `PRESETS` with what the command line changes.
+        preset: Settings, one of `PRESETS`.
         args: Of the command line.
     """
 
     def __init__(self, preset: dict[str, Any], args: argparse.Namespace):
         self.preset, self.args, self.folder = preset, args, args.output_dir
         self.device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
-        check_same_settings(self.folder / "settings.json", {"dataset_name": args.dataset_name, **preset})
-        torch.set_num_threads(threads_of(args))
-        few = 20 if args.train_only else None  # of the images that a training does not use
-        limits = {"train": preset.get("max_train_samples"), "validation": few, "test": few}
-        self.data = load_splits(args.dataset_name, **{f"max_{role}_samples": limit for role, limit in limits.items()})
+        settings = self.folder / "settings.json"
+        write_json(settings, begin(settings, {"dataset_name": args.dataset_name, **preset}))
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        self.data = load_splits(args.dataset_name, max_train_samples=preset.get("max_train_samples"))
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -162,7 +150,6 @@ class CertificateStudy:
             save_steps=50,
             save_total_limit=1,
             report_to="none",
-            disable_tqdm=self.args.train_only,
             seed=seed,
             use_cpu=self.args.use_cpu,
             **preset["augmentation"],
@@ -231,102 +218,50 @@ class CertificateStudy:
         return results
 
 
-def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to mix runs of different settings in one folder."""
-    if path.is_file() and read_json(path) != json.loads(json.dumps(settings)):
-        raise SystemExit(f"{path.parent} holds runs with other settings; choose another --output_dir.")
-    if not path.is_file():
-        write_json(path, settings)
-
-
-def threads_of(args: argparse.Namespace) -> int:
-    """CPU threads of each process; those of torch (OMP_NUM_THREADS) shared out where none are asked for."""
-    return args.threads or max(1, torch.get_num_threads() // args.jobs)
-
-
-def train_in_processes(arguments: list[str], args: argparse.Namespace) -> dict[tuple[int, str], Future[None]]:
-    """Start to train all arms, `args.jobs` at a time, by this script itself; futures by (seed, arm)."""
-
-    def run(arm: str, seed: int) -> None:
-        own = ["--arms", arm, "--seeds", str(seed), "--jobs", "1", "--threads", str(threads_of(args)), "--train_only"]
-        if subprocess.run([sys.executable, __file__, *arguments, *own]).returncode != 0:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise SystemExit(f"The training of {arm} with seed {seed} failed; the same command goes on from there.")
-
-    pool = ThreadPoolExecutor(args.jobs)
-    return {(seed, arm): pool.submit(run, arm, seed) for seed in args.seeds for arm in args.arms}
-
-
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-def parse_args(arguments: list[str]) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = create_parser(__doc__)
     add = parser.add_argument
     add("--dataset_name", default="digits", help="digits, or CIFAR-10: a Hub id, a folder or a parquet file")
     add("--preset", choices=PRESETS, help="settings; default: digits for digits, cifar10 otherwise")
     add("--arms", nargs="+", choices=ARMS, help="what to train; default: those of the preset, or all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of initialisation, batches and augmentation")
-    add("--epochs", type=float, help="instead of the preset's")
-    add("--train_radius", type=float, help="radius asked for in training, in pixel units, instead of the preset's")
-    add("--max_train_samples", type=int, help="use fewer training images")
-    add("--num_images", type=int, help="certify fewer test images, and held-out images")
     add("--output_dir", type=Path, help="where everything goes; default: outputs/certificates-<preset>")
-    add("--jobs", type=int, default=1, help="trainings at a time, each in a process of its own")
-    add("--threads", type=int, help="CPU threads of each process; default: the cores shared out")
-    add("--train_only", action="store_true", help="train and certify nothing (what --jobs starts)")
+    add("--threads", type=int, help="CPU threads; default: as torch chooses")
     add("--use_cpu", action="store_true", help="train on the CPU even where there is a GPU")
     add("--render", action="store_true", help="run nothing: keep the results there are, and render the page")
-    text = "run nothing: keep what repeats of the kept trainings gave, from their output folders"
-    add("--compare", type=Path, nargs="+", metavar="FOLDER", help=text)
     args = parser.parse_args(arguments)
-    require_positive(parser, args, "jobs", "threads")
+    require_positive(parser, args, "threads")
     args.preset = args.preset or ("digits" if args.dataset_name == "digits" else "cifar10")
     args.output_dir = args.output_dir or Path("outputs") / f"certificates-{args.preset}"
     args.arms = args.arms or PRESETS[args.preset].get("arms", list(ARMS))
     return args
 
 
-def run_study(arguments: list[str], args: argparse.Namespace) -> None:
+def run_study(args: argparse.Namespace) -> None:
     """Train and certify what is missing."""
-    changes = ("epochs", "train_radius", "max_train_samples", "num_images")
-    changed = {name: getattr(args, name) for name in changes if getattr(args, name) is not None}
-    study = CertificateStudy({**PRESETS[args.preset], **changed}, args)
-    trained = train_in_processes(arguments, args) if args.jobs > 1 else {}
+    study = CertificateStudy(PRESETS[args.preset], args)
     runs: list[dict[str, Any]] = []
     for seed in args.seeds:
-        for arm in args.arms if trained else ():
-            trained[seed, arm].result()
-        models = {arm: study.train(arm, seed) for arm in args.arms}
-        if not args.train_only:
-            runs += study.measure_all(models, seed)
-            study.save(runs)
-    if not args.train_only:
+        runs += study.measure_all({arm: study.train(arm, seed) for arm in args.arms}, seed)
         results = study.save(runs)
-        print(render(results))
-        print(f"\nSaved to {args.output_dir}: results.json")
+    print(f"{render(results)}\n\nSaved to {args.output_dir}: results.json")
 
 
-def keep_what_there_is(args: argparse.Namespace) -> None:
+def keep_results(args: argparse.Namespace) -> None:
     """Keep results in the repository and render the page."""
     from training.benchmarks.results_page import render_page  # here, since it imports what the whole page needs
 
-    name = args.preset.removesuffix("_cpu")  # two sizes of one study: the settings are in the results
-    if args.compare:
-        keep_repeats(name, args.compare)
-    else:
-        keep(name, args.output_dir)
+    keep(args.preset, args.output_dir)
     render_page()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
     args = parse_args(arguments)
-    if not (args.compare or args.render):
-        run_study(arguments, args)
-        return 0
     try:
-        keep_what_there_is(args)
+        (keep_results if args.render else run_study)(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"certificates.py: error: {error}", file=sys.stderr)
         return 2

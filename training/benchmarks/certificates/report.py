@@ -4,8 +4,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from training.benchmarks.shared.files import RESULTS, read_json, write_json
-from training.benchmarks.shared.tables import folded, markdown_table
+from training.benchmarks.shared.render import folded, markdown_table
+from training.benchmarks.shared.store import RESULTS, read_json, write_json
 
 KEPT = 0.95  # of F_R's certified accuracy at the first radius: the goal
 ABOUT = {
@@ -67,7 +67,6 @@ def summary_row(arm: str, alpha: float | str | None, pairs: list[tuple[Row, Row 
     if known and all(base and base["certified"] and base["certified"][0] > 0 for _, base in pairs):
         row["kept"] = spread([entry["certified"][0] / base["certified"][0] for entry, base in pairs])
         row["sa_gain"] = spread([entry["sa"] - base["sa"] for entry, base in pairs])
-        row["goal_reached"] = row["kept"]["mean"] >= KEPT and row["sa_gain"]["mean"] > 0
     return row
 
 
@@ -208,40 +207,3 @@ def keep(name: str, folder: Path) -> None:
         for entry in run["entries"]:
             entry.pop("curve")
     write_json(RESULTS / f"certificates_{name}.json", results)
-
-
-def keep_repeats(name: str, folders: list[Path]) -> None:
-    """Keep what the trainings of the kept results gave when they were repeated in other folders.
-
-    Raises:
-        FileNotFoundError: There are no kept results, or a folder has none.
-    """
-    paths = [RESULTS / f"certificates_{name}.json", *(folder / "results.json" for folder in folders)]
-    first, *repeats = [read_json(path) for path in paths]
-    repeated = {(run["arm"], run["seed"]) for results in repeats for run in results["runs"]}
-    found = [repeat_of(results, repeated) for results in (first, *repeats)]
-    write_json(RESULTS / f"repeats_{name}.json", found)
-
-
-def repeat_of(results: dict[str, Any], wanted: set[tuple[str, int]]) -> dict[str, Any]:
-    """Where a study ran, its radii, and SA and certified accuracies of these arms and seeds, but of no dual model."""
-    cells = [
-        {"arm": run["arm"], "seed": run["seed"], **{key: run["entries"][0][key] for key in ("sa", "certified")}}
-        for run in results["runs"]
-        if (run["arm"], run["seed"]) in wanted and run["entries"][0]["alpha"] is None
-    ]
-    return {"environment": results["environment"], "radii": results["radii"], "cells": cells}
-
-
-def render_repeats(found: list[dict[str, Any]]) -> str:
-    """A row for each arm, seed and repeat: torch, processor, threads, SA and certified accuracies."""
-    rows = []
-    for repeat in found:
-        where = repeat["environment"]
-        machine = [where["packages"]["torch"], where["hardware"].split(",")[0], str(where.get("threads", "-"))]
-        for cell in repeat["cells"]:
-            values = [f"{value:.2f}" for value in (cell["sa"], *cell["certified"])]
-            rows.append([cell["arm"], str(cell["seed"]), *machine, *values])
-    rows.sort(key=lambda row: row[:2])
-    radii = [radius_name(radius) for radius in found[0]["radii"]]
-    return markdown_table(["arm", "seed", "torch", "processor", "threads", "SA %", *radii], rows)

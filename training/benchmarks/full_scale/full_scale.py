@@ -39,23 +39,12 @@ from hf_dualmoe.evaluation.dial import dial_attack
 from hf_dualmoe.evaluation.environment import describe_environment
 from hf_dualmoe.trainer import RobustTrainer, RobustTrainingArguments, last_good_checkpoint
 from hf_dualmoe.trainer.time_estimate import ACCELERATOR_EFFORT, CPU_EFFORT, measure
-from training.benchmarks.full_scale.plan import (
-    COMMON,
-    EPS,
-    EVALUATIONS,
-    PAIRS,
-    REHEARSAL,
-    STAGES,
-    Scale,
-    Stage,
-    load_data,
-    shards_there,
-)
+from training.benchmarks.full_scale import plan
+from training.benchmarks.full_scale.plan import EVALUATIONS, PAIRS, STAGES, Scale, Stage
 from training.benchmarks.full_scale.weights import join_parts, save_whole, write_parts
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import read_json, write_json
-from training.benchmarks.shared.tables import markdown_table
-from training.benchmarks.shared.time_guard import Clock, OutOfTime
+from training.benchmarks.shared.render import markdown_table
+from training.benchmarks.shared.run import Clock, OutOfTime, create_parser, require_positive
+from training.benchmarks.shared.store import begin, write_json
 
 START_UP = 5.0  # seconds of a stage that are no steps: measuring, capturing, saving
 LAST_CALL = 10.0  # seconds before the end of a session at which a training writes a checkpoint and stops
@@ -75,10 +64,10 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, results: dict[str, Any], clock: Clock):
         self.args, self.results, self.clock = args, results, clock
-        self.scale = REHEARSAL if args.rehearse else Scale()
+        self.scale = plan.REHEARSAL if args.rehearse else Scale()
         self.device = "cuda" if torch.cuda.is_available() and not args.rehearse else "cpu"
-        self.data = load_data(args.dataset_name)
-        there, total = shards_there(args.dataset_name)
+        self.data = plan.load_data(args.dataset_name)
+        there, total = plan.shards_there(args.dataset_name)
         results["data"] = {"name": self.data.name, "train_shards": [there, total]}
         results["data"] |= {role: len(getattr(self.data, role)) for role in ("train", "validation", "test")}
         self.whole = len(self.data.train) * total / there  # images of train once all shards are there
@@ -94,7 +83,7 @@ class Run:
             if not self.results["stages"].get(name, {}).get("done"):
                 self.tell(f"training {name}")
                 self.train(name, stage)
-            if name in self.args.weights and not self.is_home(name):
+            if name in plan.WEIGHTS and not self.is_home(name):
                 self.bring_home(name)
         for name, part in EVALUATIONS:
             if part not in self.results["evaluations"].get(name, {}).get("parts", []):
@@ -150,10 +139,7 @@ class Run:
         """The trainer of a stage with an untrained or warm model."""
         every, scale = max(1, math.ceil(steps / self.scale.reviews)), self.scale
         settings = {
-            **COMMON,
-            "step_graph": "auto",
-            "training_attack": self.args.training_attack,
-            "attack_steps": self.args.attack_steps,
+            **plan.COMMON,
             **stage.settings,
             "learning_rate": scale.peak_rate * stage.rate,
             "ema_decay": scale.ema_decay,
@@ -209,7 +195,7 @@ class Run:
         """The position of the dial, chosen once, on held-out images."""
         if name not in self.results["dials"]:
             count = min(self.scale.dial_images, len(self.data.validation))
-            attack, images = dial_attack(self.data.num_labels, eps=EPS), self.data.validation.take(count)
+            attack, images = dial_attack(self.data.num_labels, eps=plan.EPS), self.data.validation.take(count)
             sweep = sweep_alpha(model, images, attack=attack, alphas=self.scale.alphas, progress=False)
             self.results["dials"][name] = {**asdict(choose_alpha(sweep)), "images": count, "sweep": sweep}
             self.write()
@@ -221,7 +207,7 @@ class Run:
         report = evaluate_robustness(
             model,
             self.data.test,
-            eps=EPS,
+            eps=plan.EPS,
             batch_size=500,
             dataset_name=self.data.name,
             progress=False,
@@ -276,23 +262,17 @@ def write_results(args: argparse.Namespace, results: dict[str, Any]) -> None:
         write_json(folder / "results.json", results)
 
 
-def begin(args: argparse.Namespace) -> dict[str, Any]:
+def open_results(args: argparse.Namespace) -> dict[str, Any]:
     """The results of the sessions before, or new ones, with an entry for this session.
 
     Raises:
         ValueError: They were made with other settings, and `--fresh` does not say to start over.
     """
-    settings = {name: getattr(args, name) for name in ("training_attack", "attack_steps", "seed", "rehearse")}
-    path = args.work_dir / "results.json"
     if args.fresh:
         shutil.rmtree(args.work_dir, ignore_errors=True)
-    if path.is_file():
-        results = read_json(path)
-        if results["settings"] != settings:
-            raise ValueError(f"{path} was made with other settings, {results['settings']}; start over with --fresh.")
-    else:
-        empty = {name: {} for name in ("data", "stages", "dials", "evaluations", "weights")}
-        results = {"settings": settings, "done": False, "sessions": [], **empty}
+    results = begin(args.work_dir / "results.json", {"settings": {"seed": args.seed, "rehearse": args.rehearse}})
+    empty = {name: {} for name in ("data", "stages", "dials", "evaluations", "weights")}
+    results = {"done": False, "sessions": [], **empty, **results}
     environment = describe_environment("cuda" if torch.cuda.is_available() and not args.rehearse else "cpu")
     results["sessions"].append({"minutes": args.minutes, "stop_after": args.stop_after, "environment": environment})
     return results
@@ -317,16 +297,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_name", help="folder or id in the Hub's parquet layout; default: uoft-cs/cifar10")
     add("--output_dir", type=Path, default=Path("outputs/full_scale"), help="results.json and parts of the weights")
     add("--work_dir", type=Path, help="checkpoints, kept between sessions; default: OUTPUT_DIR/work")
-    add("--weights", nargs="*", choices=list(STAGES), default=["single", "standard", "jtdmoe"], help="to bring home")
-    add("--training_attack", choices=("pgd", "nfgsm"), default="pgd")
-    add("--attack_steps", type=int, default=7, help="of pgd")
     add("--seed", type=int, default=0)
     add("--fresh", action="store_true", help="start over; the work folder is deleted")
     add("--rehearse", action="store_true", help="tiny, on a CPU; the numbers mean nothing")
     add("--join", action="store_true", help="train nothing: make models that load of the parts in OUTPUT_DIR")
     args = parser.parse_args(arguments)
     args.stop_after = args.minutes if args.stop_after is None else args.stop_after
-    require_positive(parser, args, "minutes", "stop_after", "attack_steps")
+    require_positive(parser, args, "minutes", "stop_after")
     if not (args.rehearse or args.join or torch.cuda.is_available()):
         parser.error("there is no CUDA GPU here; --rehearse runs the same lines, tiny, on a CPU.")
     args.dataset_name = args.dataset_name or ("digits" if args.rehearse else "uoft-cs/cifar10")
@@ -343,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # evaluations are in float32
     logging.disable_progress_bar()
     try:
-        results = begin(args)
+        results = open_results(args)
     except ValueError as error:
         sys.exit(f"full_scale.py: error: {error}")
     try:

@@ -56,6 +56,9 @@ STAGES = {
     ),
 }
 COMMON = {  # one cycle: up over three tenths, then linearly to zero, after Wong et al. 2020
+    "step_graph": "auto",
+    "training_attack": "pgd",
+    "attack_steps": 7,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.3,
     "optim": "sgd",
@@ -73,6 +76,7 @@ COMMON = {  # one cycle: up over three tenths, then linearly to zero, after Wong
     "disable_tqdm": True,
 }
 PAIRS = {"pair": "probs", "pair_weights": "weights"}  # of F_S and single, from which it started: what their dial mixes
+WEIGHTS = ("single", "standard", "jtdmoe")  # stages whose weights are brought home
 EVALUATIONS = (  # model, what of it; in order of interest
     ("single", "autoattack"),
     ("pair_weights", "worst_case"),

@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from hf_dualmoe import DualMoEForImageClassification, MoEForImageClassification
-from training.benchmarks.shared.files import read_json
+from training.benchmarks.shared.store import read_json
 
 PART = 15_000_000  # bytes of a part of the weights at most
 

@@ -1,17 +1,16 @@
-"""Our AutoAttack union against torchattacks: robust accuracy, agreement per image, time and passes, attack by attack.
+"""Our attacks of AutoAttack against those of torchattacks: robust accuracy, image by image, and time.
 
     pip install torchattacks   # not a dependency of the package
     python training/benchmarks/parity/parity.py --model path/to/model --dataset digits --eps 0.15 --seeds 0 1 2
 
 Both sides attack the same clean-correct images with the same budgets. Square is a random search, and torchattacks
 draws one square for the whole batch, so single seeds of it differ by points: give several, and compare the means. The
-row "pointwise" counts an image as robust where it stands under every attack of the run; "union" is `autoattack`, anew.
+row "pointwise" counts an image as robust where it stands under every attack of the run.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from statistics import mean
@@ -23,18 +22,18 @@ from transformers import AutoModelForImageClassification
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
 
-from hf_dualmoe.attacks import autoattack, frozen
-from hf_dualmoe.attacks.apgd import PassCounter
+from hf_dualmoe.attacks import frozen
 from hf_dualmoe.attacks.auto_attack import BACKENDS, VERSIONS, make_attack
 from hf_dualmoe.data import DataSplits, ImageTensorDataset, load_splits, to_unit_range
 from hf_dualmoe.evaluation.environment import describe_environment, pixel_radius
-from training.benchmarks.shared.command_line import create_parser, default_device
-from training.benchmarks.shared.files import RESULTS, store_run
-from training.benchmarks.shared.tables import markdown_table, mean_and_range
+from hf_dualmoe.models import logits_of
+from hf_dualmoe.trainer.time_estimate import synchronize
+from training.benchmarks.shared.render import markdown_table, mean_and_range
+from training.benchmarks.shared.run import create_parser, default_device
+from training.benchmarks.shared.store import RESULTS, store_run
 
 SEEDLESS = ("fab-t",)  # draws no random numbers, on either side
 TOLERANCE = 1.0  # points by which ours may leave more images standing than theirs
-CLOCKS = {"wall_seconds": time.perf_counter, "cpu_seconds": time.process_time}  # the latter fairer on a shared CPU
 
 Run = dict[str, Any]
 Row = dict[str, Any]
@@ -42,34 +41,20 @@ Row = dict[str, Any]
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser(__doc__)
-    add_attacked(parser, num_images=500)
     add = parser.add_argument
-    add("--version", choices=list(VERSIONS), default="standard", help="union and budgets of both sides")
-    add("--attacks", nargs="*", help="some of the version's attacks, and union; default: all")
+    add("--model", required=True, help="saved model folder")
+    add("--dataset", default="digits", help="as `load_splits` takes it")
+    add("--with_validation", action="store_true", help="attack images of the validation split too, not of test only")
+    add("--num_images", type=int, default=500, help="of the dataset")
+    add("--eps", type=pixel_radius, default=8 / 255, help="radius in [0, 1] pixel units, such as 8/255")
+    add("--norm", choices=["linf", "l2"], default="linf")
+    add("--version", choices=list(VERSIONS), default="standard", help="attacks and budgets of both sides")
     add("--batch_size", type=int, default=200)
     add("--seeds", type=int, nargs="+", default=[0], help="seeds of both sides; the first also chooses the images")
     add("--device", default=default_device())
     add("--threads", type=int, help="CPU threads")
     add("--output", type=Path, default=RESULTS / "autoattack_parity.json", help="results file; rows of others stay")
-    args = parser.parse_args(arguments)
-    if args.model is None:
-        parser.error("--model is missing; give a saved model folder.")
-    known = [*VERSIONS[args.version], "union"]
-    if unknown := set(args.attacks or ()) - set(known):
-        parser.error(f"--attacks has {', '.join(sorted(unknown))}, which version {args.version!r} does not run.")
-    args.attacks = args.attacks or known
-    return args
-
-
-def add_attacked(parser: argparse.ArgumentParser, num_images: int) -> None:
-    """Arguments that say which model is attacked, on which images and how far; `num_images` is a default."""
-    add = parser.add_argument
-    add("--model", help="saved model folder")
-    add("--dataset", default="digits", help="as `load_splits` takes it")
-    add("--with_validation", action="store_true", help="attack images of the validation split too, not of test only")
-    add("--num_images", type=int, default=num_images, help="of the dataset")
-    add("--eps", type=pixel_radius, default=8 / 255, help="radius in [0, 1] pixel units, such as 8/255")
-    add("--norm", choices=["linf", "l2"], default="linf")
+    return parser.parse_args(arguments)
 
 
 def attacked_images(splits: DataSplits, num_images: int, with_validation: bool, seed: int) -> tuple[Tensor, Tensor]:
@@ -86,37 +71,24 @@ def attacked_images(splits: DataSplits, num_images: int, with_validation: bool, 
 def attack_once(
     name: str, backend: str, seed: int, model: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace
 ) -> tuple[Tensor, Row]:
-    """One attack, or the whole "union", on the images (N, ...) -> robust (N,) bool, and its costs."""
-    settings = {"eps": args.eps, "norm": args.norm, "seed": seed, "backend": backend}
-    if name == "union":
-        settings |= {"version": args.version, "batch_size": args.batch_size, "progress": False}
-        result, spent = timed(lambda: autoattack(model, images, labels, **settings), args.device)
-        return result.robust, {**spent, "passes": result.passes, "stages": result.accuracy}
-    attack, counter, robust = make_attack(name, VERSIONS[args.version][name], **settings), PassCounter(model), []
-
-    def attack_all() -> None:
-        for rows in torch.arange(len(images)).split(args.batch_size):
-            batch, right = images[rows].to(args.device), labels[rows].to(args.device)
-            attacked = attack(counter, batch, right, ids=rows)
-            with torch.no_grad():
-                robust.append(PassCounter(model)(attacked).argmax(dim=1) == right)
-
-    _, spent = timed(attack_all, args.device)
-    passes = {"forward": counter.forward_rows / len(images), "gradient": counter.gradient_rows / len(images)}
-    return torch.cat(robust).cpu(), {**spent, "passes": passes}
+    """One attack on the images (N, ...) -> robust (N,) bool, and its seconds by two clocks."""
+    attack = make_attack(name, VERSIONS[args.version][name], eps=args.eps, norm=args.norm, seed=seed, backend=backend)
+    robust, wall, cpu = [], time.perf_counter(), time.process_time()  # the latter is fairer on a shared CPU
+    for rows in torch.arange(len(images)).split(args.batch_size):
+        batch, right = images[rows].to(args.device), labels[rows].to(args.device)
+        robust.append(correct(model, attack(model, batch, right, ids=rows), right).cpu())
+    synchronize(torch.device(args.device))
+    return torch.cat(robust), {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def timed(function: Callable[[], Any], device: str) -> tuple[Any, dict[str, float]]:
-    """Result of a call, with wall and process seconds."""
-    before = {name: clock() for name, clock in CLOCKS.items()}
-    result = function()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return result, {name: clock() - before[name] for name, clock in CLOCKS.items()}
+@torch.no_grad()
+def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """(B,) bool: which images are classified right."""
+    return logits_of(model, images).argmax(dim=1) == labels
 
 
 def compare(name: str, model: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Row:
-    """One row of the table: an attack, or "union", by both backends on clean-correct images (N, ...)."""
+    """One row of the table: an attack by both backends on clean-correct images (N, ...)."""
     row: Row = {"attack": name, "seeds": args.seeds[:1] if name in SEEDLESS else args.seeds}
     with frozen(model):
         for backend in BACKENDS:
@@ -132,15 +104,13 @@ def measure(args: argparse.Namespace) -> Run:
     images, labels = attacked_images(splits, args.num_images, args.with_validation, args.seeds[0])
     model = AutoModelForImageClassification.from_pretrained(args.model).to(args.device).eval()
     batches = zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True)
-    with torch.no_grad():
-        right = torch.cat([PassCounter(model)(x.to(args.device)).argmax(dim=1).cpu() == y for x, y in batches])
-    unkept = ("output", "attacks", "seeds")
-    settings = {name: value for name, value in vars(args).items() if name not in unkept}
+    right = torch.cat([correct(model, x.to(args.device), y.to(args.device)).cpu() for x, y in batches])
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "seeds")}
     settings |= {"model": Path(args.model).name, "image_seed": args.seeds[0]}
     run = {"model": settings["model"], "settings": settings}
     run |= {"environment": {**describe_environment(args.device), "torchattacks": metadata.version("torchattacks")}}
     run |= {"num_images": len(images), "clean_correct": int(right.sum()), "rows": []}
-    for name in args.attacks:
+    for name in VERSIONS[args.version]:
         run["rows"].append(compare(name, model, images[right], labels[right], args))
         print(" | ".join(cells(run, run["rows"][-1])), flush=True)
         store_run(run, args.output)
@@ -164,9 +134,8 @@ def pointwise(rows: list[Row]) -> Row:
 
 def all_rows(run: Run) -> list[Row]:
     """The measured rows of a run, and the pointwise one where all attacks of the version are there."""
-    singles = [row for row in run["rows"] if row["attack"] != "union"]
-    whole = {row["attack"] for row in singles} == set(VERSIONS[run["settings"]["version"]])
-    return run["rows"] + ([pointwise(singles)] if whole else [])
+    whole = {row["attack"] for row in run["rows"]} == set(VERSIONS[run["settings"]["version"]])
+    return run["rows"] + ([pointwise(run["rows"])] if whole else [])
 
 
 HEADER = ["model, images, version", "clean %", "attack", "ours: robust %", "torchattacks", "difference", "CPU time"]

@@ -7,7 +7,6 @@ wrong types and extreme numbers. Outcomes of a case:
 
 - works
 - refused: a documented error that names an argument of the case (or, for files: a documented error)
-- unnamed: a documented error that names none of them
 - fault: any other error, more than `DEADLINE` seconds, or a file written, a program started or a connection opened
   outside the folder of the case
 """
@@ -33,57 +32,34 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run 
 
 from hf_dualmoe.evaluation.environment import describe_environment
 from training.benchmarks.reliability.fuzz_cases import TARGETS, Target
-from training.benchmarks.shared.command_line import create_parser
-from training.benchmarks.shared.files import RESULTS, write_json
-from training.benchmarks.shared.time_guard import Clock, OutOfTime
+from training.benchmarks.shared.run import Clock, OutOfTime, create_parser
+from training.benchmarks.shared.store import RESULTS, write_json
 
 DEADLINE = 120  # seconds per case
 CHUNK = 100  # cases per seed
+OUTSIDE = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
+CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree")
 
 
 class Watch:
-    """Notes what happens outside a folder while it is active: files changed, programs started, connections."""
+    """Notes what happens outside a folder while one is set: files changed, programs started, connections."""
 
     def __init__(self):
         self.folder: Path | None = None
         self.seen: list[str] = []
-        sys.addaudithook(self._hook)  # stays for the life of the process
+        sys.addaudithook(self.hook)  # stays for the life of the process
 
-    def _hook(self, event: str, args: tuple) -> None:
+    def hook(self, event: str, args: tuple) -> None:
+        """Called by Python at each audited event."""
         if self.folder is None:
             return
-        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"):
+        writes = event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in OUTSIDE:
             self.seen.append(f"{event} {args[:2]}")
-        elif event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR):
-            self._check(event, args[0])
-        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree"):
-            self._check(event, args[0])
-
-    def _check(self, event: str, path: str | bytes) -> None:
-        path = Path(os.fsdecode(path)).absolute()
-        if path != Path(os.devnull) and self.folder not in (path, *path.parents):
-            self.seen.append(f"{event} {path}")
-
-    @contextlib.contextmanager
-    def on(self, folder: Path) -> Iterator[list[str]]:
-        """Watch while a case works in `folder`."""
-        self.seen = []
-        self.folder = folder.absolute()
-        try:
-            yield self.seen
-        finally:
-            self.folder = None
-
-
-@contextlib.contextmanager
-def working_in(folder: str) -> Iterator[None]:
-    """Make `folder` the current one."""
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+        elif writes or event in CHANGES:
+            path = Path(os.fsdecode(args[0])).absolute()
+            if path != Path(os.devnull) and self.folder not in (path, *path.parents):
+                self.seen.append(f"{event} {path}")
 
 
 @cache
@@ -92,13 +68,27 @@ def watch() -> Watch:
     return Watch()
 
 
+@contextlib.contextmanager
+def watched_folder() -> Iterator[Path]:
+    """A temporary folder that is the current one, and the only one that the block may change."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.chdir(folder)
+        watch().seen, watch().folder = [], Path(folder).absolute()
+        try:
+            yield Path(folder)
+        finally:
+            watch().folder = None
+            os.chdir(before)
+
+
 def run_case(target: Target, drawn: Any, seconds: int = DEADLINE) -> tuple[str, str]:
     """The outcome of a case (see above), and the error message."""
-    with tempfile.TemporaryDirectory() as temporary, working_in(temporary), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with watch().on(Path(temporary)) as seen:
-            outcome, message = attempt(target, drawn, Path(temporary), seconds)
-        return ("fault", f"outside its folder: {seen[0]}") if seen else (outcome, message)
+    with watched_folder() as folder:
+        outcome = attempt(target, drawn, folder, seconds)
+    seen = watch().seen
+    return ("fault", f"outside its folder: {seen[0]}") if seen else outcome
 
 
 def attempt(target: Target, drawn: Any, folder: Path, seconds: int) -> tuple[str, str]:
@@ -108,8 +98,9 @@ def attempt(target: Target, drawn: Any, folder: Path, seconds: int) -> tuple[str
             target.run(drawn, folder)
     except target.errors as error:
         message = f"{type(error).__name__}: {error}"
-        named = not isinstance(drawn, dict) or any(name.removeprefix("robust_") in message for name in drawn)
-        return "refused" if named else "unnamed", message
+        if not isinstance(drawn, dict) or any(name.removeprefix("robust_") in message for name in drawn):
+            return "refused", message
+        return "fault", f"names no argument: {message}"
     except OutOfTime:
         return "fault", f"more than {seconds} s"
     except Exception as error:
@@ -134,10 +125,9 @@ def fuzz(cases: int, seed: int, targets: list[Target] = TARGETS) -> list[dict[st
     def draw(data: st.DataObject) -> None:
         target = data.draw(st.sampled_from(weighted))
         drawn = data.draw(target.drawn)
-        started = time.perf_counter()
         outcome, message = run_case(target, drawn)
         record = {"target": target.name, "outcome": outcome, "drawn": shorten(drawn), "message": message[:400]}
-        records.append({**record, "seconds": round(time.perf_counter() - started, 3)})
+        records.append(record)
 
     draw()
     return records
@@ -152,18 +142,13 @@ def shorten(drawn: Any) -> str:
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of the outcomes, and the cases that should not be."""
-    by_target: dict[str, Counter] = {}
+    """Counts of the outcomes, of all and by target, and the cases that should not be."""
+    outcomes = Counter(record["outcome"] for record in records)
+    by_target = {name: Counter() for name in sorted({record["target"] for record in records})}
     for record in records:
-        by_target.setdefault(record["target"], Counter())[record["outcome"]] += 1
-    return {
-        "cases": len(records),
-        "outcomes": dict(Counter(record["outcome"] for record in records)),
-        "by_target": {name: dict(by_target[name]) for name in sorted(by_target)},
-        "slowest_seconds": max((record["seconds"] for record in records), default=0),
-        "faults": [record for record in records if record["outcome"] == "fault"],
-        "unnamed": [record for record in records if record["outcome"] == "unnamed"],
-    }
+        by_target[record["target"]][record["outcome"]] += 1
+    faults = [record for record in records if record["outcome"] == "fault"]
+    return {"cases": len(records), "outcomes": outcomes, "by_target": by_target, "faults": faults}
 
 
 def quiet() -> None:
@@ -184,13 +169,12 @@ def main() -> None:
     while len(records) < args.cases:
         seeds.append(args.seed + len(seeds))
         records += fuzz(min(CHUNK, args.cases - len(records)), seeds[-1])
-        print(f"{len(records)} cases, {dict(Counter(record['outcome'] for record in records))}", flush=True)
+        print(f"{len(records)} cases, {dict(summary(records)['outcomes'])}", flush=True)
     result = summary(records) | {"seconds": round(time.perf_counter() - started, 1), "seeds": seeds}
     packages = describe_environment("cpu") | {"hypothesis": version("hypothesis")}
     write_json(args.output, result | {"environment": packages})
     for record in result["faults"]:
         print(f"FAULT {record['target']}({record['drawn']}): {record['message']}")
-    print(f"written to {args.output}")
     sys.exit(1 if result["faults"] else 0)
 
 

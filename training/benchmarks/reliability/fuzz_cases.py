@@ -152,15 +152,9 @@ SPLITS = {
     "train_split": of(None, "train"),
     "label_column": of(None, "label"),
 }
-OURS = {"train_alpha", "eps", "norm", "beta", "trades_lambda", "method", "second_term", "second_attack", "ema_decay"}
-OURS |= {
-    "attack_steps",
-    "attack_step_size",
-    "eps_warmup_ratio",
-    "eval_attack_steps",
-    "crop_padding",
-    "training_attack",
-}
+OURS = ("train_alpha", "eps", "norm", "beta", "trades_lambda", "method", "second_term", "second_attack", "ema_decay")
+OURS += ("attack_steps", "attack_step_size", "eps_warmup_ratio", "eval_attack_steps")
+OURS += ("crop_padding", "training_attack")
 TRAINING = {
     field.name: of(field.default, *(field.metadata.get("choices") or ()))
     for field in fields(RobustTrainingArguments)

@@ -2,7 +2,6 @@
 
 python training/benchmarks/reliability/smoke_recipes.py --cifar10 path/to/cifar10 --tinyimagenet path/to/tiny-imagenet
 python training/benchmarks/reliability/smoke_recipes.py --recipes paper --steps 50
-python training/benchmarks/reliability/smoke_recipes.py --recipes cifar10_resnet18 --estimate   # trains nothing
 
 Each recipe trains at its full architecture for 200 optimizer steps on tiny batches with one attack step. Halfway the
 process is killed; the same command must go on from the last checkpoint, end at the last step with finite losses and
@@ -34,10 +33,11 @@ from hf_dualmoe.attacks import PGD
 from hf_dualmoe.data import DataSplits, to_unit_range
 from hf_dualmoe.evaluation.environment import describe_environment
 from hf_dualmoe.trainer import RobustTrainer
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import RESULTS, TRAINING, read_json, write_json
+from hf_dualmoe.trainer.checkpoints import list_checkpoints
 from training.benchmarks.shared.recipes import FlopCounter, as_options, count_parameters, forward_flops, parse_recipe
-from training.benchmarks.shared.tables import markdown_table
+from training.benchmarks.shared.render import markdown_table
+from training.benchmarks.shared.run import create_parser, require_positive
+from training.benchmarks.shared.store import RESULTS, TRAINING, read_json, write_json
 from training.run import RECIPES, create_model, load_data
 
 RUN = TRAINING / "run.py"
@@ -116,11 +116,11 @@ def cost_of(recipe: str, data: DataSplits) -> dict[str, Any]:
 # --- smoke test ------------------------------------------------------------------------------------------------------
 
 
-def smoke_settings(recipe: str, steps: int, batch_size: int, pretrained: bool) -> dict[str, Any]:
-    """What a smoke test changes: size of the work, nothing of the model or the objective."""
+def smoke_settings(recipe: str, steps: int, batch_size: int) -> dict[str, Any]:
+    """What a smoke test changes: size of the work and the first weights, nothing of the model or the objective."""
     _, model_args, args, _ = parse_recipe(recipe)
     every = max(1, steps // 5)
-    settings = {
+    return {
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": 8,
@@ -136,26 +136,20 @@ def smoke_settings(recipe: str, steps: int, batch_size: int, pretrained: bool) -
         "report": "none",
         "disable_tqdm": True,
         **FEW,
+        **{name: value for name, value in FROM_SCRATCH.items() if getattr(model_args, name)},
     }
-    if model_args.pretrained and not pretrained:
-        settings["pretrained"] = False
-    if model_args.init_experts_from:
-        settings["init_experts_from"] = FROM_SCRATCH["init_experts_from"]
-    return settings
 
 
 def run_until(command: list[str], log: Path, lines_wanted: int | None) -> tuple[int, int | None]:
-    """Run a training; kill it, without warning, once it has logged so many times.
+    """Run a training, and kill it without warning once it has logged so many times.
 
     Returns:
         How often it logged, and its exit status; None where it was killed.
     """
     lines = 0
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONUNBUFFERED": "1"}, "encoding": "utf-8"}
     with open(log, "a", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment, encoding="utf-8"
-        )
+        process = subprocess.Popen(command, stderr=file, **pipes)
         try:
             for line in process.stdout:
                 file.write(line)
@@ -169,15 +163,10 @@ def run_until(command: list[str], log: Path, lines_wanted: int | None) -> tuple[
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint of most steps.
-
-    Raises:
-        SmokeError: There is none.
-    """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    if not found:
+    """The checkpoint of most steps; a SmokeError where there is none."""
+    if not (found := list_checkpoints(folder)):
         raise SmokeError(f"no checkpoint in {folder}; see log.txt there")
-    return found[-1]
+    return found[max(found)]
 
 
 def smoke(recipe: str, folder: Path, settings: dict[str, Any], test_images: torch.Tensor) -> dict[str, Any]:
@@ -240,36 +229,24 @@ def check_model(folder: Path, images: torch.Tensor) -> None:
 
 
 def measure(recipe: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Cost and, unless only that is asked for, smoke test of one recipe."""
+    """Cost and smoke test of one recipe."""
     hub_name = parse_recipe(recipe)[0].dataset_name
     local = {"uoft-cs/cifar10": args.cifar10, "zh-plus/tiny-imagenet": args.tinyimagenet}[hub_name]
     small, model_args, run_args, _ = parse_recipe(recipe, dataset_name=local or hub_name, **FEW)
     data = load_data(small, model_args.image_size, model_args.num_channels, run_args.seed)
-    own = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))
-    known = read_results(args.output)["recipes"].get(recipe, {})
-    counted = not args.estimate and known.get("recipe_settings") == own
-    result = {"recipe": recipe, "recipe_settings": own, "cost": known["cost"] if counted else cost_of(recipe, data)}
-    print(f"{recipe}: {result['cost']['total_pflops']:,.0f} PFLOP", flush=True)
-    if args.estimate:
-        return result
-    settings = smoke_settings(recipe, args.steps, args.batch_size, args.pretrained)
+    cost, settings = cost_of(recipe, data), smoke_settings(recipe, args.steps, args.batch_size)
     found = smoke(recipe, args.output_dir / recipe, settings | {"dataset_name": small.dataset_name}, data.test.images)
-    print(f"{recipe}: passed, {found}", flush=True)
-    found["recipe_settings"] = own  # a later estimate may be of a changed recipe
-    return result | {"environment": describe_environment(), "settings": settings, "smoke": found}
+    print(f"{recipe}: {cost['total_pflops']:,.0f} PFLOP; passed, {found}", flush=True)
+    own = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    result = {"recipe": recipe, "recipe_settings": own, "cost": cost, "environment": describe_environment()}
+    return result | {"settings": settings, "smoke": found}
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """The results file; without recipes where there is none yet."""
-    return read_json(path) if path.is_file() else {"recipes": {}}
-
-
-def save(result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Put a result into the file, in the place of that recipe's; an estimate leaves the smoke test that is there."""
-    results = read_results(args.output)
-    kept = results["recipes"].get(result["recipe"], {}) if args.estimate else {}
-    recipes = results["recipes"] | {result["recipe"]: {**kept, **result}}
-    write_json(args.output, {"recipes": {name: recipes[name] for name in FULL_SCALE if name in recipes}})
+def save(result: dict[str, Any], path: Path) -> None:
+    """Put a result into the file, in the place of that recipe's."""
+    recipes = read_json(path)["recipes"] if path.is_file() else {}
+    recipes[result["recipe"]] = result
+    write_json(path, {"recipes": {name: recipes[name] for name in FULL_SCALE if name in recipes}})
 
 
 COSTS = ["recipe", "parameters", "GFLOP per answer", "GFLOP per training image", "epochs", "PFLOP"]
@@ -297,8 +274,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tinyimagenet", help="local copy of TinyImageNet; default: the Hub")
     add("--steps", type=int, default=200, help="optimizer steps, at least 10")
     add("--batch_size", type=int, default=2, help="images per step")
-    add("--pretrained", action="store_true", help="start from pretrained weights where the recipe does; downloads")
-    add("--estimate", action="store_true", help="only count the operations; no smoke test")
     add("--threads", type=int, help="CPU threads; default: as torch chooses")
     add("--output_dir", type=Path, default=Path("outputs/smoke_recipes"), help="for logs and, meanwhile, checkpoints")
     add("--output", type=Path, default=RESULTS / "smoke_recipes.json", help="results file; other recipes in it stay")
@@ -317,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for recipe in args.recipes:
         try:
-            save(measure(recipe, args), args)
+            save(measure(recipe, args), args.output)
         except SmokeError as error:
             failed = True
             print(f"{recipe}: FAILED, {error}", flush=True)

@@ -4,8 +4,8 @@ python training/benchmarks/reliability/survival.py                    # 20 kills
 python training/benchmarks/reliability/survival.py --kills 3 --output survival.json
 
 `run.py` trains a small dual model on digits by the digits recipe. It is started with the same arguments again after
-each SIGKILL of its process group. Half of the kills hit at any time; the others are aimed in turn at steps, at
-evaluations and at a checkpoint of which some files are written. In the end weights, moving average, optimizer,
+each SIGKILL of its process group. The kills are aimed in turn at any time, at an evaluation and at a checkpoint of
+which some files are written. In the end weights, moving average, optimizer,
 scheduler, random numbers and log must be equal to the bit. Then the run meets a full disk (a small tmpfs; needs root)
 and goes on once there is room. Each start is a fork of this process, so that the kills hit training and not imports.
 `results/survival.json` has the figures.
@@ -14,7 +14,6 @@ and goes on once there is room. Each start is a fork of this process, so that th
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run 
 from hf_dualmoe.evaluation.environment import describe_environment
 from hf_dualmoe.trainer.checkpoints import UNFINISHED, last_good_checkpoint, list_checkpoints
 from training import run as training
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import RESULTS, read_json, write_json
 from training.benchmarks.shared.recipes import as_options
+from training.benchmarks.shared.run import create_parser, require_positive
+from training.benchmarks.shared.store import RESULTS, read_json, write_json
 
 EVERY = 4  # steps between checkpoints; an evaluation comes before each
 SPARE = 3  # checkpoints more than kills
@@ -61,7 +60,7 @@ SETTINGS = {
     "disable_tqdm": True,
 }
 FILES = 9  # of a checkpoint, its manifest not counted: with that it is whole
-AIMS = ("steps", "evaluation", "checkpoint")
+AIMS = ("any", "evaluation", "any", "checkpoint")
 TIMED = ("runtime", "per_second")  # parts of names of log entries that tell the time
 TIMEOUT = 300.0  # seconds for one start
 
@@ -156,37 +155,30 @@ def aim(start: Start, target: str, chance: random.Random, seconds_per_round: flo
 
     Args:
         start: The run.
-        target: One of AIMS, or "any" time after the first step.
+        target: One of AIMS; "any" time is one after the first step.
         chance: Random numbers.
         seconds_per_round: What steps, evaluation and checkpoint took in the undisturbed run.
     """
-    first = start.resumed_from + EVERY * chance.choice((0, 1, 1, 1))  # checkpoints that this start may finish
     if target == "any":
-        delay = chance.uniform(0, 2 * seconds_per_round)
         reached = start.wait_until(lambda: start.step > start.resumed_from)
-        end = time.monotonic() + delay
+        end = time.monotonic() + chance.uniform(0, 2 * seconds_per_round)
         return reached and start.wait_until(lambda: time.monotonic() >= end)
-    if target == "steps":
-        goal = first + chance.randint(1, EVERY - 1)
-        return start.wait_until(lambda: start.step >= goal)
-    if target == "evaluation":
-        if not start.wait_until(lambda: start.step >= first + EVERY):
-            return False
-        time.sleep(chance.uniform(0, 0.1 * seconds_per_round))
-        return True
-    count = chance.randint(1, FILES)
-    return start.wait_until(lambda: start.step >= first + EVERY and len(start.half_written) >= count)
+    goal = start.resumed_from + EVERY * chance.choice((1, 2, 2, 2))  # one checkpoint more may be finished before
+    if target == "checkpoint":
+        count = chance.randint(1, FILES)
+        return start.wait_until(lambda: start.step >= goal and len(start.half_written) >= count)
+    reached = start.wait_until(lambda: start.step >= goal)
+    time.sleep(chance.uniform(0, 0.1 * seconds_per_round))
+    return reached
 
 
 def survive(folder: Path, kills: int, seed: int, steps: int, seconds_per_round: float) -> dict[str, Any]:
     """Train with so many kills; what was hit, and how long it took."""
     chance, began, moments = random.Random(seed), time.monotonic(), []
-    attempts, printed = 0, folder.with_name("killed.log")
-    while len(moments) < kills and attempts < 2 * kills:
-        target = AIMS[attempts // 2 % len(AIMS)] if attempts % 2 else "any"
-        attempts += 1
+    printed = folder.with_name("killed.log")
+    for number in range(kills):
         start = Start(folder, steps, printed)
-        if not aim(start, target, chance, seconds_per_round) or not start.process.is_alive():
+        if not aim(start, AIMS[number % len(AIMS)], chance, seconds_per_round) or not start.process.is_alive():
             break
         start.kill()
         moment = {"where": start.where(), "resumed_from": start.resumed_from, "step": start.step}
@@ -195,29 +187,17 @@ def survive(folder: Path, kills: int, seed: int, steps: int, seconds_per_round: 
     start = Start(folder, steps, printed)
     if start.finish() != 0:
         raise RuntimeError(f"The run did not end well after {len(moments)} kills:\n{start.text[-2000:]}")
-    counts = Counter(moment["where"] for moment in moments)
-    return {
-        "kills": len(moments),
-        "where": dict(counts),
-        "seconds": round(time.monotonic() - began, 1),
-        "moments": moments,
-    }
+    counts, seconds = Counter(moment["where"] for moment in moments), round(time.monotonic() - began, 1)
+    return {"kills": len(moments), "where": dict(counts), "seconds": seconds, "moments": moments}
 
 
-def fill_disk(folder: Path, steps: int, checkpoint_bytes: int, expected: dict[str, Any]) -> dict[str, Any]:
-    """Train on a disk with room for two checkpoints and a half, where a third is needed; then make room.
-
-    Args:
-        folder: Where the disk is mounted.
-        steps: Training steps.
-        checkpoint_bytes: Size of one checkpoint.
-        expected: End state of the undisturbed run.
-    """
+def fill_disk(folder: Path, steps: int, checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Train on a disk with room for two such checkpoints and a half, where a third is needed; then make room."""
     folder.mkdir()
-    size = int(2.5 * checkpoint_bytes)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    size = int(2.5 * sum(path.stat().st_size for path in checkpoint.iterdir()))
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)])
     if mounted.returncode != 0:
-        return {"tried": False, "reason": "a tmpfs cannot be mounted here"}
+        return {"tried": False}
     try:
         output_dir, printed = folder / "run", folder.with_name("disk.log")
         start = Start(output_dir, steps, printed)
@@ -247,18 +227,14 @@ def end_state(output_dir: Path) -> dict[str, Any]:
     last = list(list_checkpoints(output_dir).values())[-1]
     state = read_json(last / "trainer_state.json")
     log = [{k: v for k, v in e.items() if not any(t in k for t in TIMED)} for e in state["log_history"]]
-    with torch.serialization.safe_globals(
-        [np.ndarray, np.dtype, np._core.multiarray._reconstruct, np.dtypes.UInt32DType]
-    ):
-        pickled = {
-            n: torch.load(last / n, weights_only=True) for n in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-        }
+    pickled = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt", "random numbers": "rng_state.pth"}
+    of_numpy = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, np.dtypes.UInt32DType]
+    with torch.serialization.safe_globals(of_numpy):
+        states = {name: torch.load(last / file, weights_only=True) for name, file in pickled.items()}
     return {
         "trained weights": load_file(last / "model.safetensors"),
         "moving average": load_file(last / "ema.safetensors"),
-        "optimizer": pickled["optimizer.pt"],
-        "scheduler": pickled["scheduler.pt"],
-        "random numbers": pickled["rng_state.pth"],
+        **states,
         "log": log,
         "steps and best": {n: state[n] for n in ("global_step", "epoch", "best_global_step", "best_metric")},
         "saved model": load_file(output_dir / "model" / "model.safetensors"),
@@ -302,7 +278,7 @@ def measure(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     expected, last = end_state(folder / "undisturbed"), [*list_checkpoints(folder / "undisturbed").values()][-1]
     killed = survive(folder / "killed", kills, seed, steps, seconds_per_round)
     ended = end_state(folder / "killed")
-    full = fill_disk(folder / "disk", steps, sum(path.stat().st_size for path in last.iterdir()), expected)
+    full = fill_disk(folder / "disk", steps, last, expected)
     return {
         **killed,
         "steps": steps,
@@ -320,19 +296,13 @@ def main() -> None:
     parser = create_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="how often to kill the run")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
-    parser.add_argument("--folder", type=Path, help="where the runs write; default: a temporary folder")
     parser.add_argument("--output", type=Path, default=RESULTS / "survival.json", help="results file")
     args = parser.parse_args()
     require_positive(parser, args, "kills")
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="survival_"))
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        results = measure(folder, args.kills, args.seed)
-    finally:
-        if args.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="survival_", ignore_cleanup_errors=True) as folder:
+        results = measure(Path(folder), args.kills, args.seed)
     write_json(args.output, results)
     print("\n".join(f"{name}: {value}" for name, value in results.items() if name != "moments"))
     full = results["disk_full"]

@@ -22,9 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
 
 from hf_dualmoe.evaluation.environment import describe_environment
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import RESULTS, read_json, write_json
-from training.benchmarks.shared.time_guard import Clock, OutOfTime
+from training.benchmarks.shared.run import Clock, OutOfTime, create_parser, require_positive
+from training.benchmarks.shared.store import RESULTS, begin, write_json
 from training.benchmarks.speed.gpu_passes import (
     time_autoattack,
     time_bare_pass,
@@ -88,21 +87,6 @@ def run_unit(results: dict[str, Any], name: str, unit: Unit) -> None:
     results["units"][name] = {**found, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def begin(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """The results so far, where they were made by the same versions on the same hardware.
-
-    Raises:
-        ValueError: They were not, and `--fresh` does not say to start over.
-    """
-    environment = describe_environment(device)
-    if args.output.is_file() and not args.fresh:
-        results = read_json(args.output)
-        if results["environment"] != environment or results["rehearsal"] != args.rehearse:
-            raise ValueError(f"{args.output} was made elsewhere or by other versions; start over in it with --fresh.")
-        return results
-    return {"rehearsal": args.rehearse, "environment": environment, "notes": {}, "units": {}}
-
-
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser(__doc__)
     add = parser.add_argument
@@ -125,8 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     clock = Clock(60 * args.minutes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     size = REHEARSAL if args.rehearse else Size("cuda")
+    same = {"rehearsal": args.rehearse, "environment": describe_environment(size.device)}
     try:
-        results = begin(args, size.device)
+        results = {"notes": {}, "units": {}, **begin(args.output, same, args.fresh)}
     except ValueError as error:
         sys.exit(f"gpu.py: error: {error}")
     wanted = {name: unit for name, unit in units(size).items() if name.startswith(tuple(args.only))}

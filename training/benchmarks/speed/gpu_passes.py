@@ -5,6 +5,7 @@ Every function takes `Size`, so that a rehearsal on a CPU runs the same lines on
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,7 +19,6 @@ from hf_dualmoe.attacks.folding import folded
 from hf_dualmoe.attacks.steps import ce_objective, value_and_gradient
 from hf_dualmoe.models import logits_of
 from hf_dualmoe.models.inputs_dualmoe import trusted_values
-from hf_dualmoe.trainer import RobustTrainingArguments
 from hf_dualmoe.trainer.time_estimate import synchronize
 from training.benchmarks.speed.gpu_sizes import THIN, Case, Size
 from training.benchmarks.speed.gpu_steps import cleaned, create_trainer
@@ -60,9 +60,7 @@ def milliseconds(work: Callable[[], Any], size: Size) -> float:
     return median(times)
 
 
-def autocast(device: str) -> torch.autocast:
-    """What the recipes train in."""
-    return torch.autocast(device, torch.bfloat16)
+autocast = partial(torch.autocast, dtype=torch.bfloat16)  # what the recipes train in
 
 
 def input_gradient(classifier: Callable[[Tensor], Any], images: Tensor, labels: Tensor) -> Tensor:
@@ -123,17 +121,17 @@ def time_bare_step(case: Case, size: Size) -> dict[str, float]:
     with cleaned(size.device) as folder:
         settings = {**case.settings, "attack_steps": size.steps(10)}
         trainer = create_trainer(case.recipe, settings, size, folder, 1, graph=False)
-        model, passes = trainer.model, attack_passes(trainer.args)
+        model, args = trainer.model, trainer.args
+        passes = 0 if args.method == "standard" else args.attack_steps if args.training_attack == "pgd" else 1
         batch = random_batch(size.batch(case.batch), size)
         robust, found = getattr(model, "robust", model), 0.0
         with trusted_values():
             if passes:
                 with autocast(size.device), frozen(model), folded(robust, batch[0]):
-                    found += milliseconds(
-                        graphed(lambda: attack_work(model, robust, passes, *batch), size.device), size
-                    )
+                    attack = graphed(partial(attack_work, model, robust, passes, *batch), size.device)
+                    found += milliseconds(attack, size)
             model.train()
-            found += milliseconds(graphed(lambda: update_work(model, robust, *batch), size.device), size)
+            found += milliseconds(graphed(partial(update_work, model, robust, *batch), size.device), size)
         return {"bare_graph_ms": found}
 
 
@@ -154,27 +152,19 @@ def update_work(model: nn.Module, robust: nn.Module, images: Tensor, labels: Ten
     torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
 
 
-def attack_passes(args: RobustTrainingArguments) -> int:
-    """Gradient passes that the attack on the whole model makes."""
-    return 0 if args.method == "standard" else args.attack_steps if args.training_attack == "pgd" else 1
-
-
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
 def time_autoattack(images: int, size: Size) -> dict[str, float]:
     """Images per second of AutoAttack with the "fast" budgets on one network that withstands it."""
-    return attack_rate(
-        plain_network(size), images, size, lambda *batch, **run: autoattack(*batch, version="fast", **run)
-    )
+    return attack_rate(plain_network(size), images, size, partial(autoattack, version="fast"))
 
 
 def time_worst_case(images: int, size: Size) -> dict[str, float]:
     """Images per second of the adaptive union, 10 steps, on the dual model of cifar10_resnet18."""
     with cleaned(size.device) as folder:
         model = create_trainer(THIN, {}, size, folder, 1, graph=False).model.eval()
-        steps = size.steps(10)
-        return attack_rate(model, images, size, lambda *batch, **run: worst_case(*batch, steps=steps, **run))
+        return attack_rate(model, images, size, partial(worst_case, steps=size.steps(10)))
 
 
 def attack_rate(model: nn.Module, images: int, size: Size, attack: Callable) -> dict[str, float]:

@@ -154,8 +154,8 @@ def time_steps(case: Case, size: Size, graph: bool) -> dict[str, float]:
         check_recorded(trainer, graph, size)
         found = {"ms": 1e3 * clock.seconds(), "batch": batch, **profile.found}
         if size.device == "cuda":
-            peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            found |= dict(zip(("allocated_gib", "reserved_gib"), (peak / 2**30 for peak in peaks), strict=True))
+            found["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         return found
 
 
@@ -163,7 +163,6 @@ class FirstSteps(StepClock):
     """A clock that stops before the profiler slows the steps down."""
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Count the first steps only."""
         if state.global_step < self.effort.steps:
             super().on_step_end(args, state, control, **kwargs)
 

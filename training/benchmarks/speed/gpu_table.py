@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from training.benchmarks.shared.files import RESULTS, read_json
 from training.benchmarks.shared.recipes import parse_recipe
-from training.benchmarks.shared.tables import markdown_table
+from training.benchmarks.shared.render import markdown_table
+from training.benchmarks.shared.store import RESULTS, read_json
 from training.benchmarks.speed.gpu_sizes import CASES
 from training.benchmarks.speed.gpu_steps import TOLERANCE
 

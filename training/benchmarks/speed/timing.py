@@ -5,18 +5,15 @@ is reported. On a CPU process time decides, with one thread: waiting for others 
 wall time decides, after everything queued has finished.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from hf_dualmoe import MoEConfig, MoEForImageClassification
-from training.benchmarks.shared.tables import markdown_table
+from hf_dualmoe.trainer.time_estimate import synchronize
+from training.benchmarks.shared.render import markdown_table
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 HEADER = ["what", "ratio", "range", "wall ratio", "target", "holds"]
@@ -25,21 +22,15 @@ Times = dict[str, dict[str, list[float]]]  # alternative -> clock -> seconds per
 Row = dict[str, Any]
 
 
-def synchronize(device: str) -> None:
-    """Wait until the device has done all that it was given."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
 def interleaved(alternatives: dict[str, Callable[[], object]], repeats: int, device: str, warmup: int = 1) -> Times:
     """Seconds of each alternative in each of `repeats` rounds, by both clocks, after `warmup` rounds."""
     times: Times = {name: {clock: [] for clock in CLOCKS} for name in alternatives}
     for number in range(warmup + repeats):
         for name, function in alternatives.items():
-            synchronize(device)
+            synchronize(torch.device(device))
             before = {clock: read() for clock, read in CLOCKS.items()}
             function()
-            synchronize(device)
+            synchronize(torch.device(device))
             for clock, read in CLOCKS.items():
                 seconds = read() - before[clock]
                 if number >= warmup:
@@ -97,42 +88,3 @@ def render_rows(rows: list[Row]) -> str:
         holds = {True: "yes", False: "**NO**", None: "-"}[row["holds"]]
         cells.append([row["what"], *numbers, "-" if row["holds"] is None else target, holds])
     return markdown_table(HEADER, cells)
-
-
-# --- models and images of these benchmarks ---------------------------------------------------------------------------
-
-
-def create_moe(args: argparse.Namespace, num_experts: int) -> MoEForImageClassification:
-    """An untrained mixture of whole networks, top-1, in eval mode on the device."""
-    width = args.width if args.backbone.startswith("resnet") else None
-    config = MoEConfig(
-        backbone=args.backbone,
-        width=width,
-        image_size=args.image_size,
-        num_labels=10,
-        num_experts=num_experts,
-        router_top_k=1,
-    )
-    return MoEForImageClassification(config).to(args.device).eval()
-
-
-def random_batch(args: argparse.Namespace, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) in [0, 1] and labels (B,) on the device."""
-    size = batch_size or args.batch_size
-    images = torch.rand(size, 3, args.image_size, args.image_size, device=args.device)
-    return images, torch.randint(0, 10, (size,), device=args.device)
-
-
-def even_routes(num_images: int, num_experts: int, device: str | torch.device) -> Tensor:
-    """(B,) the same number of images for each expert, in mixed order, as a balanced router would send them."""
-    return torch.arange(num_images, device=device) % num_experts
-
-
-def bare_attack(
-    model: nn.Module, images: Tensor, labels: Tensor, steps: int, expert_index: Tensor | None = None
-) -> None:
-    """The least that a gradient attack can do: so many forward passes with gradients of the images."""
-    for _ in range(steps):
-        points = images.detach().requires_grad_(True)
-        loss = F.cross_entropy(model(points, expert_index=expert_index).logits, labels, reduction="sum")
-        torch.autograd.grad(loss, points)

@@ -7,17 +7,13 @@ from typing import Any
 import yaml
 
 from hf_dualmoe.models.configuration_dualmoe import MIXINGS
-from training.benchmarks.study.levers import lever_trainer
 
 STUDIES = Path(__file__).parent / "studies"
 KEYS = {"dataset_name", "passes", "seeds", "settings", "evaluation", "arms"}
-OPTIONAL_KEYS = {"reference", "most"}  # an arm that the tables show the differences to; limits that --scale keeps to
-LIMITS = ("max_train_samples", "max_validation_samples", "max_test_samples")
 PARTS = ("standard", "robust", "init_from")  # of an arm: other arms whose trained models it needs
-REFERENCES = ("same_steps_as", "match_parameters", *PARTS)
 NOTES = {"about", "extra"}  # keys of an arm that its result does not depend on
 JOINING = {"standard", "robust", "mixing", "calibrate"}  # keys of an arm that joins two models
-ARM_KEYS = {*NOTES, *JOINING, "settings", "passes", "lever", "lever_args", "evaluation", *REFERENCES}
+ARM_KEYS = {*NOTES, *JOINING, "settings", "passes", "evaluation", *PARTS}
 SHAPE = ("backbone", "stem", "width", "num_experts", "shared_stages", "router")  # settings that weights depend on
 
 
@@ -47,10 +43,8 @@ def read_study(path: Path) -> dict[str, Any]:
         known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml")))
         raise ValueError(f"study={str(path)!r} is neither a file nor one of {known}.")
     study = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if wrong := sorted((set(study) - OPTIONAL_KEYS) ^ KEYS):
+    if wrong := sorted(set(study) ^ KEYS):
         raise ValueError(f"study {path.name}: unknown or missing keys {', '.join(wrong)}.")
-    if study.get("reference", next(iter(study["arms"]))) not in study["arms"]:
-        raise ValueError(f"study {path.name}: reference={study['reference']!r} is not an arm.")
     for name in study["arms"]:
         try:
             check_arm(study, name)
@@ -73,16 +67,12 @@ def check_arm(study: dict[str, Any], name: str) -> None:
     arm = study["arms"][name]
     if unknown := sorted(set(arm) - ARM_KEYS):
         raise ValueError(f"unknown keys {', '.join(unknown)}.")
-    for key in REFERENCES:
+    for key in PARTS:
         if key in arm and arm[key] not in study["arms"]:
             raise ValueError(f"{key}={arm[key]!r} is not an arm.")
     for key in ("extra", "calibrate"):
         if not isinstance(arm.get(key, False), bool):
             raise ValueError(f"{key}={arm[key]!r} must be true or false.")
-    if "lever_args" in arm and "lever" not in arm:
-        raise ValueError("lever_args needs a lever.")
-    if "lever" in arm:
-        lever_trainer(arm["lever"], arm.get("lever_args"))
     check_joining(study, arm)
     check_no_circle(study["arms"], name)
     check_budget(study, name)
@@ -113,16 +103,14 @@ def check_no_circle(arms: dict[str, Any], name: str, above: tuple[str, ...] = ()
     """Raise a ValueError if an arm refers to itself, at last."""
     if name in above:
         raise ValueError(f"{' -> '.join((*above, name))} is a circle.")
-    for key in REFERENCES:
+    for key in PARTS:
         if arms[name].get(key) in arms:
             check_no_circle(arms, arms[name][key], (*above, name))
 
 
 def check_budget(study: dict[str, Any], name: str) -> None:
-    """Raise a ValueError unless an arm has one budget, and its init_from is a fitting model that leaves some of it."""
+    """Raise a ValueError unless the budget of an arm is > 0 and init_from a fitting model that leaves some of it."""
     arm = study["arms"][name]
-    if "same_steps_as" in arm and ("passes" in arm or "init_from" in arm):
-        raise ValueError("same_steps_as sets the steps; it does not go with passes or init_from.")
     if not arm.get("passes", 1) > 0:
         raise ValueError(f"passes={arm['passes']!r} must be > 0.")
     if "init_from" not in arm:
@@ -135,8 +123,6 @@ def check_budget(study: dict[str, Any], name: str) -> None:
     passes, before = (study["arms"][each].get("passes", study["passes"]) for each in (name, source))
     if not before < passes:
         raise ValueError(f"init_from={source!r} costs {before} of {passes} passes: give it fewer passes of its own.")
-    if "same_steps_as" in entry:
-        raise ValueError(f"init_from={source!r} must have a budget of its own, not same_steps_as.")
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -181,12 +167,4 @@ def definition(study: dict[str, Any], arm: str) -> dict[str, Any] | None:
         return None
     entry = {key: value for key, value in study["arms"][arm].items() if key not in NOTES}
     shared = {key: study[key] for key in ("dataset_name", "passes", "settings", "evaluation")}
-    return {**shared, "arm": entry, "others": [definition(study, entry[key]) for key in REFERENCES if key in entry]}
-
-
-def scaled(study: dict[str, Any], scale: float) -> dict[str, Any]:
-    """The study with its numbers of images times `scale`, as far as the dataset has them (`most`)."""
-    limits = {name: round(study["settings"][name] * scale) for name in LIMITS if study["settings"].get(name)}
-    most = study.get("most", {})
-    limits = {name: min(limit, most.get(name, limit)) for name, limit in limits.items()}
-    return {**study, "settings": {**study["settings"], **limits}}
+    return {**shared, "arm": entry, "others": [definition(study, entry[key]) for key in PARTS if key in entry]}

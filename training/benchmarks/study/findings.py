@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from training.benchmarks.shared.tables import folded, markdown_table
+from training.benchmarks.shared.render import folded, markdown_table
 
 MEASURES = ("sa", "ra")
 GAIN = (3.0, -1.5)  # what a dial should change: SA by at least 3 points, RA by at most 1.5
@@ -43,19 +43,12 @@ COMPARISONS = (
     Comparison("TRADES against adversarial training, hard routing", "moe_trades", "moe_at"),
     Comparison("Four full last stages, all mixed, against one network", "dense_ensemble", "single"),
     Comparison("A wider network with the mixture's parameters against one network", "wide_single", "single"),
-    # --- one network, longer or milder
-    Comparison("One network trained with half of eps against one network", "single_half_eps", "single"),
     Comparison("One network trained longer against one network", "single_long", "single"),
-    Comparison("Four mixed heads on one trunk against one network, both longer", "rt_er_heads_long", "single_long"),
     # --- the dial against its own robust end
     Comparison("The dial of JTDMoE as in the paper against its F_R", "jtdmoe_clean", None, GAIN),
     Comparison("The dial of JTDMoE with F_S at eps / 2 against its F_R", "jtdmoe", None, GAIN),
-    Comparison("The dial of JTDMoE of heads, warm start, against its F_R", "jtdmoe_heads_warm", None, GAIN),
     Comparison("The dial of JTDMoE, warm start, against its F_R", "jtdmoe_warm", None, GAIN),
     Comparison("The dial of a pair with F_S at eps / 2 against its F_R", "separate_dual", None, GAIN),
-    Comparison("The dial of a pair of heads and one network against its F_R", "separate_heads", None, GAIN),
-    Comparison("The dial of a pair of single networks against its F_R", "separate_single", None, GAIN),
-    Comparison("The dial of a warm pair of single networks against its F_R", "separate_warm", None, GAIN),
     Comparison("The dial in the weights of a warm pair against its F_R", "dial_weights", None, GAIN),
     Comparison("The dial in the outputs of a warm pair against its F_R", "dial_outputs", None, GAIN),
     Comparison("The dial of a pair with clean F_S against its F_R", "pair_clean", None, GAIN),
@@ -69,25 +62,8 @@ COMPARISONS = (
     Comparison("JTDMoE, warm start, against the dial in the weights", "jtdmoe_warm", "dial_weights"),
     Comparison("Joint training against joining two models trained apart", "jtdmoe", "separate_dual"),
     Comparison("JTDMoE with F_S at eps / 2 against the paper's, on clean images", "jtdmoe", "jtdmoe_clean"),
-    Comparison("JTDMoE with F_S at eps / 2 against a quarter of eps", "jtdmoe", "jtdmoe_quarter"),
-    Comparison("JTDMoE trained at alpha 0.25 against 0.5", "jtdmoe_quarter", "jtdmoe_quarter_0.5"),
     Comparison("F_S at eps / 2 against clean, trained apart", "separate_dual", "separate_clean"),
     Comparison("JTDMoE against one network, at twice the cost of an answer", "jtdmoe", "single"),
-    Comparison("JTDMoE against one network as long in all", "jtdmoe", "single_long", NEAR),
-    Comparison("JTDMoE against one network trained as long with 3/4 of eps", "jtdmoe", "single_long_milder"),
-    Comparison("JTDMoE against one network trained with half of eps", "jtdmoe", "single_half_eps"),
-    Comparison("JTDMoE of heads, warm start, against JTDMoE of thin experts", "jtdmoe_heads_warm", "jtdmoe"),
-    Comparison("The warm start alone: JTDMoE with it against without", "jtdmoe_warm", "jtdmoe"),
-    Comparison(
-        "JTDMoE of heads, warm start, against one network as long in all", "jtdmoe_heads_warm", "single_long", NEAR
-    ),
-    Comparison(
-        "A warm pair of single networks against one network as long in all", "separate_warm", "single_long", NEAR
-    ),
-    Comparison("A warm pair against one network as long with 3/4 of eps", "separate_warm", "single_long_milder"),
-    Comparison("The pair of heads and one network against one network", "separate_heads", "single"),
-    Comparison("The pair of heads against two single networks", "separate_heads", "separate_single"),
-    Comparison("The pair of heads against one network as long, 3/4 of eps", "separate_heads", "single_long_milder"),
 )
 # Whose dial should lie above whose. Not those in the weights: fewer members of the dial's attack apply to one network,
 # which the sweeps show where both are F_R alone.
@@ -97,7 +73,6 @@ CURVES = (
     ("jtdmoe_clean", "separate_clean", "The dial of the paper's JTDMoE above that of its pair trained apart"),
     ("jtdmoe", "separate_clean", "The dial of JTDMoE with F_S at eps / 2 above that of the paper's pair"),
     ("jtdmoe", "separate_dual", "The dial of JTDMoE with F_S at eps / 2 above that of such a pair"),
-    ("jtdmoe_heads_warm", "jtdmoe", "The dial of JTDMoE of heads, warm start, above that of thin experts"),
 )
 
 

@@ -1,14 +1,11 @@
 """One run of a study: train an arm with a seed on its budget, then judge it by the adaptive union.
 
-`study.py` starts this in a process of its own for each run: python run.py STUDY.json ARM SEED FOLDER [confirm]
-With "confirm" it judges the model of a finished run again, on test images that no run of the study was judged on.
+`study.py` starts this in a process of its own for each run: python run.py STUDY.json ARM SEED FOLDER
 """
 
-import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run 
 
 from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.attacks import PGD
-from hf_dualmoe.data import DataSplits, ImageTensorDataset, to_unit_range
+from hf_dualmoe.data import to_unit_range
 from hf_dualmoe.evaluation import (
     RobustnessReport,
     calibrate_robust_logits,
@@ -34,10 +31,9 @@ from hf_dualmoe.evaluation import (
 from hf_dualmoe.evaluation.dial import dial_attack
 from hf_dualmoe.trainer import RobustTrainer, RobustTrainingArguments
 from training import run as training
-from training.benchmarks.shared.files import TRAINING, read_json, write_json
 from training.benchmarks.shared.recipes import FlopCounter, count_parameters, forward_flops, parse_recipe
+from training.benchmarks.shared.store import TRAINING, read_json, write_json
 from training.benchmarks.study.definition import settings_of
-from training.benchmarks.study.levers import lever_trainer
 
 # what `numbers` takes from a report
 NUMBERS = ("sa", "ra", "ra_pgd", "expert_load", "route_flip_rate", "num_images", "environment", "union")
@@ -52,12 +48,8 @@ class StudyRun:
         self.entry = study["arms"][arm]
         self.costs: dict[str, float] = {}  # see step_passes
         folder.mkdir(parents=True, exist_ok=True)
-        self.data = self.load(seed)
-
-    def load(self, seed: int, **changes: Any) -> DataSplits:
-        """The images of a seed, with changed data arguments of `training/run.py`."""
-        data_args, model_args, _, _ = self.parse(self.study["settings"])
-        return training.load_data(replace(data_args, **changes), model_args.image_size, model_args.num_channels, seed)
+        data_args, model_args, _, _ = self.parse(study["settings"])
+        self.data = training.load_data(data_args, model_args.image_size, model_args.num_channels, seed)
 
     # --- what an arm is ------------------------------------------------------------------------------------------
 
@@ -78,18 +70,6 @@ class StudyRun:
         path.write_text(yaml.safe_dump({**settings, "dataset_name": self.study["dataset_name"]}), encoding="utf-8")
         return path
 
-    def settings_of(self, arm: str) -> dict[str, Any]:
-        """Settings of an arm; the width is worked out where it must match the parameters of another arm."""
-        settings, matched = settings_of(self.study, arm), self.study["arms"][arm].get("match_parameters")
-        if matched:
-            target = count_parameters(self.build(self.settings_of(matched)))
-            channels = [int(part) for part in settings["width"].split(",")]
-            widths = [",".join(str(round(c * tenths / 10)) for c in channels) for tenths in range(10, 31)]
-            settings["width"] = min(
-                widths, key=lambda width: abs(count_parameters(self.build({**settings, "width": width})) - target)
-            )
-        return settings
-
     def build(self, settings: dict[str, Any]) -> nn.Module:
         """The untrained model for these settings."""
         _, model_args, args, _ = self.parse(settings)
@@ -97,15 +77,10 @@ class StudyRun:
 
     # --- budget --------------------------------------------------------------------------------------------------
 
-    def trainer_class(self, arm: str) -> type[RobustTrainer]:
-        """What trains an arm: `RobustTrainer`, or that of its lever."""
-        entry = self.study["arms"][arm]
-        return lever_trainer(entry["lever"], entry.get("lever_args")) if "lever" in entry else RobustTrainer
-
-    def step_flops(self, settings: dict[str, Any], trainer_class: type[RobustTrainer] = RobustTrainer) -> float:
+    def step_flops(self, settings: dict[str, Any]) -> float:
         """Floating-point operations per image of one training step: attack, loss and backward."""
         _, _, args, _ = self.parse({**settings, "bf16": False})
-        trainer = trainer_class(self.build(settings), args, train_dataset=self.data.train)
+        trainer = RobustTrainer(self.build(settings), args, train_dataset=self.data.train)
         trainer.state.global_step = 1  # the first step of a training also logs, which costs a forward
         rows = torch.arange(min(args.per_device_train_batch_size, len(self.data.train)))
         batch = {
@@ -130,19 +105,15 @@ class StudyRun:
     def steps(self, arm: str | None = None) -> tuple[int, float]:
         """Training steps that the budget of an arm allows, and the passes per training image that it costs in all."""
         arm = arm or self.arm
-        entry, before, cost = self.study["arms"][arm], self.passes_before(arm), self.step_passes(arm)
-        if "same_steps_as" in entry:
-            count, _ = self.steps(entry["same_steps_as"])
-        else:
-            count = max(1, round((entry.get("passes", self.study["passes"]) - before) / cost))
+        before, cost = self.passes_before(arm), self.step_passes(arm)
+        count = max(1, round((self.study["arms"][arm].get("passes", self.study["passes"]) - before) / cost))
         return count, before + cost * count
 
     def step_passes(self, arm: str) -> float:
         """What one step of an arm costs, in passes over all training images."""
         if arm not in self.costs:
             share = self.study["settings"]["per_device_train_batch_size"] / len(self.data.train)
-            flops = self.step_flops(self.settings_of(arm), self.trainer_class(arm))
-            self.costs[arm] = flops / self.pass_flops * share
+            self.costs[arm] = self.step_flops(settings_of(self.study, arm)) / self.pass_flops * share
         return self.costs[arm]
 
     # --- work ----------------------------------------------------------------------------------------------------
@@ -151,19 +122,15 @@ class StudyRun:
         """Train with `training/run.py`, or join the models of two other arms; returns what to report about it."""
         if "standard" in self.entry:
             return self.join()
-        settings = self.settings_of(self.arm)
+        settings = settings_of(self.study, self.arm)
         count, passes = self.steps()
         known = {name: settings[name] for name in ("method", "width", "num_experts") if name in settings}
-        known |= {name: self.entry[name] for name in ("lever", "lever_args", "init_from") if name in self.entry}
         if "init_from" in self.entry:
+            known["init_from"] = self.entry["init_from"]
             known["passes_from"] = round(self.passes_before(self.arm), 2)
             settings["init_experts_from"] = str(self.model_of(self.entry["init_from"]))
         recipe = self.write_recipe({**settings, "max_steps": count}, self.folder)
-        script = [str(TRAINING / "run.py")]
-        if "lever" in self.entry:
-            levers = Path(__file__).with_name("levers.py")
-            script = [str(levers), self.entry["lever"], json.dumps(self.entry.get("lever_args", {}))]
-        command = [sys.executable, *script, "--recipe", str(recipe)]
+        command = [sys.executable, str(TRAINING / "run.py"), "--recipe", str(recipe)]
         command += ["--seed", str(self.seed), "--output_dir", str(self.folder), "--report", "none"]
         started = time.perf_counter()
         subprocess.run(command, check=True)
@@ -260,41 +227,11 @@ class StudyRun:
         chosen = {name: value for name, value in asked.items() if name != "alphas"}
         return {"eps": float(self.args.eps), "norm": self.args.norm, "seed": 0, **chosen}
 
-    def confirm(self) -> dict[str, Any]:
-        """The numbers of a finished run, its dial included, on images that nothing was chosen by."""
-        model, images, settings = self.trained_model(), self.unseen_images(), self.attack_settings()
-        result: dict[str, Any] = {}
-        if hasattr(model, "set_alpha"):
-            model.set_alpha(read_json(self.folder / "run.json")["alpha"])
-            known = self.model_of(self.entry["robust"]).parent / "confirmed.json" if "robust" in self.entry else None
-            if known is not None and known.is_file():
-                result["robust"] = read_json(known)
-            else:
-                result["robust"] = numbers(self.report(model.robust, "confirm-robust", settings, images))
-        return result | numbers(self.report(model, "confirm-whole", settings, images))
-
-    def unseen_images(self) -> ImageTensorDataset:
-        """As many test images as a run is judged on, none of which any seed of the study was judged on.
-
-        Raises:
-            ValueError: The runs are judged on all test images, or too few are left.
-        """
-        seen = {image.numpy().tobytes() for seed in self.study["seeds"] for image in self.load(seed).test.images}
-        whole = self.load(self.seed, max_test_samples=None, max_train_samples=len(self.data.class_names)).test
-        unseen = [i for i, image in enumerate(whole.images) if image.numpy().tobytes() not in seen]
-        if len(unseen) < len(self.data.test):
-            raise ValueError(
-                f"{len(unseen)} of {len(whole)} test images are left; {len(self.data.test)} are needed to confirm."
-            )
-        return whole.subset(unseen).take(len(self.data.test))
-
-    def report(
-        self, model: nn.Module, name: str, settings: dict[str, Any], images: ImageTensorDataset | None = None
-    ) -> RobustnessReport:
-        """Evaluate, on the test images or others, and keep the whole report beside the run."""
+    def report(self, model: nn.Module, name: str, settings: dict[str, Any]) -> RobustnessReport:
+        """Evaluate on the test images, and keep the whole report beside the run."""
         return evaluate_robustness(
             model,
-            self.data.test if images is None else images,
+            self.data.test,
             level=UNION,
             progress=False,
             dataset_name=self.data.name,
@@ -328,16 +265,12 @@ def numbers(report: RobustnessReport) -> dict[str, Any]:
 
 
 def main() -> None:
-    if len(sys.argv) < 5:
-        sys.exit("usage: run.py STUDY.json ARM SEED FOLDER [confirm]")
-    study, arm, seed, folder, *more = sys.argv[1:]
+    if len(sys.argv) != 5:
+        sys.exit("usage: run.py STUDY.json ARM SEED FOLDER")
+    study, arm, seed, folder = sys.argv[1:]
     run = StudyRun(read_json(Path(study)), arm, int(seed), Path(folder))
-    if more == ["confirm"]:
-        name, result = "confirmed.json", run.confirm()
-    else:
-        name, result = "run.json", {"arm": arm, "seed": int(seed), "training": run.train()}
-        result |= run.evaluate()
-    write_json(Path(folder) / name, result)
+    result = {"arm": arm, "seed": int(seed), "training": run.train()}
+    write_json(Path(folder) / "run.json", result | run.evaluate())
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Compare training methods at equal compute, over seeds, judged by the adaptive union.
 
 python training/benchmarks/study/study.py --study digits
-python training/benchmarks/study/study.py --study cifar10 --dataset_name path/to/cifar10 --jobs 2
-python training/benchmarks/study/study.py --study cifar10 --arms single rt_er --seeds 0 1
-python training/benchmarks/study/study.py --study cifar10 --scale 10 --jobs 4  # ten times the images, on a GPU
-python training/benchmarks/study/study.py --study cifar10 --confirm  # judge again, on images not used so far
-python training/benchmarks/study/study.py --study digits --render    # keep the results, render the page
+python training/benchmarks/study/study.py --study cifar10_full --dataset_name path/to/cifar10 --jobs 2
+python training/benchmarks/study/study.py --study digits --arms single rt_er --seeds 0 1
+python training/benchmarks/study/study.py --study digits --render  # keep the results, render the page
 
 A study is a YAML file: settings of `training/run.py` that all arms share, the arms with what they change, the seeds,
 and a budget. The budget counts forward+backward passes of one plain backbone per training image, those of the attack
 included; an arm whose steps need more arithmetic gets fewer of them. An arm may change `settings`, have a budget of
-its own (`passes`), a `lever` of levers.py, an `evaluation` of its own (such as union_restarts), or start from the
+its own (`passes`), an `evaluation` of its own (such as union_restarts), or start from the
 model of another arm (`init_from`), one network or a mixture of the same shape, whose passes then count as its own. An
 arm may join the trained models of two others (`standard` and `robust`): it mixes their probabilities, or `mixing:
 logits`, or `mixing: weights` into one network, or with `calibrate: true` probabilities behind a logit map of F_R that
@@ -18,9 +16,6 @@ is chosen on held-out images (MixedNUTS). Arms marked `extra` run only where `--
 Each run is a process of its own with a log. A run whose run.json is there is not repeated, and one that was stopped
 goes on from its checkpoint. `results.json` has all runs and their mean and range per arm; it is written after each
 run.
-
-Who changes arms after a look at the results fits them to the test images. `--confirm` judges the models of finished
-runs once more, at the alphas chosen before, on test images that no seed has drawn.
 """
 
 import argparse
@@ -36,9 +31,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run from any folder
 
 from hf_dualmoe.evaluation.environment import write_text
-from training.benchmarks.shared.command_line import create_parser, require_positive
-from training.benchmarks.shared.files import RESULTS, read_json, write_json
-from training.benchmarks.study.definition import STUDIES, Run, definition, plan, read_study, scaled, usual_arms
+from training.benchmarks.shared.run import create_parser, require_positive
+from training.benchmarks.shared.store import RESULTS, read_json, write_json
+from training.benchmarks.study.definition import STUDIES, Run, definition, plan, read_study, usual_arms
 from training.benchmarks.study.summary import render_arms, summarise
 
 POLL = 0.5  # seconds between two looks at a running process
@@ -47,17 +42,8 @@ POLL = 0.5  # seconds between two looks at a running process
 class Study:
     """Runs what is missing, several processes at a time, and keeps the results up to date."""
 
-    def __init__(
-        self,
-        study: dict[str, Any],
-        runs: list[Run],
-        output_dir: Path,
-        jobs: int,
-        threads: int,
-        confirm: bool = False,
-    ):
+    def __init__(self, study: dict[str, Any], runs: list[Run], output_dir: Path, jobs: int, threads: int):
         self.study, self.runs, self.output_dir, self.jobs, self.threads = study, runs, output_dir, jobs, threads
-        self.confirm = confirm
         self.failed: dict[str, str] = {}
         self.writing = Lock()
 
@@ -65,11 +51,9 @@ class Study:
         return self.output_dir / "runs" / name
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """What a run has written, with its numbers on unused images as "confirmed"; None before it has ended."""
-        path, confirmed = (self.folder(name) / file for file in ("run.json", "confirmed.json"))
-        if not path.is_file():
-            return None
-        return {**read_json(path), **({"confirmed": read_json(confirmed)} if confirmed.is_file() else {})}
+        """What a run has written; None before it has ended."""
+        path = self.folder(name) / "run.json"
+        return read_json(path) if path.is_file() else None
 
     def work(self) -> None:
         """Run everything; a run that fails costs no other.
@@ -88,16 +72,7 @@ class Study:
                 )
         write_json(settled, self.study)
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.confirm_one if self.confirm else self.one, self.runs))
-
-    def confirm_one(self, run: Run) -> None:
-        """Judge one finished run on unused images, unless that has been done."""
-        result = self.result(run.name)
-        if result is None:
-            self.failed[run.name] = "it has not been run, so that there is nothing to confirm"
-        elif "confirmed" not in result:
-            self.attempt(run, "confirm")
-        self.write()
+            list(pool.map(self.one, self.runs))
 
     def one(self, run: Run) -> None:
         """One run, unless its result is there; waits for the runs whose models it needs."""
@@ -109,11 +84,11 @@ class Study:
             self.attempt(run)
         self.write()
 
-    def attempt(self, run: Run, *more: str) -> None:
+    def attempt(self, run: Run) -> None:
         """Start a run; what goes wrong is noted, since another run may be waiting for this one."""
         folder, started = self.folder(run.name), time.perf_counter()
         script, study = Path(__file__).with_name("run.py"), self.output_dir / "study.json"
-        command = [sys.executable, str(script), str(study), run.arm, str(run.seed), str(folder), *more]
+        command = [sys.executable, str(script), str(study), run.arm, str(run.seed), str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -154,14 +129,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_name", help="instead of the study's, such as a local folder of the same dataset")
     add("--arms", nargs="+", help="default: all of the study that are not extra")
     add("--seeds", nargs="+", type=int, help="default: those of the study")
-    add("--scale", type=float, default=1.0, help="factor on the numbers of images")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--threads", type=int, help="CPU threads per run; default: the cores shared out")
-    add("--confirm", action="store_true", help="judge finished runs on test images not used so far")
     add("--render", action="store_true", help="run nothing: keep the results there are, if any, and render the page")
     add("--output_dir", type=Path, help="default: outputs/study-<name>")
     args = parser.parse_args(arguments)
-    require_positive(parser, args, "jobs", "scale", "threads")
+    require_positive(parser, args, "jobs", "threads")
     return args
 
 
@@ -170,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = Path(args.study) if args.study.endswith(".yaml") else STUDIES / f"{args.study}.yaml"
     output_dir = args.output_dir or Path("outputs") / f"study-{path.stem}"
     try:
-        study = scaled(read_study(path), args.scale)
+        study = read_study(path)
         own_name, study["dataset_name"] = study["dataset_name"], args.dataset_name or study["dataset_name"]
         runs = plan(study, args.arms or usual_arms(study), args.seeds or study["seeds"])
         if args.render:
@@ -178,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
             keep(path.stem, read_json(made if made.is_file() else kept), own_name, output_dir)
             return 0
         threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
-        work = Study(study, runs, output_dir, args.jobs, threads, confirm=args.confirm)
+        work = Study(study, runs, output_dir, args.jobs, threads)
         work.work()
     except (ValueError, FileNotFoundError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from statistics import mean
 from typing import Any
 
-from training.benchmarks.shared.tables import markdown_table
+from training.benchmarks.shared.render import markdown_table
 from training.benchmarks.study.definition import settings_of
 
 Runs = list[dict[str, Any]]
@@ -25,7 +25,6 @@ def summarise(results: Runs, study: dict[str, Any]) -> Summary:
     """Mean and range over the seeds, per arm, of accuracies in %, cost and load."""
     summary: Summary = {}
     plain = next((run["flops"] for run in results if run["arm"] == "single"), None)
-    reference = {run["seed"]: run for run in results if run["arm"] == study.get("reference")}
     for arm in study["arms"]:
         own = [run for run in results if run["arm"] == arm]
         if not own:
@@ -42,10 +41,6 @@ def summarise(results: Runs, study: dict[str, Any]) -> Summary:
             entry["least_load"] = min(min(run["expert_load"]) for run in own)
         if "robust" in own[0]:
             entry |= dial_of(own)
-        if pairs := [(run, reference[run["seed"]]) for run in own if run["seed"] in reference]:
-            entry["against"] = differences_of(pairs)
-            if "robust" in entry:
-                entry["robust"]["against"] = differences_of([(run["robust"], other) for run, other in pairs])
         summary[arm] = entry
     return summary
 
@@ -76,34 +71,18 @@ def mean_sweep(sweeps: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     return [{"alpha": a, **{name: mean(p[a][name] for p in points) for name in ("sa", "ra")}} for a in common]
 
 
-def differences_of(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """By how many points the first of each pair lies above the second."""
-    return {name: spread([own[name] - other[name] for own, other in pairs]) for name in ("sa", "ra")}
-
-
 # --- the table -------------------------------------------------------------------------------------------------------
 
 HEADER = ["arm", "seeds", "param.", "FLOPs", "passes", "SA %", "RA % (union)", "PGD %", "least load %", "alpha"]
-COMPARED = ["SA +-", "RA +-"]  # two columns more, in points, where the study has a reference
-
-
-def header(summary: Summary) -> list[str]:
-    """The head of the table."""
-    return HEADER + (COMPARED if any("against" in entry for entry in summary.values()) else [])
 
 
 def table_rows(summary: Summary) -> list[list[str]]:
     """Two rows for a dual model, one for any other arm: mean over the seeds and, in brackets, the range."""
-    rows, compared = [], len(header(summary)) > len(HEADER)
+    rows = []
 
     def cell(values: dict[str, float]) -> str:
         text = f"{values['mean']:.1f}"
         return text if values["min"] == values["max"] else f"{text} ({values['min']:.1f} to {values['max']:.1f})"
-
-    def differences(entry: dict[str, Any]) -> list[str]:
-        if not compared:
-            return []
-        return [f"{entry['against'][name]['mean']:+.1f}" if "against" in entry else "-" for name in ("sa", "ra")]
 
     for arm, entry in summary.items():
         cost = f"{entry['relative_flops']:.2f}x" if "relative_flops" in entry else "-"
@@ -112,14 +91,14 @@ def table_rows(summary: Summary) -> list[list[str]]:
         alphas = ", ".join(f"{alpha:g}" for alpha in entry.get("alpha", [])) or "-"
         accuracy = [cell(entry["sa"]), cell(entry["ra"]) + mark, f"{entry['ra_pgd']['mean']:.1f}"]
         costs = [str(len(entry["seeds"])), size, cost, passes]
-        rows.append([arm, *costs, *accuracy, load, alphas, *differences(entry)])
+        rows.append([arm, *costs, *accuracy, load, alphas])
         if robust := entry.get("robust"):
             accuracy = [cell(robust["sa"]), cell(robust["ra"]) + mark]
-            rows.append([f"F_R of {arm}", "", "", "", "", *accuracy, "", "", "", *differences(robust)])
+            rows.append([f"F_R of {arm}", "", "", "", "", *accuracy, "", "", ""])
     return rows
 
 
 def render_arms(summary: Summary) -> str:
     """The table in Markdown, with what has to stand below it."""
-    table = markdown_table(header(summary), table_rows(summary))
+    table = markdown_table(HEADER, table_rows(summary))
     return f"{table}\n\n{EARLIER_NOTE}" if EARLIER in table else table

@@ -23,6 +23,20 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
+def begin(path: Path, same: dict[str, Any], fresh: bool = False) -> dict[str, Any]:
+    """The results of earlier sessions in a file, or `same` where there are none.
+
+    Raises:
+        ValueError: They were made with other values of `same`, and `fresh` does not say to start over.
+    """
+    if not path.is_file() or fresh:
+        return same
+    results = read_json(path)
+    if other := [name for name, value in json.loads(json.dumps(same)).items() if results.get(name) != value]:
+        raise ValueError(f"{path} was made with other {', '.join(other)}; start over with --fresh, or elsewhere.")
+    return results
+
+
 def store_run(run: dict[str, Any], path: Path) -> None:
     """Write a run into a file of runs, in the place of one with the same settings.
 
