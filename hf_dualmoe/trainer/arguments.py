@@ -264,6 +264,7 @@ class RobustTrainingArguments(TrainingArguments):
         self._check("clean_weight", fits, f"0 with method={self.method!r}: it is for method='at'")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         if (rate := self.standard_learning_rate) is not None:
+            self._check("standard_learning_rate", isinstance(rate, (int, float)), "a number, or left out")
             self._check("standard_learning_rate", 0 <= rate < math.inf, ">= 0 and finite")
             self._check("standard_learning_rate", self.method == "jtdmoe", "left out where method is not jtdmoe")
 

@@ -358,6 +358,7 @@ def test_a_model_that_does_not_fit_is_refused(method, model, message, arguments)
         ({"route_weight": -1.0}, "route_weight=-1.0 must be >= 0"),
         ({"margin_weight": math.nan}, "margin_weight=nan must be >= 0"),
         ({"method": "jtdmoe", "standard_learning_rate": -1e-3}, "standard_learning_rate=-0.001 must be >= 0"),
+        ({"method": "jtdmoe", "standard_learning_rate": "x"}, "standard_learning_rate='x' must be a number"),
         ({"method": "at", "standard_learning_rate": 1e-3}, "standard_learning_rate=0.001 must be left out where"),
         ({"label_smoothing_factor": 1.5}, r"label_smoothing_factor=1.5 must be in \[0, 1\)"),
         ({"adam_beta1": -0.1}, r"adam_beta1=-0.1 must be in \[0, 1\)"),
