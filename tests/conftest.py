@@ -34,6 +34,7 @@ from hf_dualmoe import (  # noqa: E402
     MoEConfig,
     MoEForImageClassification,
 )
+from hf_dualmoe.data.datasets import ImageTensorDataset  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: two threads that wait for each other are ten times slower on a busy machine
 logging.disable_progress_bar()
@@ -47,6 +48,12 @@ ARCHITECTURES = {
         "backbone": "vit_tiny_patch16_224",
         "backbone_kwargs": {"patch_size": 6, "embed_dim": 48, "depth": 3, "num_heads": 3},
     },
+}
+
+
+TOY = {  # a mixture of networks that cost next to nothing, for what does not depend on the architecture
+    **{"backbone": "lipschitz_mlp", "backbone_kwargs": {"hidden_sizes": [16], "logit_scale": 8.0}},
+    **{"num_labels": 4, "image_size": 10, "num_channels": 1, "num_experts": 2},
 }
 
 
@@ -79,6 +86,31 @@ def assert_same_tensors(left: nn.Module, right: nn.Module) -> None:
         assert expected.keys() == actual.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def trace(model: nn.Module) -> dict:
+    """Everything of a model that attacks and evaluations must leave as it was: name -> tensor or value."""
+    found = {f"state {name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    found |= {f"buffer {name}": tensor.clone() for name, tensor in model.named_buffers()}  # not saved ones too
+    found |= {f"mode of {name}": module.training for name, module in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        found[f"needs gradient {name}"] = parameter.requires_grad
+        found[f"gradient {name}"] = None if parameter.grad is None else parameter.grad.clone()
+        found[f"place of {name}"] = parameter.data_ptr()
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    found |= {f"hooks {n}": [len(getattr(m, hook)) for hook in hooks] for n, m in model.named_modules()}
+    if hasattr(model, "config"):
+        found["config"] = repr(model.config.to_dict())
+    return found | {"threads": torch.get_num_threads(), "gradients": torch.is_grad_enabled()}
+
+
+def assert_same_trace(model: nn.Module, before: dict) -> None:
+    """The model is as it was when `before = trace(model)` was taken."""
+    after = trace(model)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        same = torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name]
+        assert same, name
 
 
 def save_and_load(model, folder, **kwargs):
@@ -142,6 +174,32 @@ def make_dual(make_moe, _built):
         return copy.deepcopy(_built[key])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def toy_dual():
+    """A dual model of a toy mixture and one near it, in eval mode; not to be changed.
+
+    Within 0.02 its parts, positions of the dial and routes fall on different images of `toy_data`.
+    """
+    torch.manual_seed(0)
+    standard, robust = (MoEForImageClassification(MoEConfig(**TOY)).eval() for _ in range(2))
+    robust.load_state_dict(standard.state_dict())
+    for name, tensor in robust.state_dict().items():
+        if name.endswith(("applied_weight", "router.1.weight")):
+            tensor.add_(0.05 * torch.randn(tensor.shape))
+    return DualMoEForImageClassification.from_models(standard, robust, alpha=0.6)
+
+
+@pytest.fixture(scope="session")
+def toy_data(toy_dual):
+    """23 random images that F_S of `toy_dual` gets right, but for the first 5; not to be changed."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (23, 1, 10, 10), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        labels = toy_dual(images / 255).standard_logits.argmax(dim=1)
+    labels[:5] = (labels[:5] + 1) % 4
+    return ImageTensorDataset(images, labels, [*"abcd"], rows=torch.arange(100, 123))
 
 
 @pytest.fixture

@@ -30,35 +30,12 @@ def test_without_noise_it_is_fgsm_and_raises_the_loss(make_moe, batch):
     assert loss[1] > loss[0]
 
 
-def test_leaves_the_pixel_range_and_the_model_alone(make_moe, batch):
-    model, (images, labels) = make_moe().train(), batch
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    attacked = NFGSM(eps=0.5)(model, images, labels)
-    assert attacked.min() >= 0 and attacked.max() <= 1 and not attacked.requires_grad
-    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
 def test_kl_objective_attacks_the_clean_prediction(make_moe, batch):
     model, (images, labels) = make_moe(), batch
     torch.manual_seed(0)
     ce = NFGSM(eps=EPS)(model, images, labels)
     torch.manual_seed(0)
     assert not torch.equal(ce, NFGSM(eps=EPS, objective="kl")(model, images, labels))
-
-
-@pytest.mark.parametrize(
-    ("setting", "named"),
-    [
-        ({"eps": 8}, "eps=8"),
-        ({"noise": -1}, "noise=-1"),
-        ({"noise": float("nan")}, "noise"),
-        ({"objective": "x"}, "x"),
-        ({"objective": "kl", "noise": 0}, "noise > 0"),
-    ],
-)
-def test_refuses_what_is_out_of_range(setting, named):
-    with pytest.raises(ValueError, match=named):
-        NFGSM(**setting)
 
 
 def test_training_arguments_create_it(tmp_path):

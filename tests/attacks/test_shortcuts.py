@@ -194,11 +194,11 @@ def test_square_finds_what_asking_every_query_finds(norm, eps, shape):
     with torch.no_grad():
         labels = model(images).argmax(dim=1)
     labels[0] = (labels[0] + 1) % 4
-    attack, counter = Square(eps=eps, norm=norm, queries=700, seed=4), PassCounter(model)
+    attack, counter = Square(eps=eps, norm=norm, queries=300, seed=4), PassCounter(model)
     attacked = attack(counter, images, labels)
     with torch.no_grad():
         expected = one_after_the_other(attack, model, images, labels)
         standing = model(attacked).argmax(dim=1) == labels
     assert torch.equal(attacked, expected) and 0 < standing.sum() < 7
     if norm == "linf" and shape[0] == 1:
-        assert counter.forward_rows < 0.6 * 700 * int(standing.sum())
+        assert counter.forward_rows < 0.6 * 300 * int(standing.sum())

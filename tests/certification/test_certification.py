@@ -1,4 +1,4 @@
-"""Certificates: attacked inside every radius, checked by linear programs and exact cases; refusals; training."""
+"""Certificates: attacked inside every radius, checked by exact cases; refusals; training."""
 
 import copy
 import math
@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import shake
-from scipy.optimize import linprog
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -32,7 +31,7 @@ from hf_dualmoe.losses.certified import (
 )
 
 ORDERS = {"l2": 2, "linf": math.inf, "l1": 1}
-NUM_IMAGES = 260
+NUM_IMAGES = 130
 
 
 def fit(model, images, labels, steps, l2):
@@ -80,6 +79,26 @@ def trained(digits):
     return model
 
 
+@pytest.fixture(scope="module")
+def trained_dual(trained, digits):
+    """F_S: a small ResNet that fits the digits and has no bound worth anything."""
+    torch.manual_seed(1)
+    config = MoEConfig(
+        **{"image_size": 8, "num_channels": 1, "num_labels": 10, "num_experts": 1},
+        **{"backbone": "resnet10t", "width": [8] * 4},
+    )
+    standard = MoEForImageClassification(config)
+    images, labels, _, _ = digits
+    optimizer = torch.optim.Adam(standard.parameters(), lr=1e-2)
+    for step in range(12):
+        loss = standard(images[step::8], labels[step::8]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    standard.zero_grad()
+    return DualMoEForImageClassification.from_models(standard.eval(), copy.deepcopy(trained), alpha=0.8)
+
+
 @pytest.fixture
 def moe(trained):
     return copy.deepcopy(trained)
@@ -92,22 +111,8 @@ def soft(moe):
 
 
 @pytest.fixture
-def dual(trained, digits):
-    """F_S: a small ResNet that fits the digits and has no bound worth anything."""
-    torch.manual_seed(1)
-    config = MoEConfig(
-        **{"image_size": 8, "num_channels": 1, "num_labels": 10, "num_experts": 1},
-        **{"backbone": "resnet10t", "width": [8, 8, 8, 16]},
-    )
-    standard = MoEForImageClassification(config)
-    images, labels, _, _ = digits
-    optimizer = torch.optim.Adam(standard.parameters(), lr=1e-2)
-    for step in range(12):
-        loss = standard(images[step::8], labels[step::8]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return DualMoEForImageClassification.from_models(standard.eval(), copy.deepcopy(trained), alpha=0.8)
+def dual(trained_dual):
+    return copy.deepcopy(trained_dual)
 
 
 # --- attacks inside the radius ---------------------------------------------------------------------------------------
@@ -173,13 +178,10 @@ def test_dual_rule_holds_against_a_standard_model_that_is_sure_of_another_class(
         certificates = certifier(images)
         good = ~certificates.radius.isnan()
         radius = certificates.radius[good].float()
-        assert good.sum() > 100
+        assert good.sum() > 50
         arguments = images[good], certificates.prediction[good]
         assert not strongest(dual, *arguments, radius, "l2").any()
         assert strongest(dual, *arguments, 2 * radius, "l2").any()
-
-
-MODELS = ["hard", "soft", "dual", "dual soft", "joint"]
 
 
 @pytest.fixture
@@ -192,19 +194,23 @@ def named_model(request, moe, dual):
     return moe if request.param in ("hard", "soft") else dual
 
 
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("named_model", MODELS, indirect=True)
+@pytest.mark.parametrize(
+    ("named_model", "norm"),
+    [(name, norm) for name in ("hard", "soft", "joint") for norm in ("l2", "linf")]
+    + [("dual", "l2"), ("dual soft", "linf")],
+    indirect=["named_model"],
+)
 def test_no_attack_succeeds_inside_a_certified_radius(named_model, norm, digits):
     _, _, images, labels = digits
     certificates = Certifier(named_model, norm)(images)
     assert torch.equal(certificates.prediction, named_model(images).logits.argmax(dim=1))
     good = ~certificates.radius.isnan()
-    assert good.sum() >= 200  # hundreds of real images
+    assert good.sum() >= 100
     images, classes = images[good], certificates.prediction[good]
     radius = certificates.radius[good].float()
     torch.manual_seed(0)
-    assert not strongest(named_model, images, classes, radius, norm).any()
-    assert strongest(named_model, images[:60], classes[:60], 6 * radius[:60], norm).float().mean() > 0.3
+    assert not strongest(named_model, images, classes, radius, norm, steps=6).any()
+    assert strongest(named_model, images[:60], classes[:60], 6 * radius[:60], norm, steps=6).float().mean() > 0.3
 
 
 def test_certificates_are_not_vacuous(moe, dual, digits):
@@ -336,70 +342,38 @@ def route_moe(router, norm_std=(0.25, 0.5), **fields):
     return model
 
 
-def linear_program(weight, gap, norm):
-    """The least ||d|| with <weight, d> >= gap, by a linear program: L-inf with one bound t, L1 with one per pixel."""
-    count = len(weight)
-    if norm == "linf":
-        cost = [0.0] * count + [1.0]
-        rows = [[*(sign * (j == i) for j in range(count)), -1.0] for i in range(count) for sign in (1, -1)]
-        rows.append([*(-weight), 0.0])
-    else:
-        cost = [0.0] * count + [1.0] * count
-        eye = torch.eye(count).tolist()
-        rows = [[*(sign * v for v in row), *(-v for v in row)] for row in eye for sign in (1, -1)]
-        rows.append([*(-weight), *[0.0] * count])
-    limits = [0.0] * (len(rows) - 1) + [-gap]
-    solution = linprog(cost, A_ub=rows, b_ub=limits, bounds=[(None, None)] * len(cost))
-    assert solution.status == 0
-    return solution.fun
-
-
-@pytest.mark.parametrize("norm", ["linf", "l1"])
-@pytest.mark.parametrize("router", ["linear", "pooled"])
-def test_route_radius_is_that_of_a_linear_program(router, norm):
-    model = route_moe(router)
-    images = torch.rand(4, 2, 5, 5)
-    exact, rounded = (route_radii(model, images, norm, rounding=on) for on in (False, True))
-    double = copy.deepcopy(model).double()
-    scores = double.router((images.double() - double.normalize.mean) / double.normalize.std).detach()
-    jacobian = torch.autograd.functional.jacobian(lambda x: double.route(x)[0].double(), images[:1].double())
-    weight = jacobian[:, 0].flatten(1)  # independent of `effective_router_weight`, up to float32
-    assert torch.allclose(weight.float(), effective_router_weight(model).flatten(1), atol=1e-5)
-    for row in range(4):
-        first = int(scores[row].argmax())
-        assert exact[row, first] == 0
-        for k in set(range(4)) - {first}:
-            gap = float(scores[row, first] - scores[row, k])
-            assert linear_program((weight[k] - weight[first]).numpy(), gap, norm) == pytest.approx(
-                float(exact[row, k]), rel=1e-4
-            )
-    assert (rounded <= exact).all() and (exact - rounded).max() < 1e-3
-
-
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("router", ["linear", "pooled"])
-def test_stepping_just_inside_and_just_outside_the_route_radius(router, norm):
+def test_stepping_just_inside_and_just_outside_every_route_radius(router, norm):
     model = route_moe(router)
     torch.manual_seed(0)
     images = 0.4 + 0.2 * torch.rand(200, 2, 5, 5)
-    weight = effective_router_weight(model).detach().flatten(1)
-    routes = route_radii(model, images, norm, rounding=False)
+    double = copy.deepcopy(model).double()
+    jacobian = torch.autograd.functional.jacobian(lambda x: double.route(x)[0].double(), images[:1].double())
+    weight = jacobian[:, 0].flatten(1).float()  # independent of `effective_router_weight`
+    torch.testing.assert_close(weight, effective_router_weight(model).detach().flatten(1), rtol=0, atol=1e-5)
+    radii, rounded = (route_radii(model, images, norm, rounding=on) for on in (False, True))
+    assert (rounded <= radii).all() and (radii - rounded).max() < 1e-3
     first = model.route(images).argmax(dim=1)
-    nearest = routes.scatter(1, first[:, None], math.inf).min(dim=1)
-    rounded = route_radii(model, images, norm).scatter(1, first[:, None], math.inf).amin(dim=1)
-    assert (rounded < nearest.values).all() and (rounded > 0.99 * nearest.values - 1e-4).all()
-    difference = weight[nearest.indices] - weight[first]
-    direction = {  # the best step of length 1
-        "l2": difference / difference.norm(dim=1, keepdim=True),
-        "linf": difference.sign(),
-        "l1": difference.sign() * F.one_hot(difference.abs().argmax(dim=1), difference.shape[1]),
-    }[norm].view_as(images)
-    for factor, flips in ((0.999, False), (1.001, True)):
-        points = images + factor * per_image(nearest.values, images) * direction
-        possible = ((points >= 0) & (points <= 1)).flatten(1).all(dim=1) & (nearest.values > 0.01)
-        assert possible.sum() >= 10
-        changed = model.route(points[possible]).argmax(dim=1) != first[possible]
-        assert (changed == flips).all()
+    assert (radii[range(200), first] == 0).all()
+    tried = 0
+    for expert in range(4):
+        difference = weight[expert] - weight[first]
+        direction = {  # the step of length 1 that moves their gap the most
+            "l2": difference / difference.norm(dim=1, keepdim=True),
+            "linf": difference.sign(),
+            "l1": difference.sign() * F.one_hot(difference.abs().argmax(dim=1), difference.shape[1]),
+        }[norm].view_as(images)
+        for factor, overtaken in ((0.999, False), (1.001, True)):
+            points = images + factor * per_image(radii[:, expert], images) * direction
+            possible = ((points >= 0) & (points <= 1)).flatten(1).all(dim=1) & (radii[:, expert] > 0.01)
+            if not possible.any():
+                continue
+            scores = model.route(points[possible])
+            lead = scores[:, expert] - scores.gather(1, first[possible, None]).squeeze(1)
+            assert ((lead > 0) == overtaken).all()
+            tried += int(possible.sum())
+    assert tried >= 20
 
 
 def test_identical_router_rows():
@@ -474,8 +448,9 @@ def test_attention_and_half_precision_are_not_applicable(make_moe, images, moe):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("place", ["expert", "last", "router", "norm"])
-@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize(
+    ("place", "top_k"), [("expert", 1), ("expert", 3), ("last", 1), ("router", 1), ("router", 3), ("norm", 1)]
+)
 def test_numbers_that_are_none_are_not_applicable(place, value, top_k, moe, digits):
     """These were tracebacks of linear algebra, or certificates that rest on such a weight."""
     images, model = digits[2][:3], moe
@@ -525,7 +500,7 @@ def test_logit_scales_enter_the_certificate(dual, digits):
     after = certify(dual, images)
     assert after.radius.nansum() > 1.05 * before.radius.nansum()
     good = ~after.radius.isnan()
-    arguments = images[good], after.prediction[good], after.radius[good].float(), "l2"
+    arguments = images[good][:60], after.prediction[good][:60], after.radius[good][:60].float(), "l2"
     assert not strongest(dual, *arguments, steps=6).any()
 
 

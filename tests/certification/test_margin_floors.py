@@ -77,7 +77,7 @@ def test_mixture_floors_by_brute_force(kind):
     """Floors hold on the whole disc, at several radii; at the certified one no class changes, and it is not tiny."""
     torch.manual_seed(0)
     ratios = []
-    for seed in range(30):
+    for seed in range(20):
         toy = Toy(seed)
         model = getattr(toy, kind)
         classes = model(toy.point).argmax(dim=1)
@@ -100,7 +100,7 @@ def test_mixture_floors_by_brute_force(kind):
                 f for f in (1.5, 2, 4, 8, 16) if (model(disc(toy.point, f * certified)).argmax(1) != classes).any()
             ]
             ratios.append(larger[0] if larger else math.inf)
-    assert len(ratios) >= 20 and sum(r <= (4 if kind == "hard" else 16) for r in ratios) >= 10
+    assert len(ratios) >= 14 and sum(r <= (4 if kind == "hard" else 16) for r in ratios) >= 7
 
 
 def test_soft_gate_theorem_is_reached_by_constant_experts():

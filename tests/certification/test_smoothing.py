@@ -45,13 +45,8 @@ def points(distances):
 
 
 def test_lower_bound_is_clopper_pearson():
-    for count, n, confidence in (
-        (0, 50, 0.999),
-        (1, 50, 0.999),
-        (40, 50, 0.9),
-        (999, 1000, 0.999),
-        (1000, 1000, 0.999),
-    ):
+    cases = (0, 50, 0.999), (1, 50, 0.999), (40, 50, 0.9), (999, 1000, 0.999), (1000, 1000, 0.999)
+    for count, n, confidence in cases:
         expected = binomtest(count, n, alternative="greater").proportion_ci(confidence, method="exact").low
         found = float(lower_probability(torch.tensor([count]), n, confidence))
         assert found == pytest.approx(expected, rel=1e-4) and found <= expected
@@ -168,14 +163,11 @@ def test_too_few_samples_and_wavering_votes_abstain():
     assert float(dual.radius[2]) < float(found.radius[2])
 
 
-def test_dual_model_is_certified_through_its_robust_part(make_moe, images):
-    robust = make_moe("resnet")
-    dual = DualMoEForImageClassification.from_models(make_moe("resnet", num_experts=1), robust, alpha=0.8)
+def test_dual_model_is_certified_through_its_robust_part(toy_dual, toy_data):
+    images, robust = toy_data.images / 255, toy_dual.robust
+    dual = DualMoEForImageClassification.from_models(toy_dual.standard, robust, alpha=0.8)
     options = {"sigma": 0.05, "n0": 20, "n": 60}
-    own, through = (
-        smoothed_certificates(robust, images[:4], **options),
-        smoothed_certificates(dual, images[:4], **options),
-    )
+    own, through = (smoothed_certificates(model, images[:4], **options) for model in (robust, dual))
     assert isinstance(through, Certificates)
     votes = sample_votes(robust, images[:4], **options)
     assert torch.equal(through.radius.nan_to_num(), certify_votes(votes, alpha=0.8).radius.nan_to_num())

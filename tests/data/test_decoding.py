@@ -16,12 +16,6 @@ from hf_dualmoe.data.decoding import decode_images, resize_and_crop
 from hf_dualmoe.models.inputs_dualmoe import create_image_processor, luminance
 
 
-def test_decompression_bomb_is_undecodable(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    images, failures = decode_images([encode(solid(9, (6, 6))), encode(solid(9, (10, 10)))], 2)
-    assert len(images) == 1 and list(failures) == [1] and "DecompressionBombError" in failures[1]
-
-
 def test_missing_file_is_undecodable(tmp_path):
     solid((1, 2, 3)).save(tmp_path / "a.png")
     paths = [{"bytes": None, "path": str(tmp_path / name)} for name in ("a.png", "b.png")]
@@ -48,14 +42,6 @@ def test_modes(image, file_format, rgb, grey, channels):
     assert decode_images(encoded, 1, num_channels=1)[0][0, :, 2, 3].tolist() == [grey]
     images, failures = decode_images(encoded, 1)
     assert images.shape == (1, channels, 6, 6) and images.dtype == torch.uint8 and not failures
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
-def test_values_that_pipeline_would_clip_are_refused(mode):
-    deep = Image.frombytes(mode, (6, 6), bytes(36 * (2 if ";" in mode else 4)))
-    images, failures = decode_images([encode(solid(5)), encode(deep, "TIFF")], 2)
-    assert len(images) == 1 and list(failures) == [1]
-    assert ("floating-point" if mode == "F" else "16- or 32-bit") in failures[1] and "with 8 bits" in failures[1]
 
 
 # --- the same pixels as a saved model's pipeline
@@ -158,28 +144,11 @@ def test_sizes():
     assert decode_images([square, wide], 2, image_size=4)[0].shape == (2, 3, 4, 4)
 
 
-def test_resize_keeps_the_aspect_ratio_and_crops_the_centre():
-    image = Image.new("L", (40, 20), 0)
-    image.paste(255, (10, 0, 30, 20))  # exactly the central square
-    assert (decode_images([encode(image)], 1, image_size=20)[0] == 255).all()
-    shrunk = decode_images([encode(image)], 1, image_size=10)[0]
-    assert shrunk.shape == (1, 1, 10, 10) and shrunk[..., 1:-1].min() == 255
-
-
 def test_downscaling_is_antialiased():
     stripes = np.zeros((32, 32), np.uint8)
     stripes[:, ::2] = 255
     small, _ = decode_images([encode(Image.fromarray(stripes))], 1, image_size=8)
     assert (small[..., 1:-1].int() - 128).abs().max() <= 20  # nearest or point sampling would give 0 or 255
-
-
-def test_exif_orientation_is_applied():
-    pixels = np.zeros((6, 6, 3), np.uint8)
-    pixels[0] = 255  # top row white
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned by 90 degrees: show it turned clockwise
-    images, _ = decode_images([encode(Image.fromarray(pixels), exif=exif)], 1)
-    assert (images[0, :, :, -1] == 255).all() and (images[0, :, :, 0] == 0).all()
 
 
 @pytest.mark.parametrize("progress", [True, False])

@@ -124,6 +124,8 @@ REFUSED = {
     "decompression bomb": (png_that_claims(60_000, 60_000)["bytes"], "DecompressionBombError"),
     "wide bomb": (png_that_claims(2_000_000_000, 1)["bytes"], "DecompressionBombError"),
     "16 bits": (encode(Image.new("I;16", (6, 6), 300))["bytes"], "16- or 32-bit image: pipeline would clip it"),
+    "16 bits, big end first": (encode(Image.new("I;16B", (6, 6)), "TIFF")["bytes"], "16- or 32-bit.*with 8 bits"),
+    "32 bits": (encode(Image.new("I", (6, 6), 300), "TIFF")["bytes"], "16- or 32-bit.*with 8 bits"),
     "floating point": (encode(Image.new("F", (6, 6), 0.5), "TIFF")["bytes"], "floating-point"),
     "a program in PostScript": (EPS, "no image that can be read"),
 }

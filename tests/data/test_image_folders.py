@@ -34,6 +34,12 @@ def write(folder, n=12, pattern="{}.png"):
         solid((i, len(folder.name), sum(folder.name.encode()) % 256)).save(folder / pattern.format(i))
 
 
+def write_classes(root, labels="ab", n=10):
+    """A folder of `n` images for each class."""
+    for label in labels:
+        write(root / label, n)
+
+
 def load(folder):
     """Sizes of train, validation and test, and the class names."""
     splits = load_splits(str(folder))
@@ -74,17 +80,15 @@ def test_names_of_files_say_nothing_about_splits(root):
 )
 def test_split_folders_of_any_usual_name(root, train, validation, test):
     for name, n in ((train, 20), (validation, 6), (test, 4)):
-        for label in "ab":
-            if name:
-                write(root / name / label, n)
+        if name:
+            write_classes(root / name, n=n)
     sizes = [40, 12, 8] if validation else [36, 4, 8]
     assert load(root) == (sizes, ["a", "b"])
 
 
 def test_a_pattern_in_a_name_is_a_name(root):
     for name, labels in (("photos[1]", "ab"), ("photos1", "cd")):
-        for label in labels:
-            write(root / name / label, 10)
+        write_classes(root / name, labels)
     assert load(root / "photos[1]")[1] == ["a", "b"]
     for name, colour in (("tables[1]", 7), ("tables1", 99)):
         (root / name).mkdir()
@@ -96,8 +100,7 @@ def test_a_pattern_in_a_name_is_a_name(root):
 
 
 def test_current_folder(root, monkeypatch):
-    for label in "ab":
-        write(root / label, 10)
+    write_classes(root)
     monkeypatch.chdir(root)
     assert load(".") == ([16, 2, 2], ["a", "b"])
     assert load("../photos") == load("./") == load(".")
@@ -120,14 +123,12 @@ def test_links_are_followed_but_not_in_a_circle(root, caplog):
 
 
 def test_a_class_may_be_called_train(root):
-    for label in ("bus", "car", "train"):
-        write(root / label, 10)
+    write_classes(root, ("bus", "car", "train"))
     assert load(root) == ([24, 3, 3], ["bus", "car", "train"])
 
 
 def test_order_is_that_of_names(root):
-    for label in ("b", "a", "c d"):
-        write(root / label, 10)
+    write_classes(root, ("b", "a", "c d"))
     splits = load_splits(str(root))
     assert splits.class_names == ["a", "b", "c d"]
     for label, image in zip(splits.train.labels, splits.train.images, strict=True):
@@ -138,8 +139,7 @@ def test_order_is_that_of_names(root):
 
 
 def test_what_is_left_out_is_counted_and_named(root, caplog):
-    for label in "ab":
-        write(root / label, 10)
+    write_classes(root)
     extra = ["a/._1.png", ".DS_Store", "__MACOSX/a/1.png", "a/x.heic", "a/y.HEIC", "labels.csv", "b/notes", "a/1.xml"]
     for name in [*extra, "annotations/1.json", ".git/x.png"]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -165,16 +165,14 @@ def test_what_is_left_out_is_counted_and_named(root, caplog):
 
 
 def test_nothing_is_said_where_nothing_is_left_out(root, caplog):
-    for label in "ab":
-        write(root / label, 10)
+    write_classes(root)
     assert total(root) == 20 and caplog.text == ""
 
 
 @pytest.mark.slow  # an import in a process of its own
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
 def test_class_names_in_a_c_locale(root):
-    for label in ("Küken", "鸡"):
-        write(root / label, 10)
+    write_classes(root, ("Küken", "鸡"))
     code = (
         "import sys; from hf_dualmoe.data.datasets import load_splits; assert sys.getfilesystemencoding() != 'utf-8'; "
         "s = load_splits(sys.argv[1]); print(ascii(s.class_names), len(s.train), len(s.validation), len(s.test))"
@@ -194,8 +192,7 @@ def test_avif_is_read_where_pillow_reads_it(root):
 
 def test_splits_without_a_role_are_named(root, caplog):
     for split in ("train", "test", "extra"):
-        for label in "ab":
-            write(root / split / label, 10)
+        write_classes(root / split)
     write(root, 1, "logo.png")
     (root / "docs").mkdir()
     assert load(root)[0] == [18, 2, 20]
@@ -275,8 +272,7 @@ def test_a_folder_of_other_files_names_them(root):
 def test_images_and_tables_in_one_folder(root):
     rows = {"image": [{"path": "x"}], "label": [0]}
     datasets.Dataset.from_dict(rows).to_parquet(root / "labels.parquet")
-    for label in "ab":
-        write(root / label, 2)
+    write_classes(root, n=2)
     with pytest.raises(ValueError, match=r"holds images \(.*/a, .*/b\) and also \.parquet files; give the path"):
         load_splits(str(root))
 

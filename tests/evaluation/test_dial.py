@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig
 from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.data.datasets import ImageTensorDataset
@@ -22,7 +21,6 @@ from hf_dualmoe.evaluation.dial import (
     sweep_alpha,
 )
 
-TINY = {"width": [8, 8, 8, 16], "num_labels": 3, "image_size": 10, "num_channels": 1, "num_experts": 2}
 SWEEP = [
     {"alpha": 0.0, "sa": 95.0, "ra": 2.0},
     {"alpha": 0.5, "sa": 93.0, "ra": 30.0},
@@ -33,24 +31,17 @@ SWEEP = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = DualMoEConfig(standard=MoEConfig(**TINY), robust=MoEConfig(**TINY), alpha=0.6)
-    return DualMoEForImageClassification(config).eval()
+@pytest.fixture
+def model(toy_dual):
+    return toy_dual
 
 
-@pytest.fixture(scope="module")
-def dataset(model):
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (23, 1, 10, 10), generator=generator, dtype=torch.uint8)
-    with torch.no_grad():
-        labels = model(images / 255).standard_logits.argmax(dim=1)
-    labels[:5] = (labels[:5] + 1) % 3
-    return ImageTensorDataset(images, labels, ["a", "b", "c"])
+@pytest.fixture
+def dataset(toy_data):
+    return toy_data
 
 
-ATTACK = PGD(eps=0.01, steps=3, seed=0)
+ATTACK = PGD(eps=0.02, steps=3, seed=0)
 
 
 # --- sweep -----------------------------------------------------------------------------------------------------------
@@ -114,15 +105,16 @@ def test_dials_are_chosen_with_the_dlr_loss_where_there_are_three_classes(num_cl
 
 
 def test_the_dial_attack_judges_each_position_with_these_members_of_the_union(model, dataset):
-    attack, images, labels = dial_attack(3, eps=0.1, steps=3, seed=1), dataset.images / 255, dataset.labels
+    attack, images, labels = dial_attack(4, eps=0.02, steps=3, seed=1), dataset.images / 255, dataset.labels
     found = attack(DialedModel(model, 0.9), images, labels)
     assert model.config.alpha == 0.6
     turned = copy.deepcopy(model)
     turned.set_alpha(0.9)
-    expected = worst_case(turned, images, labels, eps=0.1, steps=3, seed=1, members=attack.members, own_accuracy=False)
+    settings = {"eps": 0.02, "steps": 3, "seed": 1, "members": attack.members, "own_accuracy": False}
+    expected = worst_case(turned, images, labels, **settings)
     assert list(expected.union) == ["clean", "whole dlr", "alpha=0.5", "alpha=0.9", "soft T=1"]
     assert torch.equal(found, expected.adversarial)
-    assert 0 < (found - images).abs().max() <= 0.1 + 1e-6
+    assert 0 < (found - images).abs().max() <= 0.02 + 1e-6
 
 
 @pytest.mark.parametrize(

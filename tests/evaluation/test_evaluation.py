@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
+from conftest import assert_same_trace, trace
 from torch import nn
 
-from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.components import attack_experts, attack_router
 from hf_dualmoe.attacks.members import member_names
@@ -20,22 +21,31 @@ from hf_dualmoe.evaluation.batches import correct_mask, run_batches
 from hf_dualmoe.evaluation.dial import DialedModel, dial_attack
 from hf_dualmoe.evaluation.environment import check_class_names
 from hf_dualmoe.evaluation.evaluation import LEVELS, RobustnessReport, evaluate_robustness
+from hf_dualmoe.evaluation.memory import is_out_of_memory
 from hf_dualmoe.evaluation.metrics import wilson_interval
 from hf_dualmoe.evaluation.plots import plot_tradeoff
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.evaluation.sanity import Check
 from hf_dualmoe.evaluation.store import Found
 
-TINY = {"width": [8, 8, 8, 16], "num_labels": 4, "image_size": 10, "num_channels": 1, "num_experts": 2}
-QUIET = {"eps": 0.1, "steps": 2, "progress": False}
+EPS = 0.02
+QUIET = {"eps": EPS, "steps": 2, "progress": False}
 SMALL = {**QUIET, "sanity_images": 8, "autoattack_version": "fast", "alphas": (0.0, 0.6, 1.0)}
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = DualMoEConfig(standard=MoEConfig(**TINY), robust=MoEConfig(**TINY), alpha=0.6)
-    return DualMoEForImageClassification(config).eval()
+def model(toy_dual):
+    return toy_dual
+
+
+@pytest.fixture(scope="module")
+def moe(toy_dual):
+    return toy_dual.robust
+
+
+@pytest.fixture(scope="module")
+def dataset(toy_data):
+    return toy_data
 
 
 @pytest.fixture(autouse=True)
@@ -45,25 +55,8 @@ def few_queries(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def moe():
-    torch.manual_seed(2)
-    return MoEForImageClassification(MoEConfig(**TINY)).eval()
-
-
-@pytest.fixture(scope="module")
-def dataset(model):
-    """Random images with the labels that the standard model gives, so that accuracies are neither 0 nor 100 %."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (23, 1, 10, 10), generator=generator, dtype=torch.uint8)
-    with torch.no_grad():
-        labels = model(images / 255).standard_logits.argmax(dim=1)
-    labels[:5] = (labels[:5] + 1) % 4
-    return ImageTensorDataset(images, labels, [*"abcd"])
-
-
-@pytest.fixture(scope="module")
 def report(model, dataset):
-    return evaluate_robustness(model, dataset, eps=0.1, steps=3, dataset_name="toy", progress=False)
+    return evaluate_robustness(model, dataset, eps=EPS, steps=3, dataset_name="toy", progress=False)
 
 
 def test_a_foreign_component_is_measured_behind_its_normalisation(native_vit, make_moe, images):
@@ -84,7 +77,7 @@ def test_a_foreign_component_is_measured_behind_its_normalisation(native_vit, ma
 
 
 def test_correct_mask_matches_a_loop_over_images(model, dataset):
-    attack = PGD(eps=0.1, steps=3, seed=0)
+    attack = PGD(eps=EPS, steps=3, seed=0)
     mask = correct_mask(model, dataset, attack=attack, batch_size=7)
     for i in range(len(dataset)):
         image, label = dataset.images[i : i + 1] / 255, dataset.labels[i : i + 1]
@@ -92,16 +85,36 @@ def test_correct_mask_matches_a_loop_over_images(model, dataset):
         assert bool(model(attacked).logits.argmax() == label) == bool(mask[i]), i
 
 
-def test_a_training_model_is_warned_about_and_left_as_it_was(model, dataset):
-    trained = copy.deepcopy(model).train()
-    before = copy.deepcopy(trained.state_dict())
-    with pytest.warns(UserWarning, match="train mode; it is evaluated in eval mode"):
-        report = evaluate_robustness(trained, dataset, **QUIET)
-    assert trained.training
-    assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items())
+@pytest.mark.parametrize("kind", ["dual", "batchnorm"])
+def test_a_training_model_is_warned_about_and_left_to_the_bit_as_it_was(kind, toy_dual, dataset):
+    model, level = copy.deepcopy(toy_dual), "standard"
+    if kind == "batchnorm":
+        tiny = {"width": [8] * 4, "num_labels": 4, "image_size": 10, "num_channels": 1, "num_experts": 2}
+        model, level = MoEForImageClassification(MoEConfig(**tiny)).eval(), []
+    settings = {**QUIET, "steps": 1, "num_images": 6, "sanity_images": 2, "alphas": (0.3,), "level": level}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert report.metrics == evaluate_robustness(model, dataset, **QUIET).metrics
+        expected = evaluate_robustness(model, dataset, **settings).metrics
+    model.train()
+    mixture = model.standard if kind == "dual" else model
+    mixture.experts[1].eval()  # modules may differ
+    mixture.router.requires_grad_(False)
+    mixture.experts[0].requires_grad_(False)
+    mixture.router[-1].bias.grad = torch.full((2,), 3.0)
+    before, random_state = trace(model), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="train mode; it is evaluated in eval mode"):
+        report = evaluate_robustness(model, dataset, **settings)
+    assert_same_trace(model, before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert report.metrics == expected and not report.failures
+
+
+def test_the_report_does_not_depend_on_the_batch_size(model, dataset):
+    level = ["components", "dial", "component_attacks", "eps_curve"]
+    data = dataset.take(9)
+    reports = [evaluate_robustness(model, data, level=level, batch_size=n, **QUIET) for n in (1, 4, 9)]
+    for report in reports[1:]:
+        assert report.metrics == reports[0].metrics and report.alpha_sweep == reports[0].alpha_sweep
 
 
 def test_report_holds_components_dial_and_routing(model, dataset, report):
@@ -110,7 +123,7 @@ def test_report_holds_components_dial_and_routing(model, dataset, report):
     sweep = {point["alpha"]: point for point in report.alpha_sweep}
     assert list(sweep) == [0.0, 0.5, 0.75, 0.9, 1.0]
     for alpha, name in ((0.0, "standard"), (1.0, "robust")):
-        attack = PGD(eps=0.1, steps=3, seed=0)
+        attack = PGD(eps=EPS, steps=3, seed=0)
         clean = correct_mask(DialedModel(model, alpha), dataset)
         attacked = correct_mask(DialedModel(model, alpha), dataset, attack=attack)
         expected = {"sa": 100 * clean.float().mean(), key: 100 * (clean & attacked).float().mean()}
@@ -121,7 +134,7 @@ def test_report_holds_components_dial_and_routing(model, dataset, report):
     for load in report.metrics["expert_load"].values():
         assert sum(load) == pytest.approx(100, abs=0.02)
     clean = dataset.images / 255
-    attacked = PGD(eps=0.1, steps=3, seed=0)(model.robust, clean, dataset.labels)
+    attacked = PGD(eps=EPS, steps=3, seed=0)(model.robust, clean, dataset.labels)
     routes = [model.robust.route(images).argmax(dim=1) for images in (clean, attacked)]
     shares = {
         name: 100 * float((r == 0).float().mean()) for name, r in zip(("clean", "attacked"), routes, strict=True)
@@ -130,7 +143,7 @@ def test_report_holds_components_dial_and_routing(model, dataset, report):
         assert report.metrics["expert_load"][name][0] == pytest.approx(share, abs=0.01)
     flips = 100 * float((routes[0] != routes[1]).float().mean())
     assert report.metrics["route_flip_rate"] == pytest.approx(flips, abs=1e-4)
-    assert report.threat["eps"] == 0.1
+    assert report.threat["eps"] == EPS
     assert report.dataset["num_images"] == 23
     assert report.failures == {}
 
@@ -149,7 +162,7 @@ def test_full_level_recomputed(model, dataset, tmp_path, monkeypatch):
     report = evaluate_robustness(model, dataset, **SMALL, level="full", resume_dir=tmp_path)
     assert report.failures == {}
     metrics, images = report.metrics, dataset.images / 255
-    attack, ball = PGD(eps=0.1, steps=2, seed=0), {"eps": 0.1, "steps": 2, "seed": 0}
+    attack, ball = PGD(eps=EPS, steps=2, seed=0), {"eps": EPS, "steps": 2, "seed": 0}
     clean = correct_mask(model, dataset)
     union = worst_case(model, images, dataset.labels, **ball)
     attacked = {
@@ -167,7 +180,7 @@ def test_full_level_recomputed(model, dataset, tmp_path, monkeypatch):
     assert metrics["ra_worst_case"] <= min(members.values())
     assert metrics["autoattack"]["square"] == pytest.approx(metrics["ra_autoattack"], abs=1e-4)
     curve = metrics["eps_curve"]
-    assert [p["eps"] for p in curve] == pytest.approx([0, 0.025, 0.05, 0.1, 0.15, 0.2])
+    assert [p["eps"] for p in curve] == pytest.approx([0, EPS / 4, EPS / 2, EPS, 1.5 * EPS, 2 * EPS])
     assert curve[0]["ra_pgd2"] == metrics["sa"] and curve[3]["ra_pgd2"] == metrics["ra_pgd2"]
     assert {"worst_case", "eps_monotone", "autoattack random_output"} <= set(report.sanity)
     assert report.cost["worst case 2 steps at alpha=0.6"]["gradient"] == pytest.approx(union.passes["gradient"])
@@ -196,7 +209,7 @@ def test_report_survives_json_and_is_written_as_numbers_come(model, dataset, rep
     monkeypatch.setattr(parts, "DialedModel", killed)
     early = tmp_path / "early.json"
     with pytest.raises(KeyboardInterrupt):
-        evaluate_robustness(model, dataset, eps=0.1, steps=3, path=early, progress=False)
+        evaluate_robustness(model, dataset, eps=EPS, steps=3, path=early, progress=False)
     saved = json.loads(early.read_text())
     assert saved["metrics"]["components"]["robust"] == report.metrics["components"]["robust"]
 
@@ -279,7 +292,7 @@ class Narrow(nn.Module):
 
 def test_where_memory_runs_out_batches_are_halved_and_the_report_says_so(dataset, caplog):
     settings = {**QUIET, "check_names": False, "level": ["worst_case", "autoattack"], "autoattack_version": "fast"}
-    wide, narrow = Narrow(100), Narrow(8)
+    wide, narrow = Narrow(100), Narrow(8, RuntimeError("CUDA error: out of memory"))
     found = run_batches(parts.classify(narrow), dataset, torch.arange(23), batch_size=23, device=torch.device("cpu"))
     assert narrow.sizes == [23, 11, 5, 5, 5, 5, 3] and found.rows.tolist() == list(range(23))
     assert not found.failed.any() and "error" not in found.texts
@@ -317,11 +330,8 @@ class Once(nn.Module):
         "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
     ],
 )
-def test_memory_runs_out_in_many_words(words, dataset):
-    narrow = Narrow(8, RuntimeError(words))
-    found = run_batches(parts.classify(narrow), dataset, torch.arange(23), batch_size=23, device=torch.device("cpu"))
-    assert narrow.sizes == [23, 11, 5, 5, 5, 5, 3] and not found.failed.any()
-    assert not evaluate_robustness(narrow, dataset, batch_size=23, check_names=False, level=[], **QUIET).failures
+def test_memory_runs_out_in_many_words(words):
+    assert is_out_of_memory(RuntimeError(words)) and not is_out_of_memory(ValueError(words))
 
 
 def test_autoattack_goes_on_with_smaller_batches(dataset):
@@ -353,7 +363,7 @@ def test_an_interrupted_union_goes_on_behind_its_last_member(moe, dataset, tmp_p
     before = ran[:3]
     report = evaluate_robustness(moe, dataset, **settings)
     assert not set(before) & set(ran[4:])  # nothing twice
-    union = run(moe, dataset.images / 255, dataset.labels, eps=0.1, steps=2, restarts=2)
+    union = run(moe, dataset.images / 255, dataset.labels, eps=EPS, steps=2, restarts=2)
     assert report.metrics["ra_adaptive_union"] == pytest.approx(union.accuracy)
     assert "2 APGD steps and 2 restarts per member" in report.threat["attacks"]["worst_case"]
     assert f"{len(union.members)} members" in report.threat["attacks"]["worst_case"]
@@ -470,7 +480,7 @@ def test_alpha_is_chosen_on_held_out_images_for_a_floor(model, dataset):
     clean = correct_mask(model.standard, held_out)
     assert chosen.alpha_choice["sa"] == pytest.approx(100 * float(clean.float().mean()), abs=1e-4)
     assert chosen.alpha_choice["chosen_on"] == "19 held-out images"
-    dialed, attack = DialedModel(model, 0.0), dial_attack(4, eps=0.1, steps=2)
+    dialed, attack = DialedModel(model, 0.0), dial_attack(4, eps=EPS, steps=2)
     attacked = correct_mask(dialed, held_out, attack=attack)
     assert chosen.alpha_choice["ra"] == pytest.approx(100 * float((clean & attacked).float().mean()), abs=1e-4)
     assert "SA of at least 90 %" in chosen.alpha_choice["rule"]

@@ -8,36 +8,26 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dualmoe import DualMoEConfig, DualMoEForImageClassification, MoEConfig, MoEForImageClassification
 from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.evaluation.batches import correct_mask
 from hf_dualmoe.evaluation.evaluation import PARTS, RobustnessReport, evaluate_robustness
 from hf_dualmoe.evaluation.outcomes import Outcomes, outcomes_path, recount
 from hf_dualmoe.evaluation.store import Outcome
 
-TINY = {"width": [8, 8, 8, 16], "num_labels": 4, "image_size": 10, "num_channels": 1, "num_experts": 2}
-SETTINGS = {"eps": 0.05, "steps": 2, "progress": False, "alphas": (0.0, 0.6, 0.75, 1)}
+SETTINGS = {"eps": 0.02, "steps": 2, "progress": False, "alphas": (0.0, 0.6, 0.75, 1)}
 # the sanity checks look at a sample
 FULL = {"level": [part for part in PARTS if part != "sanity"], "autoattack_version": "fast", "attack_dtype": "bf16"}
 NO_ACCURACIES = {"intervals", "expert_load", "route_flip_rate", "autoattack_sources"}
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = DualMoEConfig(standard=MoEConfig(**TINY), robust=MoEConfig(**TINY), alpha=0.6)
-    return DualMoEForImageClassification(config).eval()
+def model(toy_dual):
+    return toy_dual
 
 
 @pytest.fixture(scope="module")
-def dataset(model):
-    """Images from a larger split, with labels that make accuracies neither 0 nor 100 %."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (19, 1, 10, 10), generator=generator, dtype=torch.uint8)
-    with torch.no_grad():
-        labels = model(images / 255).logits.argmax(dim=1)
-    labels[:4] = (labels[:4] + 1) % 4
-    return ImageTensorDataset(images, labels, [*"abcd"], rows=torch.arange(100, 119))
+def dataset(toy_data):
+    return toy_data
 
 
 def places(report):
@@ -83,7 +73,7 @@ def test_every_accuracy_is_counted_again(full, dataset):
         table.column_names
     )
     assert 0 < recount(table)["ra_worst_case"] < recount(table)["sa"] < 100
-    assert table["index"].to_pylist() == list(range(100, 119))
+    assert table["index"].to_pylist() == list(range(100, 123))
     assert table["label"].to_pylist() == dataset.labels.tolist()
     assert (folder / "outcomes.parquet").stat().st_size < 40_000
     kinds = {str(table.schema.field(name).type) for name in table.column_names}
@@ -97,7 +87,7 @@ def test_autoattack_names_what_broke_each_image(full):
     assert order == ["clean", "apgd-ce", "apgd-t", "square", "apgd-t fp32"]
     for attack, right, robust in zip(broken_by, clean, stands, strict=True):
         assert (attack == "clean") is not right and (attack is None) is robust
-    counted = [100 * sum(b is None or order.index(b) > n for b in broken_by) / 19 for n in range(len(order))]
+    counted = [100 * sum(b is None or order.index(b) > n for b in broken_by) / 23 for n in range(len(order))]
     assert counted == pytest.approx([*report["metrics"]["autoattack"].values()])
     sources = report["metrics"]["autoattack_sources"]
     attacked = sum(attack not in (None, "clean") for attack in broken_by)
@@ -129,9 +119,8 @@ def test_kept_measurements_of_an_earlier_format_are_refused(model, dataset, tmp_
         evaluate_robustness(model, dataset, **SETTINGS, level=[], resume_dir=tmp_path)
 
 
-def test_an_image_that_could_not_be_evaluated_is_empty_and_counts_as_wrong(dataset, tmp_path):
-    torch.manual_seed(2)
-    moe = MoEForImageClassification(MoEConfig(**TINY)).eval()
+def test_an_image_that_could_not_be_evaluated_is_empty_and_counts_as_wrong(toy_dual, dataset, tmp_path):
+    moe = toy_dual.robust
     labels = moe(dataset.images / 255).logits.argmax(dim=1)
     shy = next(i for i in range(4, 11) if labels[i] != 0)  # where logits are NaN the first class is predicted
 
@@ -151,10 +140,10 @@ def test_an_image_that_could_not_be_evaluated_is_empty_and_counts_as_wrong(datas
     data = ImageTensorDataset(dataset.images, labels, dataset.class_names)
     report, table = evaluated(Picky().eval(), data, tmp_path, level=[], batch_size=6)
     clean, attacked = table["sa"].to_pylist(), table["ra_pgd2"].to_pylist()
-    assert [i for i, right in enumerate(clean) if right is None] == [3, 11] and sum(map(bool, clean)) == 17
+    assert [i for i, right in enumerate(clean) if right is None] == [3, 11] and sum(map(bool, clean)) == 21
     assert [i for i, right in enumerate(attacked) if right is None] == [3, shy, 11]
     assert "3 images failed" in report["failures"]["whole model PGD-2"]
-    assert recount(table) == pytest.approx(places(report)) and recount(table)["sa"] == pytest.approx(100 * 17 / 19)
+    assert recount(table) == pytest.approx(places(report)) and recount(table)["sa"] == pytest.approx(100 * 21 / 23)
 
 
 def test_a_choice_of_images_keeps_their_rows(model, dataset, tmp_path):

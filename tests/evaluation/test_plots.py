@@ -1,12 +1,9 @@
 """Plots: PNG files that change with every number they show, and refuse reports without those numbers."""
 
-import copy
-
 import pytest
 import torch
 
 from hf_dualmoe.attacks.pgd import PGD
-from hf_dualmoe.data.datasets import ImageTensorDataset
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
 from hf_dualmoe.evaluation.plots import (
     attack_examples,
@@ -21,16 +18,7 @@ from hf_dualmoe.evaluation.plots import (
 
 
 def make_report() -> RobustnessReport:
-    sweep = [
-        {"alpha": alpha, "sa": sa, "ra_pgd20": ra}
-        for alpha, sa, ra in (
-            (0.0, 94.0, 3.0),
-            (0.5, 93.5, 11.0),
-            (0.75, 90.0, 44.0),
-            (0.9, 85.0, 50.0),
-            (1.0, 82.0, 51.0),
-        )
-    ]
+    sweep = [(0.0, 94.0, 3.0), (0.5, 93.5, 11.0), (0.75, 90.0, 44.0), (0.9, 85.0, 50.0), (1.0, 82.0, 51.0)]
     return RobustnessReport(
         model={"kind": "dual model", "alpha": 0.75, "parameters": 10},
         dataset={"name": "toy", "num_images": 500, "class_names": [*"abcdefghij"]},
@@ -43,66 +31,59 @@ def make_report() -> RobustnessReport:
             "expert_load": {"clean": [40.0, 30.0, 20.0, 10.0], "attacked": [25.0, 5.0, 50.0, 20.0]},
             "route_flip_rate": 37.0,
         },
-        alpha_sweep=sweep,
+        alpha_sweep=[{"alpha": alpha, "sa": sa, "ra_pgd20": ra} for alpha, sa, ra in sweep],
         alpha_choice={"alpha": 0.75, "sa": 90.0, "ra": 44.0, "rule": "r", "chosen_on": "c"},
     )
 
 
-def change(report, *keys, value):
-    for key in keys[:-1]:
-        report = getattr(report, key) if isinstance(report, RobustnessReport) else report[key]
-    report[keys[-1]] = value
+CHANGES = {
+    plot_tradeoff: {
+        "alpha_sweep 2 sa": 97.0,
+        "alpha_sweep 2 ra_pgd20": 20.0,
+        "metrics components robust sa": 83.0,
+        "metrics components standard ra_pgd20": 5.0,
+        "alpha_choice alpha": 0.9,
+        "threat eps": 4 / 255,
+        "dataset num_images": 501,
+    },
+    plot_eps_curve: {
+        "metrics eps_curve 1 ra_pgd20": 50.0,
+        "threat eps": 4 / 255,
+        "threat norm": "l2",
+        "dataset class_names": ["a", "b"],
+    },
+    plot_expert_load: {
+        "metrics expert_load clean": [10.0, 30.0, 20.0, 40.0],
+        "metrics expert_load attacked": [20.0, 10.0, 50.0, 20.0],
+        "metrics route_flip_rate": 38.0,
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("plot", "changes"),
-    [
-        (
-            plot_tradeoff,
-            [
-                (("alpha_sweep", 2, "sa"), 97.0),
-                (("alpha_sweep", 2, "ra_pgd20"), 20.0),
-                (("metrics", "components", "robust", "sa"), 83.0),
-                (("metrics", "components", "standard", "ra_pgd20"), 5.0),
-                (("alpha_choice", "alpha"), 0.9),
-                (("threat", "eps"), 4 / 255),
-                (("dataset", "num_images"), 501),
-            ],
-        ),
-        (
-            plot_eps_curve,
-            [
-                (("metrics", "eps_curve", 1, "ra_pgd20"), 50.0),
-                (("threat", "eps"), 4 / 255),
-                (("threat", "norm"), "l2"),
-                (("dataset", "class_names"), ["a", "b"]),
-            ],
-        ),
-        (
-            plot_expert_load,
-            [
-                (("metrics", "expert_load", "clean"), [10.0, 30.0, 20.0, 40.0]),
-                (("metrics", "expert_load", "attacked"), [20.0, 10.0, 50.0, 20.0]),
-                (("metrics", "route_flip_rate"), 38.0),
-            ],
-        ),
-    ],
-    ids=["tradeoff", "eps_curve", "expert_load"],
-)
-def test_plots_are_pngs_that_depend_on_every_number(plot, changes, tmp_path):
+def changed(place: str, value) -> RobustnessReport:
+    """The report with another value at a place, as "alpha_sweep 2 sa"."""
+    report = make_report()
+    first, *between, last = (int(key) if key.isdigit() else key for key in place.split())
+    part = getattr(report, first)
+    for key in between:
+        part = part[key]
+    assert part[last] != value
+    part[last] = value
+    return report
+
+
+@pytest.mark.parametrize("plot", CHANGES, ids=lambda plot: plot.__name__)
+def test_plots_are_pngs_that_depend_on_every_number(plot, tmp_path):
     def draw(report):
         plot(report, tmp_path / "plot.png")
         content = (tmp_path / "plot.png").read_bytes()
         assert content.startswith(b"\x89PNG")
         return content
 
-    report = make_report()
-    original = draw(report)
-    assert draw(copy.deepcopy(report)) == original  # so that a difference below is one of the numbers
-    for keys, value in changes:
-        other = copy.deepcopy(report)
-        change(other, *keys, value=value)
-        assert draw(other) != original, keys
+    original = draw(make_report())
+    assert draw(make_report()) == original  # so that a difference below is one of the numbers
+    for place, value in CHANGES[plot].items():
+        assert draw(changed(place, value)) != original, place
 
 
 @pytest.mark.parametrize(
@@ -121,19 +102,17 @@ def test_reports_without_the_numbers_are_refused(plot, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_examples_show_what_the_attack_did(trained_digits_moe, tmp_path):
-    model, images, labels = trained_digits_moe
-    dataset = ImageTensorDataset((images * 255).to(torch.uint8), labels, [str(i) for i in range(10)])
+def test_examples_show_what_the_attack_did(toy_dual, toy_data, tmp_path):
     strips = {}
     for eps in (0.0, 0.3):
-        examples = attack_examples(model, dataset, attack=PGD(eps=eps, steps=5, seed=0))
-        assert examples.clean.shape == (6, 1, 8, 8)
+        examples = attack_examples(toy_dual, toy_data, attack=PGD(eps=eps, steps=5, seed=0))
+        assert examples.clean.shape == (6, 1, 10, 10)
         assert (examples.attacked - examples.clean).abs().max() == pytest.approx(eps, abs=1e-6)
         for points, predictions in (
             (examples.clean, examples.clean_predictions),
             (examples.attacked, examples.attacked_predictions),
         ):
-            assert torch.equal(predictions, model(points).logits.argmax(dim=1))
+            assert torch.equal(predictions, toy_dual(points).logits.argmax(dim=1))
         plot_examples(examples, tmp_path / f"{eps}.png")
         strips[eps] = (tmp_path / f"{eps}.png").read_bytes()
         assert strips[eps].startswith(b"\x89PNG")

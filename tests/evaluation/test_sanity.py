@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dualmoe.data.datasets import ImageTensorDataset
+from hf_dualmoe.data.datasets import load_splits
 from hf_dualmoe.evaluation.sanity import (
     Check,
     gap_check,
@@ -35,7 +35,7 @@ class After(nn.Module):
         self.eval()
 
     def forward(self, images):
-        return self.after(self.model(images).logits)
+        return self.after(self.model(images))
 
 
 class HardRouter(nn.Module):
@@ -48,7 +48,7 @@ class HardRouter(nn.Module):
         self.eval()
 
     def forward(self, images):
-        route = self.router(images).logits.argmax(dim=1)
+        route = self.router(images).argmax(dim=1)
         return self.experts[route] + 1e-3 * images.flatten(1)[:, :10]
 
 
@@ -63,13 +63,29 @@ class CountingCalls(nn.Module):
 
     def forward(self, images):
         self.seen += len(images)
-        return self.model(images).logits
+        return self.model(images)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network with BatchNorm that has learned the digits."""
+    torch.manual_seed(0)
+    train = load_splits("digits").train
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model(train.images / 255), train.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.zero_grad()
+    return model.eval()
 
 
 @pytest.fixture
-def digits(trained_digits_moe):
-    model, images, labels = trained_digits_moe
-    return model, ImageTensorDataset((255 * images).round().to(torch.uint8), labels, [str(i) for i in range(10)])
+def digits(trained):
+    """A copy of that network, and 60 images that it has not seen."""
+    return copy.deepcopy(trained), load_splits("digits").test.take(60)
 
 
 def checks_of(model, dataset, **settings):
