@@ -244,6 +244,15 @@ def test_kept_results_name_the_dataset_and_no_place(tiny, tmp_path, monkeypatch)
     assert kept["study"] == content and kept["runs"] == [run] and kept["arms"]["single"]["sa"]["mean"] == 50
     assert str(tmp_path) not in json.dumps(kept)
 
+    another = {**run, "seed": 1}  # made elsewhere: joins what is kept, as long as the arm is the same
+    write_json(folder / "results.json", {**made, "runs": [another], "failed": {}})
+    assert study.main(["--study", str(path), "--output_dir", str(folder), "--render"]) == 0
+    assert read_json(tmp_path / "results" / "study_tiny.json")["runs"] == [run, another]
+    content["arms"]["single"] = {"settings": {"eps": 0.2}}
+    write_json(folder / "results.json", {**made, "study": content, "runs": [another], "failed": {}})
+    assert study.main(["--study", str(path), "--output_dir", str(folder), "--render"]) == 0
+    assert read_json(tmp_path / "results" / "study_tiny.json")["runs"] == [another]
+
 
 @pytest.mark.slow
 def test_a_whole_study_runs_resumes_and_survives_a_failed_run(tiny, tmp_path, capfd):

@@ -117,9 +117,21 @@ def keep(name: str, results: dict[str, Any], dataset_name: str, output_dir: Path
 
     study = {**results["study"], "dataset_name": dataset_name}
     failed = {run: why.replace(str(output_dir), "OUTPUT_DIR") for run, why in results["failed"].items()}
-    kept = {"study": study, "arms": summarise(results["runs"], study), "runs": results["runs"], "failed": failed}
-    write_json(RESULTS / f"study_{name}.json", kept)
+    path = RESULTS / f"study_{name}.json"
+    runs = with_kept(results["runs"], study, read_json(path)) if path.is_file() else results["runs"]
+    write_json(path, {"study": study, "arms": summarise(runs, study), "runs": runs, "failed": failed})
     render_page()
+
+
+def with_kept(runs: list[dict[str, Any]], study: dict[str, Any], kept: dict[str, Any]) -> list[dict[str, Any]]:
+    """These runs, and those kept before of other arms or seeds, as far as the study still defines them alike."""
+    made = {(run["arm"], run["seed"]): run for run in runs}
+    old = {
+        (run["arm"], run["seed"]): run
+        for run in kept["runs"]
+        if definition(study, run["arm"]) == definition(kept["study"], run["arm"])
+    }
+    return [run for _, run in sorted((old | made).items())]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
