@@ -121,6 +121,20 @@ def test_a_row_names_model_threat_and_attack(tmp_path, monkeypatch):
     assert results_page.card_rows(folder)[0][4] == "1" and results_page.radius(0.15) == "0.15"
 
 
+def test_rows_of_the_study_are_means_over_the_same_seeds(monkeypatch):
+    """One arm with a seed more would be judged on other images."""
+    tiny = {"parameters": 700_000, "flops": 1, "ra_pgd": 1.0, "training": {"steps": 1, "passes": 1.0}}
+    found = {("single", 0): (60.0, 30.0), ("single", 1): (70.0, 40.0), ("single_long", 0): (62.0, 31.0)}
+    runs = [{"arm": arm, "seed": seed, "sa": sa, "ra": ra, **tiny} for (arm, seed), (sa, ra) in found.items()]
+    study = {"settings": {"eps": "8/255"}, "arms": {"single": {}, "single_long": {}}, "passes": 1}
+    monkeypatch.setattr(results_page, "kept", lambda name: {"study": study, "runs": runs})
+    rows = {row[0]: row[5:] for row in results_page.study_rows()}
+    assert rows["one network"][:2] == ["60.0", "30.0 (adaptive union)"] and rows["one network"][2].endswith("1 seed")
+    runs.append({**runs[2], "seed": 1, "sa": 72.0})
+    rows = {row[0]: row[5:] for row in results_page.study_rows()}
+    assert [row[0] for row in rows.values()] == ["65.0", "67.0"] and rows["one network"][2].endswith("2 seeds")
+
+
 # --- differences -----------------------------------------------------------------------------------------------------
 
 

@@ -246,13 +246,17 @@ def card_rows(folder: Path) -> list[list[str]]:
 
 
 def study_rows() -> list[list[str]]:
-    """Arms of the study of all CIFAR-10, mean over its seeds."""
+    """Arms of the study of all CIFAR-10, mean over the seeds that all of them have: seeds differ in test images."""
     results = kept(f"study_{STUDY}")
     if results is None:
         return []
     study, rows = results["study"], []
-    summary = summarise(results["runs"], study)
-    link = f"[study](training/benchmarks/README.md), {STUDY}"
+    runs = [run for run in results["runs"] if run["arm"] in ARMS]
+    arms = {run["arm"] for run in runs}
+    common = [seed for seed in {run["seed"] for run in runs} if sum(run["seed"] == seed for run in runs) == len(arms)]
+    summary = summarise([run for run in runs if run["seed"] in common], study)
+    count = "1 seed" if len(common) == 1 else f"{len(common)} seeds"
+    link = f"[study](training/benchmarks/README.md), {STUDY}, {count}"
     for arm, title in ARMS.items():
         if entry := summary.get(arm):
             networks = "2" if "robust" in entry and study["arms"][arm].get("mixing") != "weights" else "1"
