@@ -44,6 +44,13 @@ COMPARISONS = (
     Comparison("Four full last stages, all mixed, against one network", "dense_ensemble", "single"),
     Comparison("A wider network with the mixture's parameters against one network", "wide_single", "single"),
     Comparison("One network trained longer against one network", "single_long", "single"),
+    # --- options of the training, one network
+    Comparison("A quarter of the loss on clean images against none", "single_clean_weight", "single"),
+    Comparison("Adversarial weight perturbation against none", "single_awp", "single"),
+    Comparison("Label smoothing and averaged weights against neither", "single_smooth", "single"),
+    Comparison("CutMix and averaged weights against neither", "single_cutmix", "single"),
+    Comparison("TRADES against adversarial training, one network", "single_trades", "single"),
+    Comparison("A hardened clean network against one that was robust from the start", "hardened", "single"),
     # --- the dial against its own robust end
     Comparison("The dial of JTDMoE as in the paper against its F_R", "jtdmoe_clean", None, GAIN),
     Comparison("The dial of JTDMoE with F_S at eps / 2 against its F_R", "jtdmoe", None, GAIN),
@@ -53,7 +60,9 @@ COMPARISONS = (
     Comparison("The dial in the outputs of a warm pair against its F_R", "dial_outputs", None, GAIN),
     Comparison("The dial of a pair with clean F_S against its F_R", "pair_clean", None, GAIN),
     Comparison("The dial of that pair behind MixedNUTS' logit map against its F_R", "pair_clean_mapped", None, GAIN),
+    Comparison("The dial from a clean network to it hardened against its F_R", "dial_hardened", None, GAIN),
     # --- dials against each other and against one network
+    Comparison("A quarter of clean loss against the dial in the weights", "single_clean_weight", "dial_weights"),
     Comparison("The dial in the weights against that in the outputs", "dial_weights", "dial_outputs"),
     Comparison("The dial in the weights against one network as long in all", "dial_weights", "single_long", NEAR),
     Comparison("The dial in the outputs against one network as long in all", "dial_outputs", "single_long", NEAR),
