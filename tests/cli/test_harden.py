@@ -236,6 +236,16 @@ def test_settings_of_a_new_network_do_not_stop_an_old_run(parser_settings):
     assert set(trained["model"]) == {*hardening.OF_A_TRAINED_MODEL, "image_size"}
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("seed", 1), ("data_seed", 1), ("learning_rate", 0.5), ("beta", 2), ("num_experts", 2), ("max_train_samples", 9)],
+    ids=str,
+)
+def test_what_makes_two_runs_differ_is_recorded(parser_settings, option, value):
+    """Or a run could be gone on with as another."""
+    assert parser_settings([f"--{option}", str(value)]) != parser_settings([])
+
+
 @pytest.fixture
 def parser_settings(run_module):
     def settings(arguments):
