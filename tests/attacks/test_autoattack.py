@@ -201,6 +201,19 @@ def test_dlr_attacks_a_model_whose_cross_entropy_has_no_gradient(digits):
 # --- FAB -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.25), ("l2", 0.5)])
+def test_fab_pulls_the_nearest_misclassified_point_into_the_ball(norm, eps):
+    """Its first step ends before the boundary, on a plain from which the next one leaps out of the ball."""
+    images, labels = torch.full((2, 1, 2, 2), 0.2), torch.zeros(2, dtype=torch.int64)
+
+    def model(x):
+        moved = x.flatten(1).mean(dim=1) - 0.2
+        climb = 5 * moved.clamp_max(0.05) + 0.5 * (moved - 0.05).clamp(0, 0.15) + 5 * (moved - 0.2).clamp_min(0)
+        return torch.stack([torch.full_like(climb, 0.425), climb], dim=1)  # the boundary is where moved = 0.22
+
+    assert (model(FAB(eps=eps, norm=norm, steps=2)(model, images, labels)).argmax(dim=1) == 1).all()
+
+
 def test_fab_steps_over_the_boundary_and_back_towards_the_image():
     linear, images, labels = linear_problem(classes=2, count=4)
     seen = []

@@ -14,6 +14,7 @@ from conftest import assert_same_trace, trace
 from torch import nn
 
 from hf_dualmoe import DualMoEForImageClassification, MoEConfig, MoEForImageClassification
+from hf_dualmoe.attacks import adaptive_union
 from hf_dualmoe.attacks.adaptive_union import worst_case
 from hf_dualmoe.attacks.apgd import APGD
 from hf_dualmoe.attacks.base import frozen
@@ -216,6 +217,19 @@ def test_soft_logits_near_the_hard_route_and_near_an_equal_mixture(resnet_moe, i
 
 
 # --- the union as a whole --------------------------------------------------------------------------------------------
+
+
+def test_restarts_and_members_of_the_union_start_elsewhere(toy, monkeypatch):
+    starts, draw = [], adaptive_union.random_start
+
+    def recorded(*args, **kwargs):
+        starts.append(draw(*args, **kwargs))
+        return starts[-1]
+
+    monkeypatch.setattr(adaptive_union, "random_start", recorded)
+    worst_case(*toy, eps=1e-6, steps=1, restarts=2, members=["whole ce", "whole dlr"])
+    assert len({len(start) for start in starts}) == 1  # nothing falls at such a radius
+    assert len(starts) == 4 == len(torch.stack(starts).unique(dim=0))
 
 
 def test_union_is_pointwise_and_below_every_member(toy):

@@ -138,6 +138,18 @@ def test_noise_is_drawn_where_the_image_is(monkeypatch):
         noise_block((1, 2, 2), 0, 0, 0, 0, device="xpu")
 
 
+def test_the_class_is_chosen_on_other_noise_than_is_counted():
+    seen = []
+
+    def classifier(images):
+        seen.append(images)
+        return images.flatten(1)
+
+    sample_votes(classifier, points([0.0]), sigma=0.1, n0=10, n=10)
+    chosen_on, counted = seen
+    assert not torch.isin(counted, chosen_on).any()
+
+
 def test_noisy_images_stay_in_range():
     seen = []
 

@@ -319,6 +319,13 @@ def named_digits(tmp_path):
     return write
 
 
+def test_what_failed_shows_in_the_exit_status(saved, tmp_path):
+    command = [*QUICK, "--model", saved / "dual", "--level", "dial", "--output_dir", tmp_path]
+    assert evaluate(*command, "--min_ra", 99.9) == 1
+    report = RobustnessReport.load(tmp_path / "results.json")
+    assert "min_ra=99.9 cannot be reached" in report.failures["recommended alpha"]
+
+
 def test_some_of_the_classes_are_matched_by_name(saved, named_digits, tmp_path, monkeypatch, caplog):
     seen = []
     monkeypatch.setattr(script, "evaluate", lambda args, model, data, _: seen.append(data) or 1 / 0)

@@ -213,12 +213,23 @@ def test_a_model_is_not_overwritten_by_its_hardened_self(refused, start, photos,
     assert "would be overwritten; choose another --output_dir" in refused(*command, "--fresh")
 
 
+def recorded_for(*arguments):
+    """The settings that a run with these arguments records."""
+    return script.settings_of(*script.RecipeParser(script.RECIPES, description="").parse([*arguments])[:3])
+
+
 def test_settings_of_a_new_network_do_not_stop_an_old_run():
     """What is recorded of a run says nothing of the other kind of model."""
-    settings = []
-    for arguments in ([], ["--model_name_or_path", "user/model"]):
-        parser = script.RecipeParser(script.RECIPES, description="")
-        settings.append(script.settings_of(*parser.parse(arguments)[:3]))
-    new, trained = settings
+    new, trained = recorded_for(), recorded_for("--model_name_or_path", "user/model")
     assert "model_name_or_path" not in new["model"] and "backbone" in new["model"]
     assert set(trained["model"]) == {*hardening.OF_A_TRAINED_MODEL, "image_size"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("seed", 1), ("data_seed", 1), ("learning_rate", 0.5), ("beta", 2), ("num_experts", 2), ("max_train_samples", 9)],
+    ids=str,
+)
+def test_what_makes_two_runs_differ_is_recorded(option, value):
+    """Or a run could be gone on with as another."""
+    assert recorded_for(f"--{option}", str(value)) != recorded_for()

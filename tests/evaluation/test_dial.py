@@ -230,6 +230,19 @@ def test_calibration_counts_the_attack_on_the_robust_model_against_the_mixtures(
     assert result["robust"]["ra"] == result["before"]["ra"] == 0.0 and result["before"]["sa"] == pytest.approx(70)
 
 
+class Helpful(PGD):
+    """Changes each image into one that F_R takes for what it is."""
+
+    def __call__(self, model, images, labels, *, ids=None):
+        return torch.zeros_like(images).flatten(1).scatter(1, labels[:, None], 1.0).view_as(images)
+
+
+def test_calibration_counts_no_image_as_robust_that_is_wrong_when_clean(toy_images):
+    settings = {"scales": (1.0,), "clamps": (None,), "powers": (1.0,), "alphas": (1.0,), "progress": False}
+    result = calibrate_robust_logits(Toy(), toy_images, attack=Helpful(), **settings)
+    assert result["before"]["ra"] == result["before"]["sa"] == pytest.approx(70)
+
+
 def test_calibration_measures_the_model_that_it_proposes(model, dataset):
     """Both settings, applied to the real model, have the reported SA, and at least the reported worst-case RA."""
     grid = {"scales": (0.5, 8.0), "clamps": (None, 0.1), "powers": (2.0,), "alphas": (0.3, 0.7)}

@@ -193,6 +193,8 @@ def test_headline_is_the_strongest_attack():
     assert "**26.28 % (95 % interval 22.4 to 30.5)**" in render(dual()).text
     text = render(other()).text
     assert "**0.00 %** when every image is attacked within L∞ 8/255 (PGD-20)" in text and "Stronger attacks" in text
+    two = other(metrics={"sa": 100.0, "ra_pgd20": 40.0, "ra_expert_pgd20": 60.0})
+    assert "**40.00 %** when every image is attacked within L∞ 8/255 (PGD-20)" in render(two).text
     assert "has not been measured" in render(REPORTS["clean only"]).text
 
 

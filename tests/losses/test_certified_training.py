@@ -189,6 +189,11 @@ def run(monkeypatch):
     return call
 
 
+def test_slope_is_that_of_the_channel_with_the_smallest_std():
+    model = build(num_channels=3, image_std=[0.4, 0.25, 0.5])
+    assert backbone_slope(model) == pytest.approx(2**0.5 * 8 / 0.25)
+
+
 @needs_torchlip
 def test_the_recipe_trains_a_network_with_certificates(run, tmp_path):
     run("--recipe", "digits_certified", "--num_train_epochs", 8, "--output_dir", tmp_path)

@@ -134,6 +134,19 @@ def test_rt_er_formula(moe, batch, second_term, second_attack):
     assert torch.allclose(output.terms[f"expert_{second_term}"], expert, atol=1e-5)
 
 
+def test_rt_er_smooths_the_labels_of_both_terms(moe, batch):
+    images, labels = batch
+    options = {"second_term": "ce", "second_attack": "shared", "label_smoothing": 0.2}
+    output = rt_er_loss(moe, images, labels, attack=ATTACK, **options)
+    attacked, second = ATTACK(moe, images, labels), moe.route(images).topk(2, dim=1).indices[:, 1]
+    for name, logits in (
+        ("robust_ce", moe(attacked).logits),
+        ("expert_ce", moe(attacked, expert_index=second).logits),
+    ):
+        expected = F.cross_entropy(logits, labels, label_smoothing=0.2)
+        assert torch.allclose(output.terms[name], expected, atol=1e-5), name
+
+
 def test_rt_er_trains_second_expert_too(moe, batch):
     """Without the expert term only the chosen experts get a gradient."""
     images, labels = batch

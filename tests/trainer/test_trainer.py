@@ -300,7 +300,8 @@ def test_eps_warmup_grows_linearly(stripes, arguments):
         scales.append(trainer._eps_scale())
     assert scales[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(scales[10:]) == {1.0}
-    assert trainer.args.create_training_attack(0.5).eps == pytest.approx(0.05)
+    whole, half = (trainer.args.create_training_attack(scale) for scale in (1.0, 0.5))
+    assert half.eps == pytest.approx(0.05) and half.step_size == pytest.approx(whole.step_size / 2)
 
 
 def test_eps_warmup_reaches_the_attack_on_the_standard_model(stripes, arguments, monkeypatch):
