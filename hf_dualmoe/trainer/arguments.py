@@ -153,10 +153,7 @@ class RobustTrainingArguments(TrainingArguments):
     horizontal_flip: bool = field(default=True, metadata={"help": "Random horizontal flips."})
     cutmix_prob: float = field(
         default=0.0,
-        metadata={
-            "help": "CutMix (Yun et al. 2019) for methods standard, at and trades: the share of images into which a "
-            "piece of another is pasted, in [0, 1]."
-        },
+        metadata={"help": "CutMix: share of images that get a piece of another, in [0, 1]; standard, at, trades."},
     )
 
     # Speed
