@@ -153,7 +153,7 @@ class RobustTrainingArguments(TrainingArguments):
     horizontal_flip: bool = field(default=True, metadata={"help": "Random horizontal flips."})
     cutmix_prob: float = field(
         default=0.0,
-        metadata={"help": "CutMix: share of images that get a piece of another, in [0, 1]; standard, at, trades."},
+        metadata={"help": "CutMix: share of images that get a piece of another."},
     )
 
     # Speed
@@ -173,8 +173,8 @@ class RobustTrainingArguments(TrainingArguments):
     awp_gamma: float = field(
         default=0.0,
         metadata={
-            "help": "Adversarial weight perturbation (Wu et al. 2020): gradient and logged losses are those at the "
-            "worst weights within this share of their norm, >= 0 (paper: 0.005; 0 = off). Costs one more pass."
+            "help": "AWP (Wu et al. 2020): gradient and logged losses are those at the "
+            "worst weights within this share of their norm, >= 0 (paper: 0.005; 0 = off). One more pass."
         },
     )
     ema_decay: float = field(
