@@ -174,7 +174,7 @@ class RobustTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={
             "help": "AWP (Wu et al. 2020): gradient and logged losses are those at the "
-            "worst weights within this share of their norm, >= 0 (paper: 0.005; 0 = off). One more pass."
+            "worst weights within this share of their norm (paper: 0.005). One more pass."
         },
     )
     ema_decay: float = field(
