@@ -197,6 +197,16 @@ def test_full_level_recomputed(model, dataset, tmp_path, monkeypatch):
         assert getattr(again, name) == getattr(report, name), name
 
 
+def test_what_is_wrong_when_clean_is_not_robust_whatever_an_attack_finds(model, dataset, monkeypatch):
+    def harmless(*args):
+        return lambda images, labels, ids: {"right": torch.ones_like(labels, dtype=torch.bool)}
+
+    monkeypatch.setattr(parts, "on_experts", harmless)
+    monkeypatch.setattr(parts, "on_router", harmless)
+    metrics = evaluate_robustness(model, dataset, **QUIET, level=["component_attacks"]).metrics
+    assert metrics["ra_expert_pgd2"] == metrics["ra_router_pgd2"] == metrics["sa"] < 100
+
+
 def test_report_survives_json_and_is_written_as_numbers_come(model, dataset, report, tmp_path, monkeypatch):
     path = tmp_path / "sub" / "results.json"
     report.save(path)

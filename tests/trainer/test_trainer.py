@@ -237,6 +237,15 @@ def test_ema_is_what_is_evaluated_selected_and_kept(stripes, arguments, monkeypa
     assert trainer.evaluate(stripes)["eval_sa_ra_mean"] == pytest.approx(best)
 
 
+@pytest.mark.parametrize(("average", "kept"), [(81.0, True), (79.0, True), (78.9, False)])
+def test_an_average_up_to_a_point_behind_is_kept(average, kept, stripes, arguments, monkeypatch):
+    accuracies = iter([80.0, average])
+    monkeypatch.setattr(RobustTrainer, "_accuracy", lambda self: next(accuracies))
+    trainer = RobustTrainer(build("at"), arguments("at", ema_decay=0.5, max_steps=1), train_dataset=stripes)
+    trainer.train()
+    assert trainer.keeps_average == kept
+
+
 def clean_accuracy(model, data):
     """SA in %, in eval mode; the model stays as it is."""
     with torch.no_grad(), frozen(model):
