@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout: scripts run from any folder
 
+from hf_dualmoe.evaluation import RobustnessReport
 from training.benchmarks.certificates import report as certificates
 from training.benchmarks.full_scale import full_scale
 from training.benchmarks.parity import parity
@@ -154,6 +155,20 @@ def render_calibration(results: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows, 2)}\n\n{verdict}"
 
 
+def render_attack_dtype(results: dict[str, Any]) -> str:
+    """AutoAttack in full and in half precision: two reports of `evaluate.py` on the same model and images."""
+    rows, whole = [], results["fp32"]
+    attacks = [name for name in whole["metrics"]["autoattack"] if name != "clean"]
+    for dtype, report in results.items():
+        cost = next(cost for name, cost in report["cost"].items() if name.startswith("AutoAttack"))
+        left = [f"{report['metrics']['autoattack'][name]:.1f}" for name in attacks]
+        rows.append([dtype, *left, f"{cost['seconds']:.0f}", f"{cost['forward'] + cost['gradient']:.0f}"])
+    where = f"{whole['dataset']['num_images']} images, {whole['environment']['hardware']}"
+    header = ["precision", *(f"RA % after {name}" for name in attacks), "seconds", "passes per image"]
+    precision = RobustnessReport(**results["bf16"]).autoattack_precision()
+    return f"{where}:\n\n{markdown_table(header, rows)}\n\n{precision}"
+
+
 def render_reliability() -> str:
     """What was tried to break runs and loading, and what came of it."""
     survival, fuzz, recipes = (kept(name) for name in ("survival", "fuzz", "smoke_recipes"))
@@ -190,6 +205,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "speed": partial(rendered, "speed", cpu.render),
     "speed_gpu": lambda: gpu_table.render(*gpu_table.read_measurements()),
     "full_scale": partial(rendered, "full_scale", full_scale.render),
+    "attack_dtype": partial(rendered, "attack_dtype", render_attack_dtype),
     "autoattack_parity": partial(rendered, "autoattack_parity", parity.render),
     "reliability": render_reliability,
     "smoke_recipes": partial(rendered, "smoke_recipes", smoke_recipes.render),
