@@ -47,13 +47,14 @@ TOOLS = {"foolbox", "onnxruntime", "robustbench", "torchattacks"}  # blocks that
 SMALLER = {"steps=20": "steps=2", '("digits").validation': '("digits").validation.take(12)'}  # in Python blocks
 SMALL = {  # appended to command lines that run
     "train": "--max_train_samples 40 --max_validation_samples 10 --max_test_samples 12 --num_train_epochs 1 "
-    "--num_experts 2 --router_top_k 1 --width 8,8,8,8 --attack_steps 1 --eval_attack_steps 1 "
-    "--per_device_train_batch_size 20 --report none --disable_tqdm true",
+    "--attack_steps 1 --eval_attack_steps 1 --per_device_train_batch_size 20 --report none --disable_tqdm true",
     "evaluate": "--max_test_samples 12 --steps 2 --level quick --sanity_images 8 --alphas 0 1 --disable_tqdm",
+    "join": "--max_test_samples 12 --steps 2 --level quick --sanity_images 8 --alphas 0 1 --disable_tqdm --min_sa 0",
     "certify": "--max_test_samples 4 --n0 10 --n 50 --disable_tqdm",
     "publish": "--dry_run",
     "demo": "--export exported",
 }
+TINY = "--num_experts 2 --router_top_k 1 --width 8,8,8,8"  # of a new network
 TOKEN = "hf_" + "n0tReal" * 5
 
 
@@ -474,8 +475,9 @@ def test_commands_parse(command, beside):
 
 def run_command(command: str, arguments: list[str]) -> int | str:
     """Run a command with small settings appended, in this process; its exit status, or what it says as it fails."""
+    tiny = TINY if command == "train" and "--model_name_or_path" not in arguments else ""
     try:
-        cli.main([command, *arguments, *SMALL[command].split()])
+        cli.main([command, *arguments, *SMALL[command].split(), *tiny.split()])
     except SystemExit as end:
         return end.code or 0
     return 0
