@@ -26,10 +26,13 @@ def shorten_paths(text: str) -> str:
 
 def is_private(path: str, folder: Path) -> bool:
     """Whether an absolute path leads into the home folder, the current one, or where the published folder lies."""
-    # "/" or "/app" begin too many paths that tell nothing of anybody
-    places = [str(place) for place in (Path.home(), Path.cwd(), folder.resolve().parent) if len(place.parts) > 2]
+    # "/app" begins too many paths that tell nothing of anybody; a home folder may be as short as /root
+    places = [Path.home(), *(place for place in (Path.cwd(), folder.resolve().parent) if len(place.parts) > 2)]
+    inside = [str(place) for place in places if len(place.parts) > 1]
     plain = re.sub(r"(?i)^file:(?://[^/]*)?", "", path)
-    return plain.startswith(("~", *places))
+    return plain.startswith("~") or any(
+        plain == place or plain.startswith((f"{place}/", f"{place}\\")) for place in inside
+    )
 
 
 def check_no_path(name: str, paths: Sequence[str]) -> None:

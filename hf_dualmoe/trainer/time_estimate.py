@@ -28,7 +28,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from ..evaluation.environment import describe_environment
 from ..evaluation.memory import free_memory
@@ -110,10 +110,12 @@ def estimate_time(trainer: RobustTrainer) -> TimeEstimate:
         trainer: A trainer that has not begun; all its processes must call this.
 
     Raises:
-        ValueError: The trainer shards its weights (FSDP, DeepSpeed): there is no copy to measure on.
+        ValueError: The trainer shards its weights (FSDP, DeepSpeed): there is no copy to measure on. Or a dataset
+            that has to be counted is a stream without a length.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError("estimate_time cannot copy sharded weights; measure without FSDP and DeepSpeed.")
+    check_lengths(trainer)
     effort = CPU_EFFORT if trainer.args.device.type == "cpu" else ACCELERATOR_EFFORT
     with random_numbers_kept(trainer.args.device):
         first = measure(trainer, effort, "auto")
@@ -130,6 +132,21 @@ def estimate_time(trainer: RobustTrainer) -> TimeEstimate:
         measured_steps=effort.block * effort.blocks,
         no_graph=first.no_graph,
     )
+
+
+def check_lengths(trainer: RobustTrainer) -> None:
+    """Raise a ValueError where a dataset whose images are counted is a stream."""
+    given = trainer.eval_dataset
+    counted = {"eval_dataset": list(given.values()) if isinstance(given, dict) else [given]}
+    if trainer.args.max_steps <= 0 or trainer.args.eval_strategy == IntervalStrategy.EPOCH:
+        counted["train_dataset"] = [trainer.train_dataset]
+    for name, datasets in counted.items():
+        for dataset in datasets:
+            if dataset is not None and not has_length(dataset):
+                raise ValueError(
+                    f"estimate_time must count the images of {name}, but {type(dataset).__name__} is a stream without "
+                    "a length; pass a dataset with one."
+                )
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

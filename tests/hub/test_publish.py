@@ -10,7 +10,7 @@ import scripts
 from hf_dualmoe.evaluation.report import RobustnessReport
 from hf_dualmoe.hub import publish as hub
 from hf_dualmoe.hub import upload_plan
-from hf_dualmoe.hub.local_paths import shorten_paths
+from hf_dualmoe.hub.local_paths import is_private, shorten_paths
 from hf_dualmoe.hub.model_card import MARKER
 from hf_dualmoe.hub.publish import publish_folder
 from hf_dualmoe.hub.upload_plan import check_no_token, hide_tokens, plan_upload
@@ -273,6 +273,23 @@ def test_path_in_an_edited_card_is_refused(folder, monkeypatch):
         (folder / "README.md").write_text(f"{edited}\nTrained on {path}.\n")
         with pytest.raises(ValueError, match=f"README.md holds a path of somebody's machine, '{path}"):
             plan_upload(folder, "user/name")
+
+
+@pytest.mark.parametrize(
+    ("home", "path", "private"),
+    [
+        ("/home/me", "/home/me/photos", True),
+        ("/home/me", "file:///home/me/photos", True),
+        ("/home/me", "/home/meredith/photos", False),
+        ("/home/me", "/usr/bin/env", False),
+        ("/root", "/root/photos", True),
+        ("/root", "~/photos", True),
+        ("/", "/usr/bin/env", False),
+    ],
+)
+def test_paths_below_the_home_folder_are_private(home, path, private, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path(home))
+    assert is_private(path, tmp_path / "model") is private
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

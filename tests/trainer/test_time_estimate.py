@@ -138,6 +138,34 @@ def test_sharded_weights_are_refused(trainer):
         estimate_time(trainer)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """The images of a dataset, one after the other, again and again."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        while True:
+            yield from self.dataset
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("eval_dataset", {}), ("train_dataset", {"max_steps": 3, "eval_strategy": "epoch"})],
+)
+def test_a_stream_that_must_be_counted_is_refused(name, settings, trainer):
+    trainer = trainer(**settings)
+    setattr(trainer, name, Stream(getattr(trainer, name)))
+    with pytest.raises(ValueError, match=f"must count the images of {name}, but Stream is a stream without a length"):
+        estimate_time(trainer)
+
+
+def test_a_training_stream_is_measured_where_nothing_must_be_counted(trainer):
+    trainer = trainer(max_steps=3)
+    trainer.train_dataset = Stream(trainer.train_dataset)
+    assert estimate_time(trainer).steps == 3
+
+
 @pytest.mark.parametrize(("value", "trains"), [([], False), (["only"], False), (["first"], True)])
 def test_run_py_tells_the_time_and_stops_unless_asked_to_train(value, trains, tmp_path, monkeypatch, capsys):
     estimate, trained = TimeEstimate(10, 0, {time_estimate.WITHOUT: 0.5}, 0.0, "a CPU", 2), []
