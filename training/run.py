@@ -35,6 +35,7 @@ from hf_dualmoe.cli.run_record import (
     find_checkpoint,
     record_start,
     recorded_settings,
+    restart_text,
     settings_of,
     shorter_before,
 )
@@ -50,7 +51,7 @@ from hf_dualmoe.hub.publish import publish_folder
 from hf_dualmoe.hub.upload_plan import hide_tokens
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.checkpoints import CheckpointError, explain_failed_write
-from hf_dualmoe.trainer.time_estimate import estimate_time
+from hf_dualmoe.trainer.time_estimate import count_steps, estimate_time
 from hf_dualmoe.trainer.trainer import RobustTrainer
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -91,6 +92,8 @@ def main() -> None:
         if trainer.is_world_process_zero():
             clear = run.fresh and not args.resume_from_checkpoint
             tell(args, record_start(output_dir, recorded, settings, checkpoint, clear))
+            goes_on_from = None if args.resume_from_checkpoint else checkpoint
+            tell(args, restart_text(output_dir, goes_on_from, count_steps(trainer)))
         before = {}
         if keeps_head and run.report != "none":
             # a new head is random

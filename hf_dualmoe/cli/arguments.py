@@ -309,8 +309,9 @@ class RecipeParser(HfArgumentParser):
     ) -> tuple[DataArguments, ModelArguments, RobustTrainingArguments, argparse.Namespace]:
         """Parse a command line.
 
-        A recipe's `standard_eps` keeps its share of eps when the command line changes eps alone. What it says of the
-        shape of its backbone is left out when the command line names one that does not take it.
+        A recipe's `standard_eps` keeps its share of eps when the command line changes eps alone. Its `router_top_k` is
+        lowered to the number of experts that the command line asks for. What it says of the shape of its backbone is
+        left out when the command line names one that does not take it.
 
         Raises:
             ValueError: The recipe does not exist or has an unknown key, or an argument is out of range.
@@ -321,6 +322,7 @@ class RecipeParser(HfArgumentParser):
         first.add_argument("--dataset_name", "--dataset-name")
         first.add_argument("--eps")
         first.add_argument("--backbone")
+        first.add_argument("--num_experts", "--num-experts")
         first.add_argument("--model_name_or_path", "--model-name-or-path")
         known, _ = first.parse_known_args(args)
         recipe = known.recipe or default_recipe(known.dataset_name, known.model_name_or_path)
@@ -330,6 +332,9 @@ class RecipeParser(HfArgumentParser):
             settings["standard_eps"] = same_share(settings["standard_eps"], of=settings["eps"], at=known.eps)
         if known.backbone is not None:
             settings = fitting_shape(settings, known.backbone)
+        experts = known.num_experts or ""
+        if experts.isdigit() and int(experts) >= 1 and isinstance(top_k := settings.get("router_top_k"), int):
+            settings["router_top_k"] = min(top_k, int(experts))
         self.set_defaults(recipe=recipe, **settings)  # defaults, so that the command line overrides them
         # HfArgumentParser would also read a file named after the script, run.args
         data_args, model_args, training_args, run = self.parse_args_into_dataclasses(args, look_for_args_file=False)

@@ -147,6 +147,25 @@ def record_start(
     return longer
 
 
+def restart_text(output_dir: Path, checkpoint: str | None, steps: int) -> str:
+    """What a start that is not the first of its run says; "" for the first.
+
+    Args:
+        output_dir: Folder of the run.
+        checkpoint: Where this start goes on from, if anywhere.
+        steps: Steps of the whole run.
+    """
+    if checkpoint is None:
+        return ""
+    done = int(Path(checkpoint).name.split("-")[1])
+    if done < steps:
+        return f"Going on from step {done} of {steps}, {checkpoint}."
+    return (
+        f"The run in {output_dir} has taken all of its {steps} steps: only what follows the training is done again. "
+        "--fresh trains anew, another --output_dir beside it."
+    )
+
+
 def shorter_before(output_dir: Path) -> list[dict[str, Any]]:
     """The lengths at which the run in a folder was started before, if at others."""
     return json.loads((output_dir / SETTINGS_NAME).read_text(encoding="utf-8"))["shorter_before"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 
+from hf_dualmoe import load_splits
 from training.benchmarks.reliability import smoke_recipes
 from training.benchmarks.shared.store import RESULTS as KEPT
 from training.benchmarks.shared.store import read_json
@@ -36,6 +37,13 @@ def test_bad_arguments_are_refused(option, message, capsys):
     with pytest.raises(SystemExit):
         smoke_recipes.parse_args(list(option))
     assert message in capsys.readouterr().err
+
+
+def test_an_image_costs_what_it_costs_in_a_full_batch():
+    """What an attack does once for a whole batch, such as the comparison of folded weights, is not counted."""
+    data = load_splits("digits")
+    costs = smoke_recipes.count_flops("cifar10_resnet18_single", data, dataset_name="digits", width="8,8,8,8")
+    assert costs["evaluation"] / costs["answer"] == pytest.approx(24, rel=0.01)  # 4 passes, 10 steps of 2
 
 
 @pytest.fixture

@@ -112,6 +112,12 @@ def test_every_recipe_parses_and_builds_a_config(parser, recipe):
     assert training.create_training_attack().eps == training.eps
 
 
+@pytest.mark.parametrize(("experts", "top_k"), [("1", 1), ("3", 3), ("8", 4)])
+def test_a_recipe_that_mixes_all_experts_mixes_no_more_than_there_are(experts, top_k, parser):
+    _, model, _, _ = parser.parse(["--recipe", "digits", "--num_experts", experts])
+    assert model.router_top_k == top_k
+
+
 def test_a_recipe_of_ones_own(parser, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("method: trades\neps: 3/255\nbackbone_kwargs: {drop_rate: 0.1}\n")

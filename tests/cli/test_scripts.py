@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
+from hf_dualmoe.cli.run_record import restart_text
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
 from hf_dualmoe.hub.upload_plan import TOKEN
 from training import run as script
@@ -111,8 +112,15 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, capsys):
     recorded = json.loads((tmp_path / "settings.json").read_text())
     assert recorded["shorter_before"] == [{"num_train_epochs": 1.0}]
     run(*longer)  # and a restart of the longer run is the same run
-    assert "Going on" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Going on" not in out and f"The run in {tmp_path} has taken all of its 6 steps" in out
     assert json.loads((tmp_path / "settings.json").read_text()) == recorded
+
+
+def test_a_start_says_from_where_it_goes_on(tmp_path):
+    assert restart_text(tmp_path, None, 6) == ""
+    text = restart_text(tmp_path, str(tmp_path / "checkpoint-4"), 6)
+    assert text == f"Going on from step 4 of 6, {tmp_path / 'checkpoint-4'}."
 
 
 def test_a_run_does_not_go_on_after_class_folders_were_renamed(tmp_path, capsys):

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # the checkout: scripts run 
 from hf_dualmoe.attacks import PGD
 from hf_dualmoe.data import DataSplits, to_unit_range
 from hf_dualmoe.evaluation.environment import describe_environment
+from hf_dualmoe.models.inputs_dualmoe import trusted_values
 from hf_dualmoe.trainer import RobustTrainer
 from hf_dualmoe.trainer.checkpoints import list_checkpoints
 from training.benchmarks.shared.recipes import FlopCounter, as_options, count_parameters, forward_flops, parse_recipe
@@ -80,7 +81,8 @@ def count_flops(recipe: str, data: DataSplits, **overrides: Any) -> dict[str, fl
         model.gradient_checkpointing_enable()
     image = to_unit_range(data.train.images[:1]).to(args.device)
     batch = {"pixel_values": image, "labels": data.train.labels[:1].to(args.device)}
-    with sdpa_kernel(SDPBackend.MATH):
+    # trusted: an attack compares folded with plain weights on a few images, which is nothing in a whole batch
+    with sdpa_kernel(SDPBackend.MATH), trusted_values():
         for classifier in (model, getattr(model, "robust", model)):  # trials on a model's first attack are made once
             PGD(steps=2)(classifier, image, batch["labels"])
         model.train()
