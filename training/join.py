@@ -7,7 +7,7 @@ python training/join.py --standard path/a --robust path/b --mixing weights      
 
 import json
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ START_ALPHA = 0.75  # of the dial until it is chosen
 
 
 def create_parser() -> ArgumentParser:
-    parser = ScriptParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ScriptParser(__doc__.splitlines()[0])
     add = parser.add_argument
     for name, what in zip(PARTS, ("accurate", "robust"), strict=True):
         add(f"--{name}", required=True, help=f"Saved folder or Hub id of the {what} classifier, of any kind.")

@@ -4,23 +4,24 @@ python training/publish.py --model outputs/digits-jtdmoe/model --repo_id user/na
 python training/publish.py --model outputs/digits-jtdmoe/model --repo_id user/name --private
 """
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from typing import NoReturn
 
+from hf_dualmoe.cli.script_arguments import ScriptParser
 from hf_dualmoe.evaluation.environment import print_in_any_encoding
 from hf_dualmoe.hub.publish import publish_folder
 from hf_dualmoe.hub.upload_plan import Upload, hide_tokens, plan_upload
 
 
-class Parser(ArgumentParser):
+class Parser(ScriptParser):
     """A parser whose errors never repeat a token that was mistyped into the command line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {hide_tokens(message)}\n")
+        super().error(hide_tokens(message))
 
 
 def create_parser() -> ArgumentParser:
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="Folder of a saved model, best with its results.json.")
     add("--repo_id", required=True, metavar="USER/NAME", help="Where to publish; created where it does not exist.")

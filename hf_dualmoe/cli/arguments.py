@@ -19,7 +19,7 @@ from ..losses.certified import LIPSCHITZ
 from ..models.configuration_dualmoe import DualMoEConfig, MoEConfig
 from ..trainer.arguments import PixelValue, RobustTrainingArguments
 from .help_text import grouped_help
-from .script_arguments import output_folder
+from .script_arguments import DATA_HELP, output_folder
 
 OF_A_TRAINED_MODEL = ("model_name_or_path", "model_revision", "trust_remote_code", "image_mean", "image_std")
 SIZE = ("image_size",)  # of any model
@@ -39,14 +39,12 @@ class DataArguments:
             "train/CLASS/IMAGE and test/CLASS/IMAGE) or parquet, a .parquet file."
         },
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; default: detected."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels; default: detected."})
-    train_split: str | None = field(default=None, metadata={"help": "Name of the training split; default: detected."})
-    validation_split: str | None = field(
-        default=None, metadata={"help": "Split for model selection; default: detected."}
-    )
-    test_split: str | None = field(default=None, metadata={"help": "Split for the final report; default: detected."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": DATA_HELP["dataset_config_name"]})
+    image_column: str | None = field(default=None, metadata={"help": DATA_HELP["image_column"]})
+    label_column: str | None = field(default=None, metadata={"help": DATA_HELP["label_column"]})
+    train_split: str | None = field(default=None, metadata={"help": DATA_HELP["train_split"]})
+    validation_split: str | None = field(default=None, metadata={"help": DATA_HELP["validation_split"]})
+    test_split: str | None = field(default=None, metadata={"help": DATA_HELP["test_split"]})
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of train for each set that must be held out of it, in (0, 1)."}
     )

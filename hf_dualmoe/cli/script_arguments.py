@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +15,41 @@ from ..data.datasets import DataSplits, ImageTensorDataset, load_splits
 from ..models.class_names import are_generic, labels_of, match_names
 from ..models.loading import check_results_folder, load_classifier
 
+DATA_HELP = {  # of arguments that scripts and the training share
+    "dataset_config_name": "Configuration of a Hub dataset.",
+    "image_column": "Column of images; default: detected.",
+    "label_column": "Column of labels; default: detected.",
+    "train_split": "Name of the training split; default: detected.",
+    "validation_split": "Split for model selection; default: detected.",
+    "test_split": "Split for the final report; default: detected.",
+}
 LONGEST_NAME = 80  # characters of the model's name in that of a folder
 
 logger = logging.getLogger(__name__)
 
 
 class ScriptParser(ArgumentParser):
-    """A parser whose errors are one line: the usage of 40 arguments would hide them."""
+    """A parser that shows defaults where they say something; its errors are one line: a long usage would hide them.
+
+    Args:
+        description: What the script does, in one line.
+    """
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
+
+    def format_help(self) -> str:
+        """Help without the defaults None, False and an empty list."""
+        # not 0, which equals False
+        actions = [a for a in self._actions if a.default is None or a.default is False or a.default == []]
+        kept = [action.default for action in actions]
+        try:
+            for action in actions:
+                action.default = SUPPRESS
+            return super().format_help()
+        finally:
+            for action, default in zip(actions, kept, strict=True):
+                action.default = default
 
     def error(self, message: str) -> NoReturn:
         """Leave with status 2 and the message alone."""
@@ -35,7 +63,7 @@ def model_parser(description: str, splits: Sequence[str]) -> ScriptParser:
         description: What the script does, in one line.
         splits: Arguments that name a split of the dataset, such as "test_split".
     """
-    parser = ScriptParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ScriptParser(description)
     add = parser.add_argument
     add("--model", required=True, help="Saved folder or Hub id of an image classifier, of any kind.")
     add("--revision", default="main", help="Branch, tag or commit of a model on the Hub.")
@@ -58,7 +86,7 @@ def add_data_arguments(parser: ArgumentParser, splits: Sequence[str]) -> None:
     add = parser.add_argument
     add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
     for name in ("dataset_config_name", "image_column", "label_column", *splits):
-        add(f"--{name}", help="As in training/run.py.")
+        add(f"--{name}", help=DATA_HELP[name])
     add("--max_test_samples", type=int, help="Test images to use, with the class shares of the whole; default: all.")
     add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
     add("--ignore_class_names", action="store_true", help="Compare the number of classes only, not their names.")

@@ -1,5 +1,6 @@
 """What `evaluate.py` and `certify.py` share: arguments, and default folders in which no two models meet."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,13 @@ def test_both_scripts_read_the_shared_arguments(script):
     shared |= {"max_test_samples": None, "on_bad_image": "raise", "ignore_class_names": False, "batch_size": 256}
     shared |= {"seed": 0, "output_dir": None, "fresh": False, "disable_tqdm": False}
     assert shared.items() <= args.items()
+
+
+def test_help_shows_the_defaults_that_say_something(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    parser = evaluate.create_parser()
+    text = parser.format_help()
+    assert "Seed of attacks and choices of images. (default: 0)" in text and "(default: 0.1)" in text
+    assert not re.search(r"default: (None|False|\[\])", text)
+    args = parser.parse_args(["--model", "x"])  # and parsing is left alone
+    assert args.write_alpha is False and args.min_sa is None and args.controls == [] and args.seed == 0
