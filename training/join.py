@@ -33,7 +33,7 @@ from hf_dualmoe.evaluation.evaluation import LEVELS, RobustnessReport
 from hf_dualmoe.evaluation.plots import attack_examples, save_plots
 from hf_dualmoe.hub.model_card import write_model_card
 from hf_dualmoe.models.joining import join_models
-from hf_dualmoe.models.loading import load_classifier
+from hf_dualmoe.models.loading import check_results_folder, load_classifier
 
 PARTS = ("standard", "robust")
 START_ALPHA = 0.75  # of the dial until it is chosen
@@ -99,8 +99,8 @@ def check_request(args: Namespace) -> dict[str, Any]:
     """What makes two joined models the same, fit for JSON.
 
     Raises:
-        ValueError: alpha is out of range or given twice over, a part would be overwritten, or the output folder holds
-            another joined model and --fresh does not say to start over.
+        ValueError: alpha is out of range or given twice over, a part or a model of somebody else would be overwritten,
+            or the output folder holds another joined model and --fresh does not say to start over.
     """
     if args.alpha is not None and not 0 <= args.alpha <= 1:
         raise ValueError(f"alpha={args.alpha!r} must be in [0, 1].")
@@ -116,6 +116,8 @@ def check_request(args: Namespace) -> dict[str, Any]:
     names = [f"{part}{end}" for part in PARTS for end in ("", "_revision", "_image_mean", "_image_std")]
     settings = {name: getattr(args, name) for name in (*names, "mixing", "image_size", "alpha")}
     recorded = args.output_dir / "settings.json"
+    for place in () if recorded.is_file() else (args.output_dir, folder):
+        check_results_folder(place)
     before = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() and not args.fresh else settings
     if differing := [name for name in settings if before.get(name) != settings[name]]:
         raise ValueError(

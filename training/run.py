@@ -26,6 +26,7 @@ from hf_dualmoe.cli.hardening import (
     BEFORE,
     agree_on_classes,
     check_hardening,
+    check_start_is_kept,
     load_start,
     measure_before,
     start_facts,
@@ -39,6 +40,7 @@ from hf_dualmoe.cli.run_record import (
     settings_of,
     shorter_before,
 )
+from hf_dualmoe.cli.script_arguments import check_apart_from_data
 from hf_dualmoe.data.datasets import DataSplits, load_splits
 from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
 from hf_dualmoe.evaluation.environment import print_in_any_encoding
@@ -73,8 +75,8 @@ def main() -> None:
         data_args, model_args, args, run = parser.parse(sys.argv[1:])
         output_dir, settings = Path(args.output_dir), settings_of(data_args, model_args, args)
         recorded = recorded_settings(output_dir, settings, run.fresh)
-        checkpoint = None if run.fresh else find_checkpoint(output_dir, recorded)
-        check_requests(model_args, args, run)  # what needs no data or model is refused before these are loaded
+        checkpoint = None if run.fresh else find_checkpoint(output_dir)
+        check_requests(data_args, model_args, args, run)  # what can be refused before anything is loaded
         set_seed(args.seed)  # new weights follow from it
         model, data, keeps_head = prepare(data_args, model_args, args)
         settings["data_digest"] = data.digest()  # a name says nothing of what the dataset holds today
@@ -181,11 +183,15 @@ def save_and_report(
             attempt("publishing", lambda: publish(folder, args, trainer.hub_model_id))
 
 
-def check_requests(model_args: ModelArguments, args: RobustTrainingArguments, run: argparse.Namespace) -> None:
+def check_requests(
+    data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments, run: argparse.Namespace
+) -> None:
     """Raise a ValueError for what cannot be done, before anything is loaded."""
+    check_apart_from_data(args.output_dir, data_args.dataset_name)
     check_dial_request(args.method, run)
     check_mixing(args.method, model_args)
-    check_hardening(model_args, args.method, Path(args.output_dir, "model"))
+    check_hardening(model_args, args.method)
+    check_start_is_kept(model_args, Path(args.output_dir))
 
 
 def check_dial_request(method: str, run: argparse.Namespace) -> None:

@@ -34,15 +34,27 @@ BEFORE = "before hardening"  # the name of those numbers on the card
 STRONGER = ("worst_case", "autoattack")  # parts of a report that are numbers of the whole model
 
 
-def check_hardening(model_args: ModelArguments, method: str, target: Path) -> None:
+def check_start_is_kept(model_args: ModelArguments, output_dir: Path) -> None:
+    """Raise a ValueError where a run would write into the folder of the model that it starts from, or delete it."""
+    for name in ("model_name_or_path", "init_experts_from"):
+        folder = Path(getattr(model_args, name) or "")
+        if not getattr(model_args, name) or not folder.exists():  # on the Hub
+            continue
+        if folder.resolve().is_relative_to(output_dir.resolve()):
+            below = folder.resolve().relative_to(output_dir.resolve()).parts
+            if not below or below[0] in ("model", "before", "unfinished") or below[0].startswith("checkpoint-"):
+                raise ValueError(
+                    f"{name}={str(folder)!r} would be overwritten by a run in output_dir={str(output_dir)!r}; choose "
+                    "another --output_dir."
+                )
+
+
+def check_hardening(model_args: ModelArguments, method: str) -> None:
     """Refuse what cannot be done with a trained model, before it is loaded.
 
-    Args:
-        target: Folder that the hardened model will be written to.
-
     Raises:
-        ValueError: The method trains another kind of model, an argument describes a new one, an argument for a trained
-            one is given without one, or the trained model would be overwritten.
+        ValueError: The method trains another kind of model, an argument describes a new one, or an argument for a
+            trained one is given without one.
     """
     start, new = model_args.model_name_or_path, ModelArguments()
     # a parser does not tell what was given: what differs from its default was
@@ -53,8 +65,6 @@ def check_hardening(model_args: ModelArguments, method: str, target: Path) -> No
         return
     if method not in METHODS:
         raise ValueError(f"method={method!r} does not harden model_name_or_path={start!r}: {INSTEAD[method]}.")
-    if target.resolve() == Path(start).resolve():
-        raise ValueError(f"model_name_or_path={start!r} would be overwritten; choose another --output_dir.")
     shape = [f"{name}={value!r}" for name, value in given.items() if name not in (*OF_A_TRAINED_MODEL, *SIZE)]
     if shape:
         raise ValueError(
@@ -98,7 +108,8 @@ def agree_on_classes(model: nn.Module, data: DataSplits) -> tuple[nn.Module, Dat
         return (
             model,
             data,
-            f"keeps its head: its {len(names)} classes have no names and take those of the data, in order",
+            f"keeps its head: its {len(names)} classes have no names and take those of the data, in order: "
+            + "; ".join(f"{label} = {name!r}" for label, name in enumerate(wanted[:10])),
         )
     found = match_names(wanted, names)
     if None not in found:

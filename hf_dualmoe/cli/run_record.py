@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.environment import write_text
+from ..models.loading import check_results_folder
 from ..trainer.arguments import RobustTrainingArguments
 from ..trainer.checkpoints import last_good_checkpoint, list_checkpoints, remove_checkpoint
 from .arguments import DataArguments, ModelArguments
@@ -58,10 +59,19 @@ def recorded_settings(output_dir: Path, settings: dict[str, Any], fresh: bool) -
     """Settings of the run that `output_dir` holds, which may differ in being shorter; {} where there is none.
 
     Raises:
-        ValueError: They differ in more, and `fresh` does not say to start over; the message names in what.
+        ValueError: They differ in more, and `fresh` does not say to start over; the message names in what. Or the
+            folder holds checkpoints of another program, or a model of somebody else.
     """
-    path = output_dir / SETTINGS_NAME
-    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not fresh else {}
+    there = read_record(output_dir)
+    if not there:
+        if list_checkpoints(output_dir):  # also with fresh, which would delete them
+            raise ValueError(
+                f"output_dir={str(output_dir)!r} holds checkpoints but no {SETTINGS_NAME} that says of which run; "
+                "choose another --output_dir."
+            )
+        for folder in (output_dir, output_dir / "model"):
+            check_results_folder(folder)
+    recorded = {} if fresh else there
     differing = differing_settings(recorded, settings) if recorded else {}
     if not all(is_longer(name, *values) for name, values in differing.items()):
         shown = ", ".join(f"{name}: {before!r} there, {now!r} here" for name, (before, now) in differing.items())
@@ -70,6 +80,16 @@ def recorded_settings(output_dir: Path, settings: dict[str, Any], fresh: bool) -
             "or start over in it with --fresh."
         )
     return recorded
+
+
+def read_record(output_dir: Path) -> dict[str, Any]:
+    """What a folder says of the run that it holds; {} where it says nothing, or another program wrote the file."""
+    path = output_dir / SETTINGS_NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and set(GROUPS) <= set(found) else {}
 
 
 def differing_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -103,18 +123,12 @@ def check_same_data(output_dir: Path, recorded: dict[str, Any], settings: dict[s
         )
 
 
-def find_checkpoint(output_dir: Path, recorded: dict[str, Any]) -> str | None:
+def find_checkpoint(output_dir: Path) -> str | None:
     """The newest whole checkpoint to go on from, where `output_dir` holds a run.
 
     Raises:
-        ValueError: The folder holds checkpoints of an unknown run.
         CheckpointError: It holds checkpoints, none of which can be used.
     """
-    if not recorded and list_checkpoints(output_dir):
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds checkpoints but no {SETTINGS_NAME} that says of which run; "
-            "choose another --output_dir, or start over in it with --fresh."
-        )
     found = last_good_checkpoint(output_dir)
     return str(found) if found else None
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -130,6 +131,17 @@ def output_folder(work: str, model: str, revision: str = "main") -> Path:
     return Path("outputs", f"{work}-{'-'.join(parts[-2:])[-LONGEST_NAME:]}-{digest}")
 
 
+def check_apart_from_data(output_dir: str | os.PathLike, dataset_name: str) -> None:
+    """Raise a ValueError where results would be written among the images: the next start would read them as such."""
+    images = Path(dataset_name).expanduser()
+    inside = images.is_dir() and Path(output_dir).resolve().is_relative_to(images.resolve())
+    if inside and dataset_name != "digits":
+        raise ValueError(
+            f"output_dir={os.fspath(output_dir)!r} lies in the folder of dataset_name={dataset_name!r}, and what is "
+            "written there would be read as data; choose another --output_dir."
+        )
+
+
 def load_model(args: Namespace, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
     """The model as a classifier of [0, 1] images.
 
@@ -156,11 +168,12 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
         **options: Further arguments of `load_splits`.
 
     Raises:
-        ValueError: There are fewer test images than asked for, all have one label that the model does not know, or
-            what `load_splits` and `match_classes` refuse.
+        ValueError: There are fewer test images than asked for, all have one label that the model does not know,
+            `output_dir` lies among the images, or what `load_splits` and `match_classes` refuse.
     """
     import datasets  # takes a second
 
+    check_apart_from_data(args.output_dir, args.dataset_name)
     names = ("image_column", "label_column", "test_split", "on_bad_image")
     options |= {name: getattr(args, name) for name in names}
     options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
@@ -180,6 +193,9 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
             f"model has a class of that name and names are compared. It has {len(names)}: {', '.join(names[:10])}."
         )
     if args.ignore_class_names or not names or are_generic(names):  # nothing to match by
+        if data.class_names != list(names):
+            pairs = "; ".join(f"{label} = {name!r}" for label, name in enumerate(data.class_names[:10]))
+            logger.warning("Names of classes are not compared; labels of the model are read as %s", pairs)
         return data
     return match_classes(data, names)
 

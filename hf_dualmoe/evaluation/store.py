@@ -93,7 +93,7 @@ class Store:
         fresh: Delete what the folder holds.
 
     Raises:
-        ValueError: The folder holds measurements made with other settings.
+        ValueError: The folder holds measurements made with other settings, or files of something else.
     """
 
     def __init__(self, folder: str | os.PathLike | None, settings: dict[str, Any], fresh: bool = False):
@@ -101,20 +101,24 @@ class Store:
         if self.folder is None:
             return
         settings = {**settings, "format of the files": FORMAT}
-        self.folder.mkdir(parents=True, exist_ok=True)
         recorded = self.folder / SETTINGS
-        if fresh:
-            for path in (path for kind in KEPT for path in self.folder.glob(kind)):
-                path.unlink()
-        elif recorded.is_file():
-            there = json.loads(recorded.read_text(encoding="utf-8"))
-            differing = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
-            if differing:
-                shown = ", ".join(f"{n}: {there.get(n)!r} there, {settings.get(n)!r} here" for n in differing)
-                raise ValueError(
-                    f"resume_dir={str(self.folder)!r} holds measurements made with other settings ({shown}); choose "
-                    "another folder (--output_dir), or start over in it with fresh=True (--fresh)."
-                )
+        there = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
+        kept = [path for kind in (SETTINGS, *KEPT) for path in self.folder.glob(kind)]
+        if kept and "format of the files" not in there:  # weights of a model, say, which fresh would delete
+            raise ValueError(
+                f"resume_dir={str(self.folder)!r} holds {kept[0].name}, and nothing says that it is of an evaluation; "
+                "choose another folder (--output_dir)."
+            )
+        differing = [name for name in {**there, **settings} if there.get(name) != settings.get(name)] if there else []
+        if differing and not fresh:
+            shown = ", ".join(f"{n}: {there.get(n)!r} there, {settings.get(n)!r} here" for n in differing)
+            raise ValueError(
+                f"resume_dir={str(self.folder)!r} holds measurements made with other settings ({shown}); choose "
+                "another folder (--output_dir), or start over in it with fresh=True (--fresh)."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in kept if fresh else ():
+            path.unlink()
         write_text(recorded, json.dumps(settings, indent=2) + "\n")
 
     def path(self, name: str) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
@@ -33,6 +34,7 @@ BLACK, WHITE, OTHER = (0, 0, 0), (255, 255, 255), (200, 30, 90)
 SIZES = ((96, 64), (64, 96), (96, 64))  # of the pictures: what is made of them must not depend on it
 FRAMING_TOLERANCE = 2 / 255  # of a picture of coordinates; another interpolation stays below it
 SMALLEST_REACH = 1 / 16  # from black to white, normalised: ImageNet's is above 4, that of 16 bits below 1 / 50
+SAVED_WITH, PACKAGE = "saved_with", "hf_dualmoe"  # what configs of other architectures say that we saved
 GIVE_NORMALISATION = (
     "If it takes RGB images as (x - mean) / std for x in [0, 1], pass image_mean and image_std (--image_mean, "
     "--image_std; 0 and 1 where it normalises by itself)."
@@ -82,6 +84,7 @@ class NormalizedClassifier(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Save the network as what it is, with its image processor: transformers alone loads and serves it again."""
+        setattr(self.network.config, SAVED_WITH, PACKAGE)  # else nobody could tell whose folder it is: `is_foreign`
         self.network.save_pretrained(folder)
         if self.processor is None:
             logger.warning("%s: no image processor is saved, since none is known; pipeline needs one.", folder)
@@ -165,7 +168,7 @@ def load_network(name: str, dtype: torch.dtype | str, options: dict[str, Any]) -
         network, info = AutoModelForImageClassification.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         there = "cannot be loaded as an image classifier"
         nowhere = "is neither a saved image classifier nor the id of one on the Hub"
         what = there if Path(name, "config.json").is_file() else nowhere
@@ -328,16 +331,27 @@ def first_line(error: Exception) -> str:
 def is_foreign(folder: str | os.PathLike) -> bool:
     """Whether a folder holds a model that this project did not make: it is read, and nothing is written there.
 
-    Ours are of our two kinds, or of any other with a results.json that says how it was trained here.
+    Ours are of our two kinds, or of any other whose config or results.json says that it was made here.
     """
-    config, results = Path(folder, "config.json"), Path(folder, "results.json")
-    if not config.is_file():
+    if not Path(folder, "config.json").is_file():
         return False
-    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if kind in (MoEConfig.model_type, DualMoEConfig.model_type):
+    config = PreTrainedConfig.get_config_dict(folder)[0]
+    if (
+        config.get("model_type") in (MoEConfig.model_type, DualMoEConfig.model_type)
+        or config.get(SAVED_WITH) == PACKAGE
+    ):
         return False
-    report = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-    return not (isinstance(report, dict) and "method" in report.get("training", {}))
+    return not is_report(Path(folder, "results.json"))
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of ours on a model that was trained here; results.json is a common name."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or no JSON in UTF-8
+        return False
+    parts = [report.get(name) for name in ("metrics", "training")] if isinstance(report, dict) else [None]
+    return all(isinstance(part, dict) for part in parts) and "method" in parts[-1]
 
 
 def check_results_folder(output_dir: str | os.PathLike) -> None:

@@ -35,7 +35,14 @@ def four_channels(folder):
     hf.ViTImageProcessor(size=SQUARE).save_pretrained(folder)
 
 
+def cut_off(folder):
+    foreign_models.save("vit", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
 BAD = {
+    "weights cut off": (cut_off, "cannot be loaded as an image classifier"),
     "no image classifier": (language_model, "cannot be loaded as an image classifier"),
     "no processor": (without_processor, "has no image processor that can be loaded"),
     "16 bits": (with_processor(rescale_factor=1 / 65535, **NORMALISATION), "16 bits per value and not 8"),

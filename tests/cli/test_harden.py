@@ -118,6 +118,7 @@ def test_other_classes_get_a_new_head(start, photos, tmp_path, capsys):
     command = [*QUICK, "--model_name_or_path", start("convnext", labels), "--dataset_name", photos]
     run(*command, "--output_dir", tmp_path, "--method", "trades")
     assert "gets a new head: 1 of the 5 classes of the data are not among its 5 (elk)." in capsys.readouterr().out
+    assert "take those of the data, in order: 0 = 'ant'; 1 = 'bee'" in capsys.readouterr().out
     saved = load_classifier(tmp_path / "model")
     assert list(saved.config.id2label.values()) == CLASSES
     report = RobustnessReport.load(tmp_path / "model" / "results.json")
@@ -134,10 +135,11 @@ def test_a_subset_of_the_classes_keeps_the_whole_head(start, photos, tmp_path):
     assert not (tmp_path / "out" / "before").exists()  # nothing is compared without a report
 
 
-def test_classes_without_names_take_those_of_the_data(start, photos, tmp_path):
+def test_classes_without_names_take_those_of_the_data(start, photos, tmp_path, capsys):
     generic = [f"LABEL_{i}" for i in range(5)]
     command = [*QUICK, "--model_name_or_path", start("resnet", generic), "--dataset_name", photos, "--report", "none"]
     run(*command, "--output_dir", tmp_path, "--learning_rate", 0)
+    assert "take those of the data, in order: 0 = 'ant'; 1 = 'bee'" in capsys.readouterr().out
     saved = load_classifier(tmp_path / "model")
     assert list(saved.config.id2label.values()) == CLASSES
     weights = load_classifier(start("resnet", generic)).network.state_dict()
@@ -206,11 +208,29 @@ def test_arguments_of_a_trained_model_need_one(refused, tmp_path):
     assert "image_mean=[0.5] is for a trained model" in refused("--image_mean", 0.5, "--output_dir", tmp_path / "out")
 
 
-def test_a_model_is_not_overwritten_by_its_hardened_self(refused, start, photos, tmp_path):
-    folder = tmp_path / "out" / "model"
+@pytest.mark.parametrize("place", ["out", "out/model", "out/checkpoint-7"])
+def test_a_model_is_not_overwritten_by_its_hardened_self(refused, start, photos, place, tmp_path):
+    folder = tmp_path / place
     shutil.copytree(start("resnet"), folder)
     command = [*QUICK, "--model_name_or_path", folder, "--dataset_name", photos, "--output_dir", tmp_path / "out"]
-    assert "would be overwritten; choose another --output_dir" in refused(*command, "--fresh")
+    for more in ([], ["--fresh"]):
+        assert "hoose another" in refused(*command, *more)
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(recorded_for(*map(str, command))))  # of a run of ours
+    assert "would be overwritten by a run in output_dir=" in refused(*command, "--fresh")
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_results_do_not_go_among_the_images(refused, start, photos, tmp_path):
+    command = [*QUICK, "--model_name_or_path", start("resnet"), "--dataset_name", photos]
+    for place in (photos, photos / "train" / "out"):
+        assert "lies in the folder of dataset_name=" in refused(*command, "--output_dir", place)
+    assert {path.name for path in photos.iterdir()} == {"train", "test"}
+
+
+def test_a_model_of_somebody_else_is_not_overwritten(refused, start, photos, tmp_path):
+    shutil.copytree(start("vit"), tmp_path / "out" / "model")
+    command = [*QUICK, "--model_name_or_path", start("resnet"), "--dataset_name", photos]
+    assert "holds a model that hf_dualmoe did not make" in refused(*command, "--output_dir", tmp_path / "out")
 
 
 def recorded_for(*arguments):

@@ -123,3 +123,8 @@ def test_parts_with_other_classes_and_overwritten_parts_are_refused(command, par
     shutil.copytree(parts / "vit", tmp_path / "run" / "model")
     assert join(*command, "--standard", tmp_path / "run" / "model", "--output_dir", tmp_path / "run") == 2
     assert "would be overwritten" in capsys.readouterr().err
+    for place in ("own", "own/model"):
+        shutil.copytree(parts / "vit", tmp_path / place, dirs_exist_ok=True)
+        assert join(*command, "--output_dir", tmp_path / "own") == 2
+        assert "holds a model that hf_dualmoe did not make" in capsys.readouterr().err
+        (tmp_path / "own" / "config.json").unlink(missing_ok=True)

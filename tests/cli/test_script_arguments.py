@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_dualmoe.cli.script_arguments import LONGEST_NAME, output_folder
+from hf_dualmoe.cli.script_arguments import LONGEST_NAME, load_images, output_folder
 from training import certify, evaluate
 
 
@@ -68,3 +68,23 @@ def test_help_shows_the_defaults_that_say_something(monkeypatch):
     assert not re.search(r"default: (None|False|\[\])", text)
     args = parser.parse_args(["--model", "x"])  # and parsing is left alone
     assert args.write_alpha is False and args.min_sa is None and args.controls == [] and args.seed == 0
+
+
+def test_labels_of_a_model_without_names_are_said(make_moe, tmp_path, caplog):
+    """A folder of classes 0 to 11 is sorted as text: label 2 is then class 10, which nobody would see."""
+    arguments = ["--model", "x", "--max_test_samples", "20", "--output_dir", str(tmp_path)]
+    args = evaluate.create_parser().parse_args(arguments)
+    model = make_moe(num_labels=10, image_size=8, num_channels=1, image_mean=[0.5], image_std=[0.5])
+    load_images(args, model)
+    assert "labels of the model are read as 0 = '0'; 1 = '1'; 2 = '2'" in caplog.text
+    caplog.clear()
+    model.config.id2label = {i: str(i) for i in range(10)}
+    load_images(args, model)
+    assert "read as" not in caplog.text
+
+
+@pytest.mark.parametrize("place", [".", "train", "out"])
+def test_results_do_not_go_among_the_images(place, make_moe, tmp_path):
+    arguments = ["--model", "x", "--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / place)]
+    with pytest.raises(ValueError, match="output_dir=.* lies in the folder of dataset_name="):
+        load_images(evaluate.create_parser().parse_args(arguments), make_moe())

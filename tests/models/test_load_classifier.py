@@ -214,8 +214,17 @@ def test_folders_of_others_are_not_written_to(tmp_path, save):
     shutil.copytree(save("vit"), hardened)
     (hardened / "results.json").write_text(json.dumps({"metrics": {}, "training": {"method": "at"}}))
     assert not is_foreign(hardened)
-    (hardened / "results.json").write_text(json.dumps({"accuracy": 0.9}))  # of somebody else's tool
-    assert is_foreign(hardened)
+    for text in (
+        '{"accuracy": 0.9}',
+        '{"metrics": {}, "training": null}',
+        '{"training": {"method": "sgd"}}',
+        "",
+        "[1]",
+    ):
+        (hardened / "results.json").write_text(text)  # of somebody else's tool
+        assert is_foreign(hardened)
+    load_classifier(hardened).save_pretrained(tmp_path / "ours")
+    assert not is_foreign(tmp_path / "ours")
     with pytest.raises(ValueError, match="holds a model that hf_dualmoe did not make"):
         check_results_folder(save("vit"))
     check_results_folder(save("dual"))

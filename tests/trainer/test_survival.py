@@ -288,12 +288,20 @@ def test_no_file_of_a_run_holds_the_access_token(finished, tmp_path):
 
 
 def test_run_goes_on_from_the_last_whole_checkpoint(run_dir):
-    with pytest.raises(ValueError, match="holds checkpoints but no settings.json"):
-        script.find_checkpoint(run_dir, {})
-    recorded = {"data": {}, "model": {}, "training": {}}
-    assert script.find_checkpoint(run_dir, recorded) == str(run_dir / "checkpoint-6")
+    assert script.find_checkpoint(run_dir) == str(run_dir / "checkpoint-6")
     cut(run_dir / "checkpoint-6" / "scheduler.pt")
-    assert script.find_checkpoint(run_dir, recorded) == str(run_dir / "checkpoint-4")
+    assert script.find_checkpoint(run_dir) == str(run_dir / "checkpoint-4")
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("settings", [None, "[]", '{"lr": 1}', "broken"])
+def test_checkpoints_of_another_program_are_left_alone(run_dir, settings, fresh):
+    """--fresh would delete them: somebody's trained weights."""
+    if settings is not None:
+        (run_dir / "settings.json").write_text(settings)
+    here = {"data": {}, "model": {}, "training": {}}
+    with pytest.raises(ValueError, match=r"holds checkpoints but no settings.json .* choose another --output_dir\.$"):
+        script.recorded_settings(run_dir, here, fresh=fresh)
 
 
 @pytest.mark.parametrize(
