@@ -130,7 +130,7 @@ def prepare(
         return create_model(model_args, args, data), data, False
     # as the model takes them
     data = load_data(data_args, start.config.image_size, start.config.num_channels, args.seed)
-    model, data, done = agree_on_classes(start, data)
+    model, data, done = agree_on_classes(start, data, model_args.ignore_class_names)
     tell(args, f"{model_args.model_name_or_path} {done}.")
     return model, data, model is start  # with a new head it is another object
 

@@ -21,7 +21,14 @@ from ..trainer.arguments import PixelValue, RobustTrainingArguments
 from .help_text import grouped_help
 from .script_arguments import DATA_HELP, output_folder
 
-OF_A_TRAINED_MODEL = ("model_name_or_path", "model_revision", "trust_remote_code", "image_mean", "image_std")
+OF_A_TRAINED_MODEL = (
+    "model_name_or_path",
+    "model_revision",
+    "trust_remote_code",
+    "image_mean",
+    "image_std",
+    "ignore_class_names",
+)
 SIZE = ("image_size",)  # of any model
 TRAINER_OUTPUT = "trainer_output"  # what transformers fills in where no output_dir is given
 
@@ -77,6 +84,10 @@ class ModelArguments:
     image_std: list[float] | None = field(
         default=None,
         metadata={"help": "Standard deviation of that normalisation; default: as its image processor does."},
+    )
+    ignore_class_names: bool = field(
+        default=False,
+        metadata={"help": "Label i of the data is class i of the model to harden, whatever they are called."},
     )
     backbone: str = field(default="resnet18", metadata={"help": "timm name of the experts' architecture."})
     backbone_kwargs: str | None = field(

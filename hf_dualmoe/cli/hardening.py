@@ -92,7 +92,9 @@ def load_start(model_args: ModelArguments) -> nn.Module | None:
     )
 
 
-def agree_on_classes(model: nn.Module, data: DataSplits) -> tuple[nn.Module, DataSplits, str]:
+def agree_on_classes(
+    model: nn.Module, data: DataSplits, ignore_names: bool = False
+) -> tuple[nn.Module, DataSplits, str]:
     """The model and the data with the same classes in the same order, and what was done for it, in a line.
 
     Where the model knows all classes of the data by name it keeps its head, and the data get its labels. Where its
@@ -101,8 +103,20 @@ def agree_on_classes(model: nn.Module, data: DataSplits) -> tuple[nn.Module, Dat
     Args:
         model: What `load_start` gave.
         data: Images and labels.
+        ignore_names: Whether label i of the data is class i of the model, whatever their names.
+
+    Raises:
+        ValueError: Names are ignored, and the numbers of classes differ.
     """
     names, wanted = labels_of(model.config), data.class_names
+    if ignore_names:
+        if len(names) != len(wanted):
+            raise ValueError(
+                f"ignore_class_names=True: the data have {len(wanted)} classes ({shortened(wanted)}) and the model "
+                f"{len(names)} ({shortened(names)}); expected as many."
+            )
+        data = data if names == wanted else relabelled(data, range(len(names)), names)
+        return model, data, f"keeps its head: its {len(names)} classes are those of the data, in order"
     if are_generic(names) and len(names) == len(wanted):  # LABEL_0, ...: only the order can tell
         rename_classes(model, wanted)
         return (

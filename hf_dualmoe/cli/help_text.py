@@ -30,6 +30,7 @@ GROUPS = {  # everything else that transformers' Trainer takes is in `--help_all
         "trust_remote_code",
         "image_mean",
         "image_std",
+        "ignore_class_names",
     ),
     "model": (
         "backbone",
@@ -140,7 +141,7 @@ def grouped_help(parser: argparse.ArgumentParser, everything: bool) -> str:
         # HfArgumentParser adds --two-words beside --two_words
         shown.option_strings = [o for o in action.option_strings if "-" not in o.lstrip("-")]
         shown.metavar = None if action.choices or action.nargs == 0 else "VALUE"
-        if action.default is None:  # "(default: None)" says nothing
+        if action.default is None or action.default is False:  # "(default: None)" says nothing
             shown.default = argparse.SUPPRESS
         by_name.setdefault(action.dest, shown)
     groups = dict(GROUPS)

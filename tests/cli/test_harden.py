@@ -146,6 +146,20 @@ def test_classes_without_names_take_those_of_the_data(start, photos, tmp_path, c
     assert torch.equal(saved.network.classifier[1].weight, weights["classifier.1.weight"])
 
 
+def test_other_names_in_the_same_order_keep_the_head(start, photos, tmp_path, capsys):
+    command = [*QUICK, "--model_name_or_path", start("resnet", list("abcde")), "--dataset_name", photos]
+    command += ["--report", "none", "--output_dir", tmp_path, "--learning_rate", 0, "--ignore_class_names"]
+    run(*command)
+    assert "keeps its head: its 5 classes are those of the data, in order" in capsys.readouterr().out
+    assert list(load_classifier(tmp_path / "model").config.id2label.values()) == list("abcde")
+    shutil.copytree(photos, tmp_path / "few")
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "few" / split / "elk")
+    command += ["--dataset_name", tmp_path / "few", "--output_dir", tmp_path / "other"]
+    assert scripts.call(script, *command) == 2
+    assert "the data have 4 classes (ant, bee, cow, dog) and the model 5" in capsys.readouterr().err
+
+
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(start, photos, tmp_path):
     command = [*QUICK, "--model_name_or_path", start("resnet"), "--dataset_name", photos, "--report", "none"]
     command += ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "steps"]
