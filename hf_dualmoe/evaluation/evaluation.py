@@ -255,7 +255,7 @@ def check_evaluation(
         ValueError: An argument is out of range, or does not fit the model or the images.
     """
     parts = parts_of(level, eps)
-    check_eps(eps, norm)
+    check_eps(eps, norm, datasets[0].images.shape[1:])
     if eps == 0 and {"eps_curve", "sanity"} & set(parts):
         raise ValueError("eps=0 leaves nothing to check; give eps > 0, or level='quick'.")
     has_sweep = has_dial(model) and "dial" in parts

@@ -244,6 +244,7 @@ def test_measured_model_is_the_calibrated_one(saved, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--eps", "8"], "did you mean 8/255"),
+        (["--norm", "l2", "--eps", "9"], "eps=9.0 is larger than 8, "),
         (["--eps", "8/0"], "invalid pixel_radius value: '8/0'"),
         (["--max_test_samples", "9999"], "max_test_samples=9999, but the dataset has"),
         (["--level", "thorough"], "level has unknown parts 'thorough'"),
