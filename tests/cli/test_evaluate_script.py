@@ -98,7 +98,7 @@ def foreign(tmp_path):
         for parameter in vit.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         logits = vit(**processor(pictures, return_tensors="pt")).logits
-        vit.classifier.bias[1] -= (logits[:, 1] - logits[:, 0]).median()
+        vit.classifier.bias[1] -= (logits[:, 1] - logits[:, 0]).quantile(0.5)
     vit.save_pretrained(tmp_path / "vit")
     processor.save_pretrained(tmp_path / "vit")
     served = pipeline("image-classification", model=str(tmp_path / "vit"))
