@@ -173,6 +173,7 @@ def test_controls_stand_on_the_card_if_they_were_measured_alike(saved, tmp_path,
 
 def test_numbers_of_other_images_take_no_place_on_the_card(saved, tmp_path, capsys):
     folder, out = shutil.copytree(saved / "moe", tmp_path / "moe"), tmp_path / "out"
+    (folder / "results.json").unlink(missing_ok=True)  # of another test
     command = [*QUICK, "--model", folder, "--level", "components"]
     assert evaluate(*command, "--output_dir", tmp_path / "first") == 0
     assert f"Wrote {folder / 'README.md'}" in capsys.readouterr().out
