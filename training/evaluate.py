@@ -23,11 +23,11 @@ from hf_dualmoe.cli.evaluating import SPLITS, add_evaluation_arguments, check_me
 from hf_dualmoe.cli.script_arguments import add_run_arguments, load_model, model_parser, output_folder
 from hf_dualmoe.data.datasets import DataSplits
 from hf_dualmoe.evaluation.calibration import calibrate_robust_logits
-from hf_dualmoe.evaluation.environment import print_in_any_encoding, write_text
-from hf_dualmoe.evaluation.evaluation import RobustnessReport
+from hf_dualmoe.evaluation.environment import data_digest, print_in_any_encoding, write_text
 from hf_dualmoe.evaluation.plots import attack_examples, save_plots
 from hf_dualmoe.evaluation.processes import Processes
-from hf_dualmoe.hub.model_card import refresh_model_card
+from hf_dualmoe.evaluation.report import RobustnessReport, same_images
+from hf_dualmoe.hub.model_card import load_report, reason_to_keep, refresh_model_card
 from hf_dualmoe.models.loading import NormalizedClassifier, is_foreign
 
 
@@ -74,7 +74,7 @@ def main() -> None:
             raise ValueError(f"write_alpha needs the dial to be measured; level={args.level!r} leaves it out.")
         if args.calibrate and data.validation is None:
             raise ValueError(f"calibrate needs held-out images; {data.name} has test images only.")
-        check_controls(controls, data.name, args.max_test_samples or len(data.test))
+        check_controls(args, controls, data)
         work = evaluation_work(args, model, data, parts)
         accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
@@ -137,17 +137,26 @@ def read_controls(args: Namespace) -> dict[str, RobustnessReport]:
     return reports
 
 
-def check_controls(controls: dict[str, RobustnessReport], dataset: str, num_images: int) -> None:
-    """Raise a ValueError where a control was measured on another dataset or number of images."""
+def check_controls(args: Namespace, controls: dict[str, RobustnessReport], data: DataSplits) -> None:
+    """Raise a ValueError where a control was measured on other images than those of this evaluation."""
+    if not controls:
+        return
+    test, number = data.test, args.max_test_samples
+    images = test if number is None else test.take(number, seed=args.seed)  # as the evaluation does
+    here = {"name": data.name, "num_images": len(images), "digest": data_digest(images)}
     for name, control in controls.items():
-        if (control.dataset["name"], control.dataset["num_images"]) != (dataset, num_images):
-            raise ValueError(f"controls={name!r} was measured on other images than {num_images} of {dataset}.")
+        if not same_images(control.dataset, here):
+            there = f"{control.dataset['num_images']} of {control.dataset['name']}"
+            raise ValueError(
+                f"controls={name!r} was measured on other images ({there}) than {len(images)} of {data.name} here; "
+                "evaluate both with the same --dataset_name, --test_split, --max_test_samples and --seed."
+            )
 
 
 def comparable(earlier: RobustnessReport, report: RobustnessReport) -> dict[str, Any]:
     """The controls of an earlier report, such as the model before hardening, where it was made as this one was."""
-    same = [(r.dataset["name"], r.dataset["num_images"], r.threat["norm"], r.threat["eps"]) for r in (earlier, report)]
-    return earlier.controls if same[0] == same[1] else {}
+    same = [(r.threat["norm"], r.threat["eps"]) for r in (earlier, report)]
+    return earlier.controls if same[0] == same[1] and same_images(earlier.dataset, report.dataset) else {}
 
 
 def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: Accelerator) -> dict[str, Any]:
@@ -170,8 +179,11 @@ def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: 
 def write_card(args: Namespace, report: RobustnessReport) -> None:
     """Bring the model's card up to date, or write one beside the results."""
     try:
+        kept = reason_to_keep(load_report(args.model), report)
         card = refresh_model_card(report, args.output_dir, args.model)
         print(f"Wrote {card}" if card else "README.md was edited by somebody and is left alone.")
+        if kept:
+            print(f"{args.model} keeps its results.json and card: this evaluation {kept}.")
     except Exception as error:  # the numbers are saved; a card can be rendered again
         print(f"WARNING: writing the model card failed: {type(error).__name__}: {error}", file=sys.stderr)
 

@@ -4,6 +4,7 @@ Images are floats in [0, 1], radii are in the same units. `model` is any callabl
 something in which `logits_of` finds them: an output of transformers, a dictionary, a tuple.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -117,8 +118,17 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
 
 
-def check_eps(eps: float | Tensor, norm: str) -> None:
-    """Raise a ValueError unless `eps` is a radius of `norm` in [0, 1] pixel units."""
+def check_eps(eps: float | Tensor, norm: str, shape: Sequence[int] = ()) -> None:
+    """Refuse what is no radius in [0, 1] pixel units.
+
+    Args:
+        eps: Radius.
+        norm: "linf" or "l2".
+        shape: Of one image; () = not known.
+
+    Raises:
+        ValueError: There is no such norm, eps is not finite or below 0, or no two images are so far apart.
+    """
     check_choice("norm", norm, NORMS)
     if isinstance(eps, Tensor) and eps.ndim == 0:  # of a step that is captured; its number was checked before
         return
@@ -127,6 +137,11 @@ def check_eps(eps: float | Tensor, norm: str) -> None:
         raise ValueError(f"eps={eps!r} must be a finite radius >= 0 in [0, 1] pixel units.")
     if norm == "linf" and eps > 1:
         raise ValueError(f"eps={eps!r} is larger than the whole pixel range [0, 1]; did you mean {eps:g}/255?")
+    if norm == "l2" and shape and eps > (furthest := math.sqrt(math.prod(shape))):
+        raise ValueError(
+            f"eps={eps!r} is larger than {furthest:.3g}, the L2 distance of black and white, which no two images of "
+            f"{' x '.join(map(str, shape))} exceed; eps counts in [0, 1] pixel units: did you mean {eps:g}/255?"
+        )
 
 
 def check_alphas(alphas: Sequence[float]) -> None:

@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import nn
 
+from ..attacks.base import check_eps
 from ..data.datasets import ImageTensorDataset
 from ..models.loading import NormalizedClassifier
 
@@ -22,8 +23,11 @@ def check_eps_is_in_pixels(model: nn.Module, images: ImageTensorDataset, eps: fl
     themselves, ours among them, leave nothing to mistake.
 
     Raises:
-        ValueError: eps is at least a quarter of the range of pixel values, on colour images.
+        ValueError: eps is at least a quarter of the range of pixel values, on colour images; or, in L2, larger than
+            the distance of any two images.
     """
+    if norm == "l2" and eps > 0:  # certificates have more norms, and refuse radii of 0 and below themselves
+        check_eps(eps, norm, images.images.shape[1:])
     normalises = isinstance(model, NormalizedClassifier) and max(model.config.image_std) < 1  # else nothing to mistake
     if norm != "linf" or eps < DOUBTFUL or not normalises or not has_colours(images):
         return

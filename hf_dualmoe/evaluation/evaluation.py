@@ -21,6 +21,7 @@ from .environment import (
     check_class_names,
     check_image_shape,
     check_num_images,
+    data_digest,
     describe_environment,
     describe_model,
 )
@@ -132,7 +133,8 @@ def evaluate_robustness(
         attack_dtype=attack_dtype,
         check_names=check_names,
     )
-    dataset = dataset if num_images is None else dataset.take(num_images, seed=seed)  # the same images at each call
+    whole = dataset
+    dataset = whole if num_images is None else whole.take(num_images, seed=seed)  # the same images at each call
     attack = PGD(eps=eps, norm=norm, steps=steps, seed=seed)  # seeded: a restart, or more processes, find the same
     with full_precision(), frozen(model):  # TF32 would make numbers depend on the GPU
         run = begin(
@@ -147,6 +149,8 @@ def evaluate_robustness(
             resume_dir=resume_dir,
             fresh=fresh,
         )
+        if num_images is not None:
+            run.report.dataset["taken_from"] = data_digest(whole)
         measure(
             run,
             parts,
@@ -179,7 +183,12 @@ def begin(
     processes = Processes(accelerator)
     report = RobustnessReport(
         model=describe_model(model),
-        dataset={"name": dataset_name, "num_images": len(dataset), "class_names": dataset.class_names},
+        dataset={
+            "name": dataset_name,
+            "num_images": len(dataset),
+            "class_names": dataset.class_names,
+            "digest": data_digest(dataset),
+        },
         threat={"norm": attack.norm, "eps": float(attack.eps), "attacks": {f"ra_pgd{attack.steps}": repr(attack)}},
         seeds={"evaluation": attack.seed},
         environment={**describe_environment(device_of(model)), "processes": processes.count},
@@ -255,7 +264,7 @@ def check_evaluation(
         ValueError: An argument is out of range, or does not fit the model or the images.
     """
     parts = parts_of(level, eps)
-    check_eps(eps, norm)
+    check_eps(eps, norm, datasets[0].images.shape[1:])
     if eps == 0 and {"eps_curve", "sanity"} & set(parts):
         raise ValueError("eps=0 leaves nothing to check; give eps > 0, or level='quick'.")
     has_sweep = has_dial(model) and "dial" in parts

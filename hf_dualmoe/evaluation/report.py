@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ class RobustnessReport:
 
     Args:
         model: Kind, architecture, number of parameters.
-        dataset: Name, split, number of images.
+        dataset: Name, number of images, class names and a `digest` of images and labels; where the images were chosen
+            from more, `taken_from` is the digest of all.
         threat: `norm`, `eps` (in [0, 1] pixel units) and the attacks with their settings.
         metrics: `sa` and `ra_<attack>` in %, of the whole model, with 95 % Wilson `intervals`; `ra_worst_case` is
             pointwise over all attacks on the whole model, and `worst_case` has its members' own accuracies;
@@ -118,6 +119,12 @@ class RobustnessReport:
         return lines
 
 
+def same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether the `dataset` of two reports is the same images: by digest, or by name and number where one has none."""
+    keys = ["digest"] if first.get("digest") and second.get("digest") else ["name", "num_images"]
+    return all(first.get(key) == second.get(key) for key in keys)
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as a table for the terminal: a line below the first row, all columns but one to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -128,4 +135,4 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-__all__ = ["RobustnessReport", "aligned"]
+__all__ = ["RobustnessReport", "aligned", "same_images"]

@@ -6,6 +6,7 @@ those of https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.environment import write_text
 from ..evaluation.outcomes import OUTCOMES_NAME
-from ..evaluation.report import RobustnessReport
+from ..evaluation.report import RobustnessReport, same_images
 from ..models.loading import is_foreign
 from .card_facts import (
     accuracies,
@@ -28,12 +29,16 @@ from .card_facts import (
     is_dual,
     metric_title,
     number,
+    radius,
 )
 from .card_text import PLOTS, CardSubject, model_text, results_text, squeeze, training_text
 
 CARD_NAME, RESULTS_NAME, CONFIG_NAME = "README.md", "results.json", "config.json"
 MARKER = "<!-- Rendered from results.json by hf_dualmoe. Delete this line to edit the card: it is then left alone. -->"
 LISTS = {"tags", "datasets"}  # metadata that may be given as one string too
+MOST_NAMED = 3  # things that a report lacks
+# in descriptions of attacks
+SEED, EFFORT = re.compile(r"seed=-?\d+"), re.compile(r"(\d+) (APGD step|restart)s?")
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -105,9 +110,9 @@ def refresh_model_card(
 ) -> Path | None:
     """Put a new evaluation on the card of the evaluated model.
 
-    Where `model` is a local folder and the report measures all that the folder's own report does (same data, norm and
-    radius), report, record and plots are copied there and its card is rendered again. Otherwise a card is written
-    beside the evaluation, in `output_dir`.
+    Where `model` is a local folder and nothing that its own report says is lost (`reason_to_keep`), report, record and
+    plots are copied there and its card is rendered again. Otherwise a card is written beside the evaluation, in
+    `output_dir`.
 
     Returns:
         The card, or None where it is in the hands of somebody; see `write_model_card`.
@@ -120,7 +125,7 @@ def refresh_model_card(
         raise ValueError(f"model={str(model)!r} was not made by hf_dualmoe; it gets no card.")
     if not (folder / CONFIG_NAME).is_file():
         return write_model_card(output_dir, report, repo_id=str(model), model_name=folder.name)
-    if not supersedes(report, load_report(folder)):
+    if reason_to_keep(load_report(folder), report):
         return write_model_card(output_dir, report, model_name=model_name(folder))
     if folder.resolve() != output_dir.resolve():  # an evaluation into the model's own folder is there already
         report.save(folder / RESULTS_NAME)
@@ -131,13 +136,50 @@ def refresh_model_card(
     return write_model_card(folder, report)
 
 
-def supersedes(new: RobustnessReport, old: RobustnessReport | None) -> bool:
-    """Whether `new` measures all that `old` does, on the same data at the same radius, and on no fewer images."""
+def reason_to_keep(old: RobustnessReport | None, new: RobustnessReport) -> str:
+    """Why the report in a model's folder stays, as what the new evaluation is or does; "" = the new one replaces it.
+
+    It does where nothing is lost: it is of the same images, or all those that they were chosen from, within the same
+    radius, has all that the old one has, and its attacks are no weaker.
+    """
     if old is None:
+        return ""
+    if not covers(new.dataset, old.dataset):
+        return "is of other images"
+    if ball(new) != ball(old):
+        return f"is within {radius(new) or 'no radius'} instead of {radius(old) or 'no radius'}"
+    there = contents(new)
+    if lost := [name for name in contents(old) if name not in there]:
+        return f"lacks {', '.join(lost[:MOST_NAMED])}{', ...' * (len(lost) > MOST_NAMED)}"
+    attacks = new.threat.get("attacks", {})
+    for name, attack in old.threat.get("attacks", {}).items():
+        if not is_as_strong(found := attacks.get(name, "an unknown attack"), attack):
+            return f"has {name} by {found} instead of {attack}"
+    return ""
+
+
+def covers(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a report's `dataset` has all images of another's; by name and number where one has no digest."""
+    if same_images(new, old):
         return True
-    same = [(r.dataset.get("name"), r.threat.get("norm"), r.threat.get("eps")) for r in (new, old)]
-    counts = [r.dataset.get("num_images", 0) for r in (new, old)]
-    return same[0] == same[1] and counts[0] >= counts[1] and set(old.metrics) <= set(new.metrics)  # nothing is lost
+    if new.get("digest") and old.get("digest"):
+        return new["digest"] == old.get("taken_from")
+    return new.get("name") == old.get("name") and new.get("num_images", 0) >= old.get("num_images", 0)
+
+
+def contents(report: RobustnessReport) -> list[str]:
+    """Names of all that a report has to tell."""
+    dial = [f"dial at alpha={point['alpha']:g}" for point in report.alpha_sweep]
+    more = [name for name in ("alpha_choice", "outcomes") if getattr(report, name)]
+    checks, controls = [f"check {name}" for name in report.sanity], [f"control {name}" for name in report.controls]
+    return [*report.metrics, *dial, *more, *checks, *controls]
+
+
+def is_as_strong(new: str, old: str) -> bool:
+    """Whether two descriptions are of one attack, whatever its seed, with no less effort in the new one."""
+    same = [EFFORT.sub(r"n \2", SEED.sub("", attack)) for attack in (new, old)]
+    efforts = [[int(number) for number, _ in EFFORT.findall(attack)] for attack in (new, old)]
+    return same[0] == same[1] and all(more >= less for more, less in zip(*efforts, strict=True))
 
 
 def check_card(card: ModelCard | str) -> ModelCard:

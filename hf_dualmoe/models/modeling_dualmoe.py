@@ -104,9 +104,12 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
                 for a model that expects normalised images, or `mixing`.
 
         Raises:
-            ValueError: The two disagree on labels, image size or channels, alpha is out of range, mixing="weights" and
-                they cannot be merged, or one could not be built again from its config, as loading will.
+            ValueError: One is no model of transformers, the two disagree on labels, image size or channels, alpha is
+                out of range, mixing="weights" and they cannot be merged, or one could not be built again from its
+                config, as loading will.
         """
+        for name, model in (("standard", standard), ("robust", robust)):
+            check_component(name, model)
         named = common_labels(standard.config.id2label, robust.config.id2label)
         config_kwargs = {"id2label": named, "label2id": {name: i for i, name in named.items()}, **config_kwargs}
         configs = copy.deepcopy((standard.config, robust.config))  # the joined config writes into its parts
@@ -356,6 +359,15 @@ class DualMoEForImageClassification(RobustPreTrainedModel):
         if output.get("aux_loss") is None:
             return None
         return getattr(self.config, name).router_aux_loss_coef * output.aux_loss
+
+
+def check_component(name: str, model: Any) -> None:
+    """Raise a ValueError unless F_S or F_R is a model of transformers, without anything around it."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{name} is a {type(model).__name__}; expected a model of transformers. To join what load_classifier "
+            "gives, or folders, use hf_dualmoe.models.joining.join_models."
+        )
 
 
 def common_labels(standard: dict[int, str], robust: dict[int, str]) -> dict[int, str]:

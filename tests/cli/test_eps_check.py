@@ -47,6 +47,15 @@ def test_usual_radii_pass_without_a_word(model, images, eps, norm, caplog):
     assert not caplog.records
 
 
+def test_l2_radii_beyond_the_furthest_images_are_refused(resnet_moe):
+    """sqrt(3 * 32 * 32) = 55.4: within 128, every image reaches every other."""
+    for eps in (1.0, 55.4):
+        check_eps_is_in_pixels(resnet_moe, dataset(COLOUR), eps, "l2")
+    message = r"eps=128 is larger than 55.4, .* two images of 3 x 32 x 32 .* did you mean 128/255\?"
+    with pytest.raises(ValueError, match=message):
+        check_eps_is_in_pixels(resnet_moe, dataset(COLOUR), 128, "l2")
+
+
 def test_models_that_normalise_by_themselves_leave_nothing_to_mistake(resnet_moe, caplog):
     check_eps_is_in_pixels(resnet_moe, dataset(COLOUR), 0.3, "linf")
     assert not caplog.records

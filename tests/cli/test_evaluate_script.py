@@ -98,7 +98,7 @@ def foreign(tmp_path):
         for parameter in vit.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         logits = vit(**processor(pictures, return_tensors="pt")).logits
-        vit.classifier.bias[1] -= (logits[:, 1] - logits[:, 0]).median()
+        vit.classifier.bias[1] -= (logits[:, 1] - logits[:, 0]).quantile(0.5)
     vit.save_pretrained(tmp_path / "vit")
     processor.save_pretrained(tmp_path / "vit")
     served = pipeline("image-classification", model=str(tmp_path / "vit"))
@@ -165,9 +165,26 @@ def test_controls_stand_on_the_card_if_they_were_measured_alike(saved, tmp_path,
             ["--controls", f"other={other}", "--max_test_samples", "20"],
             "controls='other' was measured on other images",
         ),
+        (["--controls", f"other={other}", "--seed", "1"], "controls='other' was measured on other images"),
     ):
         assert evaluate(*command, *changed) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_numbers_of_other_images_take_no_place_on_the_card(saved, tmp_path, capsys):
+    folder, out = shutil.copytree(saved / "moe", tmp_path / "moe"), tmp_path / "out"
+    (folder / "results.json").unlink(missing_ok=True)  # of another test
+    command = [*QUICK, "--model", folder, "--level", "components"]
+    assert evaluate(*command, "--output_dir", tmp_path / "first") == 0
+    assert f"Wrote {folder / 'README.md'}" in capsys.readouterr().out
+    report = RobustnessReport.load(folder / "results.json")
+    report.controls = {"before hardening": {"sa": 12.5}}
+    report.save(folder / "results.json")
+    assert evaluate(*command, "--seed", 1, "--output_dir", out) == 0
+    said = f"{folder} keeps its results.json and card: this evaluation is of other images.\n"
+    assert said in capsys.readouterr().out
+    assert RobustnessReport.load(folder / "results.json") == report and (out / "README.md").is_file()
+    assert RobustnessReport.load(out / "results.json").controls == {}  # measured on other images too
 
 
 def test_what_the_evaluation_refuses_is_refused_before_the_calibration(saved, monkeypatch, capsys):
@@ -244,6 +261,7 @@ def test_measured_model_is_the_calibrated_one(saved, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--eps", "8"], "did you mean 8/255"),
+        (["--norm", "l2", "--eps", "9"], "eps=9.0 is larger than 8, "),
         (["--eps", "8/0"], "invalid pixel_radius value: '8/0'"),
         (["--max_test_samples", "9999"], "max_test_samples=9999, but the dataset has"),
         (["--level", "thorough"], "level has unknown parts 'thorough'"),

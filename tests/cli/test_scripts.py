@@ -50,6 +50,7 @@ def test_run_trains_reports_and_saves(tmp_path, capsys, monkeypatch):
     report = RobustnessReport.load(folder / "results.json")
     assert [point["alpha"] for point in report.alpha_sweep] == [0.0, 0.5, 0.75, 0.9, 1.0]
     names = [str(i) for i in range(10)]
+    assert report.dataset.pop("digest")
     assert report.dataset == {"name": "digits", "num_images": 10, "class_names": names}
     assert report.threat["eps"] == 0.15 and report.environment["packages"]["torch"]
     assert report.training["method"] == "jtdmoe" and report.training["num_images"] == 64

@@ -19,7 +19,7 @@ from hf_dualmoe.evaluation import evaluation, work
 from hf_dualmoe.evaluation import measurements as parts
 from hf_dualmoe.evaluation.batches import correct_mask, run_batches
 from hf_dualmoe.evaluation.dial import DialedModel, dial_attack
-from hf_dualmoe.evaluation.environment import check_class_names
+from hf_dualmoe.evaluation.environment import check_class_names, data_digest
 from hf_dualmoe.evaluation.evaluation import LEVELS, RobustnessReport, evaluate_robustness
 from hf_dualmoe.evaluation.memory import is_out_of_memory
 from hf_dualmoe.evaluation.metrics import wilson_interval
@@ -487,6 +487,8 @@ def test_images_of_another_shape_than_the_model_takes_are_refused(moe, dataset):
 def test_num_images_takes_a_stratified_choice(moe, dataset):
     report = evaluate_robustness(moe, dataset, **QUIET, num_images=9, seed=4)
     assert report.dataset["num_images"] == 9
+    digests = [data_digest(dataset.take(9, seed=4)), data_digest(dataset)]
+    assert [report.dataset[name] for name in ("digest", "taken_from")] == digests
     expected = correct_mask(moe, dataset.take(9, seed=4))
     assert report.metrics["sa"] == pytest.approx(100 * float(expected.float().mean()), abs=1e-4)
 

@@ -16,6 +16,7 @@ from hf_dualmoe.hub.model_card import (
     CardSubject,
     check_card,
     create_model_card,
+    reason_to_keep,
     refresh_model_card,
     write_model_card,
 )
@@ -320,19 +321,42 @@ def test_invalid_cards_are_refused(old, new, message):
         check_card(text.replace(old, new, 1))
 
 
-@pytest.mark.parametrize(
-    ("changes", "taken"),
-    [
-        ({}, True),
-        ({"metrics": {**REAL["metrics"], "ra_autoattack": 20.0}}, True),
-        ({"metrics": {"sa": 94.0, "ra_pgd20": 50.0}}, False),
-        ({"threat": {**REAL["threat"], "eps": 0.1}}, False),
-        ({"dataset": {**REAL["dataset"], "num_images": 100}}, False),
-        ({"dataset": {**REAL["dataset"], "name": "mnist"}}, False),
-    ],
-    ids=["same", "more", "less measured", "other radius", "fewer images", "other data"],
-)
-def test_refresh_replaces_a_report_only_by_one_that_measures_as_much(tmp_path, changes, taken):
+DIGITS = {**REAL["dataset"], "digest": "of 449", "taken_from": "of all"}
+FULL = {"dataset": DIGITS, "outcomes": "outcomes.parquet", "controls": {"before": {"sa": 90.0}}}
+
+
+def attacked(name: str, old: str, new: str) -> dict:
+    """The threat of the report with another description of an attack."""
+    attacks = REAL["threat"]["attacks"]
+    assert old in attacks[name]
+    return {"threat": {**REAL["threat"], "attacks": {**attacks, name: attacks[name].replace(old, new)}}}
+
+
+KEPT = [  # what another evaluation says, and why it does not take the place; "" = it does
+    ("same", {}, ""),
+    ("more", {"metrics": {**REAL["metrics"], "ra_autoattack": 20.0}}, ""),
+    ("all images", {"dataset": {**DIGITS, "digest": "of all", "num_images": 1797}}, ""),
+    ("no digest", {"dataset": {**REAL["dataset"], "num_images": 500}}, ""),
+    ("other seed", attacked("ra_pgd20", "seed=0", "seed=42"), ""),
+    ("more steps", attacked("worst_case", "20 APGD steps", "100 APGD steps"), ""),
+    ("fewer steps", attacked("worst_case", "20 APGD steps", "1 APGD steps"), "has worst_case by adaptive union, 1 "),
+    ("other attack", attacked("ra_pgd20", "keep_best=True", "keep_best=False"), "has ra_pgd20 by PGD"),
+    ("attack unknown", {"threat": {**REAL["threat"], "attacks": {}}}, "has ra_pgd20 by an unknown attack instead "),
+    ("less measured", {"metrics": {"sa": 94.0, "ra_pgd20": 50.0}}, "lacks intervals, components, expert_load, "),
+    ("other radius", {"threat": {**REAL["threat"], "eps": 0.1}}, "is within L∞ 0.1 instead of L∞ 0.15"),
+    ("other images", {"dataset": {**DIGITS, "digest": "of 449 others"}}, "is of other images"),
+    ("fewer images", {"dataset": {**REAL["dataset"], "num_images": 100}}, "is of other images"),
+    ("other data", {"dataset": {**REAL["dataset"], "name": "mnist"}}, "is of other images"),
+    ("no dial", {"alpha_sweep": [], "alpha_choice": {}}, "lacks dial at alpha=0, "),
+    ("less of the dial", {"alpha_sweep": REAL["alpha_sweep"][:4]}, "lacks dial at alpha=1"),
+    ("no sanity checks", {"sanity": {"worst_case": {"passed": True, "message": ""}}}, "lacks check batch_size, "),
+    ("no record", {"outcomes": ""}, "lacks outcomes"),
+    ("no control", {"controls": {}}, "lacks control before"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), [case[1:] for case in KEPT], ids=[case[0] for case in KEPT])
+def test_refresh_replaces_a_report_only_where_nothing_is_lost(tmp_path, changes, reason):
     model, output = tmp_path / "model", tmp_path / "evaluation"
     for folder in (model, output):
         folder.mkdir()
@@ -340,8 +364,9 @@ def test_refresh_replaces_a_report_only_by_one_that_measures_as_much(tmp_path, c
     (model / "expert_load.png").write_bytes(b"old")
     (output / "tradeoff.png").write_bytes(b"new")
     (output / "outcomes.parquet").write_bytes(b"record")
-    dual().save(model / "results.json")
-    new = dual(**changes, seeds={"evaluation": 7})
+    old, new, taken = dual(**FULL), dual(**FULL | changes, seeds={"evaluation": 7}), not reason
+    old.save(model / "results.json")
+    assert reason_to_keep(old, new).startswith(reason) and bool(reason_to_keep(old, new)) != taken
     path = refresh_model_card(new, output, model)
     assert path == (model if taken else output) / "README.md" and path.is_file()
     assert RobustnessReport.load(model / "results.json").seeds == ({"evaluation": 7} if taken else REAL["seeds"])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ConvNextImageProcessor
 
+from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.models.joining import join_models
 from hf_dualmoe.models.loading import load_classifier
 
@@ -111,3 +112,11 @@ def test_channels_must_be_the_same(save, make_moe):
     grey = make_moe(num_labels=5, num_channels=1, image_mean=0.5, image_std=0.5)
     with pytest.raises(ValueError, match="standard takes images of 3 channels and robust of 1"):
         join_models(save("vit"), grey)
+
+
+@pytest.mark.parametrize("name", ["standard", "robust"])
+def test_from_models_names_join_models_where_a_part_is_no_model_of_transformers(name, save):
+    part = load_classifier(save("vit"))
+    parts = {"standard": part.network, "robust": part.network, name: part}
+    with pytest.raises(ValueError, match=f"{name} is a NormalizedClassifier; .*hf_dualmoe.models.joining.join_models"):
+        DualMoEForImageClassification.from_models(**parts)
