@@ -62,7 +62,8 @@ def main() -> None:
     try:
         model = load_model(args, dtype="auto").to(accelerator.device)  # what is certified is what was saved
         data = load_images(args, model)
-        check_eps_is_in_pixels(model, data.test, max(args.radii), args.norm)  # the largest is the likeliest mistake
+        # the largest is the likeliest mistake
+        check_eps_is_in_pixels(model, data.test, max(args.radii), args.norm, "radii")
         if args.sigmas:  # proofs take seconds; smoothing takes n passes per image
             work = smoothing_work(args.max_test_samples or len(data.test), args.sigmas, args.n0, args.n)
             accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)

@@ -118,13 +118,14 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
 
 
-def check_eps(eps: float | Tensor, norm: str, shape: Sequence[int] = ()) -> None:
+def check_eps(eps: float | Tensor, norm: str, shape: Sequence[int] = (), name: str = "eps") -> None:
     """Refuse what is no radius in [0, 1] pixel units.
 
     Args:
         eps: Radius.
         norm: "linf" or "l2".
         shape: Of one image; () = not known.
+        name: What the radius is called.
 
     Raises:
         ValueError: There is no such norm, eps is not finite or below 0, or no two images are so far apart.
@@ -134,13 +135,13 @@ def check_eps(eps: float | Tensor, norm: str, shape: Sequence[int] = ()) -> None
         return
     # a bool is a Real: eps=True would be radius 1
     if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps < float("inf"):  # also false for NaN
-        raise ValueError(f"eps={eps!r} must be a finite radius >= 0 in [0, 1] pixel units.")
+        raise ValueError(f"{name}={eps!r} must be a finite radius >= 0 in [0, 1] pixel units.")
     if norm == "linf" and eps > 1:
-        raise ValueError(f"eps={eps!r} is larger than the whole pixel range [0, 1]; did you mean {eps:g}/255?")
+        raise ValueError(f"{name}={eps!r} is larger than the whole pixel range [0, 1]; did you mean {eps:g}/255?")
     if norm == "l2" and shape and eps > (furthest := math.sqrt(math.prod(shape))):
         raise ValueError(
-            f"eps={eps!r} is larger than {furthest:.3g}, the L2 distance of black and white, which no two images of "
-            f"{' x '.join(map(str, shape))} exceed; eps counts in [0, 1] pixel units: did you mean {eps:g}/255?"
+            f"{name}={eps!r} is larger than {furthest:.3g}, the L2 distance of black and white, which no two images "
+            f"of {' x '.join(map(str, shape))} exceed; radii count in [0, 1] pixel units: did you mean {eps:g}/255?"
         )
 
 

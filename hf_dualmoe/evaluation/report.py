@@ -63,9 +63,15 @@ class RobustnessReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RobustnessReport":
-        """Read what `save` wrote."""
-        # a field that this version lacks raises a TypeError
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: The file is no report, or has a field that this version does not know.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a report of hf_dualmoe: {error}") from error
 
     def table(self) -> str:
         """A table for the terminal: whole model with its intervals, components and dial; "-" = not measured.

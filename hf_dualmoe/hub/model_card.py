@@ -220,12 +220,7 @@ def load_report(folder: str | os.PathLike) -> RobustnessReport | None:
         ValueError: results.json is there but is no report.
     """
     path = Path(folder, RESULTS_NAME)
-    if not path.is_file():
-        return None
-    try:
-        return RobustnessReport(**read_json(path))
-    except TypeError as error:
-        raise ValueError(f"{path} is not a report of hf_dualmoe: {error}") from error
+    return RobustnessReport.load(path) if path.is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def test_model_without_a_theorem_says_so_and_has_no_numbers(saved, tmp_path, cap
         (["--confidence", "1"], "confidence=1.0 must be in (0, 1)"),
         (["--max_test_samples", "99999"], "max_test_samples=99999, but the dataset has"),
         (["--radii", "1/0"], "invalid pixel_radius value"),
+        (["--norm", "l2", "--radii", "0.1", "36"], "radii=36.0 is larger than 8, "),
         (["--model", "./no-model"], "no-model"),
     ],
     ids=str,

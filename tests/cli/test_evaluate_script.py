@@ -157,7 +157,9 @@ def test_controls_stand_on_the_card_if_they_were_measured_alike(saved, tmp_path,
     assert report.controls == {"one mixture": control.metrics}
     card = next(path for path in (folder / "README.md", saved / "dual" / "README.md") if path.is_file())
     assert f"| one mixture | {control.metrics['sa']:.2f} |" in card.read_text()
+    (tmp_path / "results.json").write_text('{"accuracy": 0.9}')  # of another program
     for changed, reason in (
+        (["--controls", f"x={tmp_path}"], "results.json is not a report of hf_dualmoe"),
         (["--controls", str(other)], "must be NAME=FOLDER"),
         (["--controls", f"nowhere={tmp_path / 'nowhere'}"], "must be NAME=FOLDER"),
         (["--controls", f"other={other}", "--eps", "0.06"], "controls='other' was attacked with"),

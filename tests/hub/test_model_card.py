@@ -292,14 +292,10 @@ def test_name_is_that_of_the_run(tmp_path):
         assert f"\n# {title}\n" in write_model_card(tmp_path / folder, dual(), repo_id=repo_id).read_text()
 
 
-BROKEN = {"{": "is not JSON", "[]": "holds a list"}
-BROKEN |= dict.fromkeys(('{"model": {}}', '{"colour": 1}'), "is not a report")
-
-
-@pytest.mark.parametrize(("content", "message"), BROKEN.items())
-def test_broken_results_are_refused(tmp_path, content, message):
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}', '{"colour": 1}'])
+def test_broken_results_are_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="results.json is not a report of hf_dualmoe"):
         write_model_card(tmp_path)
     assert not (tmp_path / "README.md").exists()
 

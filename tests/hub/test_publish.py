@@ -137,7 +137,6 @@ BREAK = {
     "holds optimizer.pt, training_args.bin": lambda folder: [
         (folder / name).write_bytes(b"\x80") for name in ("optimizer.pt", "training_args.bin")
     ],
-    "results.json is not JSON": lambda folder: (folder / "results.json").write_text("nothing"),
     "results.json is not a report": lambda folder: (folder / "results.json").write_text('{"accuracy": 100}'),
     "metadata cannot be read": lambda folder: (folder / "README.md").write_text("---\ntags: [\n---\nHello\n"),
     "pipeline_tag=None": lambda folder: (folder / "README.md").write_text("---\nlicense: mit\n---\nHello\n"),
