@@ -104,7 +104,7 @@ class Store:
         recorded = self.folder / SETTINGS
         there = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
         kept = [path for kind in (SETTINGS, *KEPT) for path in self.folder.glob(kind)]
-        if kept and "format of the files" not in there:  # weights of a model, say, which fresh would delete
+        if kept and not {"model", "images"} <= set(there):  # weights of a model, say, which fresh would delete
             raise ValueError(
                 f"resume_dir={str(self.folder)!r} holds {kept[0].name}, and nothing says that it is of an evaluation; "
                 "choose another folder (--output_dir)."

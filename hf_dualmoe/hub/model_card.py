@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..evaluation.environment import write_text
 from ..evaluation.outcomes import OUTCOMES_NAME
 from ..evaluation.report import RobustnessReport, same_images
-from ..models.loading import is_foreign
+from ..models.loading import MARKER, is_foreign
 from .card_facts import (
     accuracies,
     attack_settings,
@@ -34,7 +34,6 @@ from .card_facts import (
 from .card_text import PLOTS, CardSubject, model_text, results_text, squeeze, training_text
 
 CARD_NAME, RESULTS_NAME, CONFIG_NAME = "README.md", "results.json", "config.json"
-MARKER = "<!-- Rendered from results.json by hf_dualmoe. Delete this line to edit the card: it is then left alone. -->"
 LISTS = {"tags", "datasets"}  # metadata that may be given as one string too
 MOST_NAMED = 3  # things that a report lacks
 # in descriptions of attacks

@@ -34,7 +34,8 @@ BLACK, WHITE, OTHER = (0, 0, 0), (255, 255, 255), (200, 30, 90)
 SIZES = ((96, 64), (64, 96), (96, 64))  # of the pictures: what is made of them must not depend on it
 FRAMING_TOLERANCE = 2 / 255  # of a picture of coordinates; another interpolation stays below it
 SMALLEST_REACH = 1 / 16  # from black to white, normalised: ImageNet's is above 4, that of 16 bits below 1 / 50
-SAVED_WITH, PACKAGE = "saved_with", "hf_dualmoe"  # what configs of other architectures say that we saved
+# the line of a card that we wrote; the config of another architecture stays as it is
+MARKER = "<!-- Rendered from results.json by hf_dualmoe. Delete this line to edit the card: it is then left alone. -->"
 GIVE_NORMALISATION = (
     "If it takes RGB images as (x - mean) / std for x in [0, 1], pass image_mean and image_std (--image_mean, "
     "--image_std; 0 and 1 where it normalises by itself)."
@@ -84,7 +85,6 @@ class NormalizedClassifier(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Save the network as what it is, with its image processor: transformers alone loads and serves it again."""
-        setattr(self.network.config, SAVED_WITH, PACKAGE)  # else nobody could tell whose folder it is: `is_foreign`
         self.network.save_pretrained(folder)
         if self.processor is None:
             logger.warning("%s: no image processor is saved, since none is known; pipeline needs one.", folder)
@@ -331,17 +331,15 @@ def first_line(error: Exception) -> str:
 def is_foreign(folder: str | os.PathLike) -> bool:
     """Whether a folder holds a model that this project did not make: it is read, and nothing is written there.
 
-    Ours are of our two kinds, or of any other whose config or results.json says that it was made here.
+    Ours are of our two kinds, or of any other whose results.json or card says that it was made here.
     """
     if not Path(folder, "config.json").is_file():
         return False
-    config = PreTrainedConfig.get_config_dict(folder)[0]
-    if (
-        config.get("model_type") in (MoEConfig.model_type, DualMoEConfig.model_type)
-        or config.get(SAVED_WITH) == PACKAGE
-    ):
+    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind in (MoEConfig.model_type, DualMoEConfig.model_type) or is_report(Path(folder, "results.json")):
         return False
-    return not is_report(Path(folder, "results.json"))
+    card = Path(folder, "README.md")
+    return not (card.is_file() and MARKER in card.read_text(encoding="utf-8", errors="replace"))
 
 
 def is_report(path: Path) -> bool:

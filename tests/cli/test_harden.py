@@ -118,7 +118,6 @@ def test_other_classes_get_a_new_head(start, photos, tmp_path, capsys):
     command = [*QUICK, "--model_name_or_path", start("convnext", labels), "--dataset_name", photos]
     run(*command, "--output_dir", tmp_path, "--method", "trades")
     assert "gets a new head: 1 of the 5 classes of the data are not among its 5 (elk)." in capsys.readouterr().out
-    assert "take those of the data, in order: 0 = 'ant'; 1 = 'bee'" in capsys.readouterr().out
     saved = load_classifier(tmp_path / "model")
     assert list(saved.config.id2label.values()) == CLASSES
     report = RobustnessReport.load(tmp_path / "model" / "results.json")

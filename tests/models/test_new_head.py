@@ -31,7 +31,8 @@ def test_only_the_head_is_new(kind, names, tmp_path):
     again = load_classifier(tmp_path / "new")
     assert list(again.config.id2label.values()) == names and again.config.label2id[names[1]] == 1
     images = torch.rand(3, 3, 32, 32)
-    assert torch.equal(again(images).logits, new(images).logits) and new(images).logits.shape == (3, len(names))
+    assert new(images).logits.shape == (3, len(names))
+    torch.testing.assert_close(again(images).logits, new(images).logits, rtol=1e-4, atol=1e-3)  # logits above 100
     assert list(old.config.id2label.values()) == list("abcde")
 
 

@@ -331,6 +331,7 @@ def test_a_run_goes_on_with_the_same_settings_or_for_longer(tmp_path, there, her
 
 def test_fresh_leaves_no_checkpoint_to_go_on_from(run_dir):
     """Or the next start would go on from one of the run before."""
+    (run_dir / "settings.json").write_text('{"data": {}, "model": {}, "training": {}}')  # a run of ours
     options = (
         "--method standard --max_train_samples 64 --max_validation_samples 20 --backbone resnet10t --width 8,8,8,16 "
         "--num_experts 2 --router_top_k 2 --report none --max_steps 1 --eval_strategy no --save_strategy no "
