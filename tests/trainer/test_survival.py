@@ -344,7 +344,7 @@ def test_fresh_leaves_no_checkpoint_to_go_on_from(run_dir):
 @pytest.mark.slow
 def test_killed_runs_end_as_an_undisturbed_one(tmp_path):
     """A few of the kills of the benchmark, with its own exit status and figures."""
-    options = ["--kills", "3", "--folder", str(tmp_path), "--output", str(tmp_path / "survival.json")]
+    options = ["--kills", "3", "--output", str(tmp_path / "survival.json")]
     result = subprocess.run([sys.executable, str(BENCHMARK), *options], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     figures = json.loads((tmp_path / "survival.json").read_text())
