@@ -152,10 +152,10 @@ def read_labels(
         labels = np.array([number.get(value, -1) if ok else -1 for value, ok in zip(values, usable, strict=True)])
         if labels.min() < 0:
             row = int(labels.argmin())
-            raise ValueError(
-                f"column {column!r} of split {split!r} has the label {values[row]!r} in row {row}; allowed are the "
-                f"{len(classes)} classes of {next(iter(roles))} (text, integers or a ClassLabel): {classes[:20]}"
-            )
+            told = f"column {column!r} of split {split!r} has the label {values[row]!r} in row {row}"
+            if not usable[row]:
+                raise ValueError(f"{told}: labels must be text, integers or a ClassLabel")
+            raise ValueError(f"{told}; allowed are the {len(classes)} classes of {next(iter(roles))}: {classes[:20]}")
         if role == "train" and not one_class and labels.min() == labels.max():
             raise ValueError(
                 f"all {len(labels)} images of split {split!r}, from which classes are learned, have one label: "

@@ -576,9 +576,9 @@ def test_text_and_integer_labels(tmp_path, values, class_names):
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (["a", "b"], ["a", "c"], r"split 'test' has the label 'c' in row 1.*2 classes of train .*: \['a', 'b'\]"),
+        (["a", "b"], ["a", "c"], r"split 'test' has the label 'c' in row 1.*2 classes of train: \['a', 'b'\]"),
         (["a", None], ["a"], "split 'train' has the label None in row 1"),
-        ([0.5, 1.5], [0.5], "split 'train' has the label 0.5 in row 0"),
+        ([0.5, 1.5], [0.5], "split 'train' has the label 0.5 in row 0: labels must be text, integers or a ClassLabel"),
         ([[0], [1]], [[0]], r"split 'train' has the label \[0\] in row 0"),
     ],
 )
