@@ -20,6 +20,7 @@ from hf_dualmoe.cli.cost import cost_text, evaluation_work
 from hf_dualmoe.cli.eps_check import check_eps_is_in_pixels
 from hf_dualmoe.cli.evaluating import SPLITS, add_evaluation_arguments, check_measurements, evaluate, load_data
 from hf_dualmoe.cli.hardening import licence_of, short_name
+from hf_dualmoe.cli.run_record import SETTINGS_NAME, read_record
 from hf_dualmoe.cli.script_arguments import (
     ScriptParser,
     add_data_arguments,
@@ -100,7 +101,7 @@ def check_request(args: Namespace) -> dict[str, Any]:
 
     Raises:
         ValueError: alpha is out of range or given twice over, a part or a model of somebody else would be overwritten,
-            or the output folder holds another joined model and --fresh does not say to start over.
+            or the output folder holds other work, or another joined model and --fresh does not say to start over.
     """
     if args.alpha is not None and not 0 <= args.alpha <= 1:
         raise ValueError(f"alpha={args.alpha!r} must be in [0, 1].")
@@ -115,10 +116,11 @@ def check_request(args: Namespace) -> dict[str, Any]:
             raise ValueError(f"{name}={getattr(args, name)!r} would be overwritten; choose another --output_dir.")
     names = [f"{part}{end}" for part in PARTS for end in ("", "_revision", "_image_mean", "_image_std")]
     settings = {name: getattr(args, name) for name in (*names, "mixing", "image_size", "alpha")}
-    recorded = args.output_dir / "settings.json"
-    for place in () if recorded.is_file() else (args.output_dir, folder):
-        check_results_folder(place)
-    before = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() and not args.fresh else settings
+    there = read_record(args.output_dir, PARTS, "a joined model")
+    if not there:
+        for place in (args.output_dir, folder):
+            check_results_folder(place)
+    before = settings if args.fresh or not there else there
     if differing := [name for name in settings if before.get(name) != settings[name]]:
         raise ValueError(
             f"output_dir={str(args.output_dir)!r} holds another joined model ({differing[0]}: "
@@ -145,7 +147,7 @@ def load_parts(args: Namespace) -> dict[str, torch.nn.Module]:
 def save(model: DualMoEForImageClassification, folder: Path, settings: dict[str, Any]) -> None:
     """Write the model, and beside its folder what it was joined from."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder.parent / "settings.json", json.dumps(settings, indent=2) + "\n")
+    write_text(folder.parent / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
     model.save_pretrained(folder)
 
 

@@ -18,17 +18,9 @@ from ..data.datasets import DataSplits
 from ..losses.certified import LIPSCHITZ
 from ..models.configuration_dualmoe import DualMoEConfig, MoEConfig
 from ..trainer.arguments import PixelValue, RobustTrainingArguments
-from .help_text import grouped_help
+from .help_text import OF_A_TRAINED_MODEL, grouped_help
 from .script_arguments import DATA_HELP, output_folder
 
-OF_A_TRAINED_MODEL = (
-    "model_name_or_path",
-    "model_revision",
-    "trust_remote_code",
-    "image_mean",
-    "image_std",
-    "ignore_class_names",
-)
 SIZE = ("image_size",)  # of any model
 TRAINER_OUTPUT = "trainer_output"  # what transformers fills in where no output_dir is given
 

@@ -18,7 +18,8 @@ from ..models.loading import load_classifier
 from ..models.new_head import rename_classes, with_new_head
 from ..trainer.time_estimate import random_numbers_kept
 from ..trainer.trainer import RobustTrainer
-from .arguments import OF_A_TRAINED_MODEL, SIZE, ModelArguments
+from .arguments import SIZE, ModelArguments
+from .help_text import OF_A_TRAINED_MODEL
 from .script_arguments import relabelled, shortened
 
 METHODS = ("standard", "at", "trades")

@@ -3,6 +3,14 @@
 import argparse
 import copy
 
+OF_A_TRAINED_MODEL = (
+    "model_name_or_path",
+    "model_revision",
+    "trust_remote_code",
+    "image_mean",
+    "image_std",
+    "ignore_class_names",
+)
 GROUPS = {  # everything else that transformers' Trainer takes is in `--help_all`
     "recipe": (
         "recipe",
@@ -24,14 +32,7 @@ GROUPS = {  # everything else that transformers' Trainer takes is in `--help_all
         "max_test_samples",
         "on_bad_image",
     ),
-    "a trained model to harden": (
-        "model_name_or_path",
-        "model_revision",
-        "trust_remote_code",
-        "image_mean",
-        "image_std",
-        "ignore_class_names",
-    ),
+    "a trained model to harden": OF_A_TRAINED_MODEL,
     "model": (
         "backbone",
         "backbone_kwargs",

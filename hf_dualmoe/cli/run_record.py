@@ -1,6 +1,7 @@
 """The record in the output folder of a training: its settings and data, so that only the same run resumes there."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ def recorded_settings(output_dir: Path, settings: dict[str, Any], fresh: bool) -
 
     Raises:
         ValueError: They differ in more, and `fresh` does not say to start over; the message names in what. Or the
-            folder holds checkpoints of another program, or a model of somebody else.
+            folder holds other work, checkpoints of another program, or a model of somebody else.
     """
-    there = read_record(output_dir)
+    there = read_record(output_dir, GROUPS, "a training")
     if not there:
         if list_checkpoints(output_dir):  # also with fresh, which would delete them
             raise ValueError(
@@ -82,14 +83,30 @@ def recorded_settings(output_dir: Path, settings: dict[str, Any], fresh: bool) -
     return recorded
 
 
-def read_record(output_dir: Path) -> dict[str, Any]:
-    """What a folder says of the run that it holds; {} where it says nothing, or another program wrote the file."""
+def read_record(output_dir: Path, keys: Iterable[str], what: str) -> dict[str, Any]:
+    """What a folder says of the work that it holds; {} where it holds none.
+
+    Args:
+        output_dir: The folder.
+        keys: What every record of such work has.
+        what: The work, such as "a training".
+
+    Raises:
+        ValueError: The folder is that of other work, or another program wrote the file.
+    """
     path = output_dir / SETTINGS_NAME
+    if not path.is_file():
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and set(GROUPS) <= set(found) else {}
+    except ValueError:
+        found = None
+    if not (isinstance(found, dict) and set(keys) <= set(found)):
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds a {SETTINGS_NAME} that is not of {what}; choose another "
+            "--output_dir."
+        )
+    return found
 
 
 def differing_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

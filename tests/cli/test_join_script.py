@@ -128,3 +128,6 @@ def test_parts_with_other_classes_and_overwritten_parts_are_refused(command, par
         assert join(*command, "--output_dir", tmp_path / "own") == 2
         assert "holds a model that hf_dualmoe did not make" in capsys.readouterr().err
         (tmp_path / "own" / "config.json").unlink(missing_ok=True)
+    (tmp_path / "own" / "settings.json").write_text('{"data": {}, "model": {}, "training": {}}')  # of a training
+    assert join(*command, "--output_dir", tmp_path / "own", "--fresh") == 2
+    assert "holds a settings.json that is not of a joined model" in capsys.readouterr().err

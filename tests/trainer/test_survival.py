@@ -294,13 +294,14 @@ def test_run_goes_on_from_the_last_whole_checkpoint(run_dir):
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("settings", [None, "[]", '{"lr": 1}', "broken"])
+@pytest.mark.parametrize("settings", [None, "[]", '{"standard": "a", "robust": "b"}', "broken"])
 def test_checkpoints_of_another_program_are_left_alone(run_dir, settings, fresh):
     """--fresh would delete them: somebody's trained weights."""
     if settings is not None:
         (run_dir / "settings.json").write_text(settings)
     here = {"data": {}, "model": {}, "training": {}}
-    with pytest.raises(ValueError, match=r"holds checkpoints but no settings.json .* choose another --output_dir\.$"):
+    found = "checkpoints but no settings.json" if settings is None else "a settings.json that is not of a training"
+    with pytest.raises(ValueError, match=rf"holds {found}.* choose another --output_dir\.$"):
         script.recorded_settings(run_dir, here, fresh=fresh)
 
 
