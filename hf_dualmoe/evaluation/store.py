@@ -102,9 +102,14 @@ class Store:
             return
         settings = {**settings, "format of the files": FORMAT}
         recorded = self.folder / SETTINGS
-        there = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
+        try:
+            there = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
+        except ValueError:  # no JSON: not ours
+            there = {}
         kept = [path for kind in (SETTINGS, *KEPT) for path in self.folder.glob(kind)]
-        if kept and not {"model", "images"} <= set(there):  # weights of a model, say, which fresh would delete
+        if kept and not (
+            isinstance(there, dict) and {"model", "images"} <= set(there)
+        ):  # weights of a model, say, which fresh would delete
             raise ValueError(
                 f"resume_dir={str(self.folder)!r} holds {kept[0].name}, and nothing says that it is of an evaluation; "
                 "choose another folder (--output_dir)."

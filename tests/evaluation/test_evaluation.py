@@ -288,10 +288,10 @@ def test_finished_work_of_other_settings_is_refused(model, moe, dataset, tmp_pat
 def test_a_folder_of_something_else_keeps_its_files(moe, dataset, fresh, tmp_path):
     """fresh deleted the weights of a model whose folder was given by mistake."""
     moe.save_pretrained(tmp_path)
-    for _ in range(2):
+    for text in ("{}", "[1]", "broken", ""):
         with pytest.raises(ValueError, match="resume_dir=.* holds .*, and nothing says that it is of an evaluation"):
             evaluate_robustness(moe, dataset, **QUIET, resume_dir=tmp_path, fresh=fresh)
-        (tmp_path / "settings.json").write_text("{}")  # of another program
+        (tmp_path / "settings.json").write_text(text)  # of another program
     assert (tmp_path / "model.safetensors").is_file()
 
 
