@@ -212,6 +212,25 @@ def test_a_run_that_cannot_be_started_is_noted(tiny, tmp_path, monkeypatch):
     assert work.failed["separate_clean-seed0"] == "a model that it needs is missing"
 
 
+def test_bf16_reaches_the_training_and_the_record(tiny, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(study_run.subprocess, "run", lambda command, **_: commands.append(command))
+    for bf16 in ({}, {"bf16": True}):
+        content = {**study.read_study(tiny(arms={"single": {}})), **bf16}
+        run = study_run.StudyRun(content, "single", 0, tmp_path / f"{len(commands)}")
+        known = run.train()
+        recipe = yaml.safe_load(Path(commands[-1][commands[-1].index("--recipe") + 1]).read_text())
+        assert recipe.get("bf16", False) == known.get("bf16", False) == bool(bf16)
+
+
+def test_a_folder_goes_on_in_the_precision_that_it_was_begun_in(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(study.Study, "attempt", lambda self, run: self.folder(run.name).mkdir(parents=True))
+    command = ["--study", str(tiny(arms={"single": {}})), "--seeds", "0", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(study.Study, "write", lambda self: (tmp_path / "out" / "table.txt").write_text(""))
+    assert study.main([*command, "--bf16"]) == 0 and study.main(command) == 2
+    assert "runs of single with other settings" in capfd.readouterr().err
+
+
 def test_numbers_of_a_broken_measurement_are_refused():
     metrics = {"sa": 90.0, "ra_pgd10": 50.0, "ra_worst_case": 40.0}
     described = {
@@ -243,6 +262,10 @@ def test_kept_results_name_the_dataset_and_no_place(tiny, tmp_path, monkeypatch)
     kept = read_json(tmp_path / "results" / "study_tiny.json")
     assert kept["study"] == content and kept["runs"] == [run] and kept["arms"]["single"]["sa"]["mean"] == 50
     assert str(tmp_path) not in json.dumps(kept)
+
+    write_json(folder / "results.json", {**made, "study": {**made["study"], "bf16": True}})
+    assert study.main(["--study", str(path), "--output_dir", str(folder), "--render"]) == 0
+    assert read_json(tmp_path / "results" / "study_tiny.json") == kept  # each run says it, since seeds may differ
 
     another = {**run, "seed": 1}  # made elsewhere: joins what is kept, as long as the arm is the same
     write_json(folder / "results.json", {**made, "runs": [another], "failed": {}})

@@ -125,6 +125,8 @@ class StudyRun:
         settings = settings_of(self.study, self.arm)
         count, passes = self.steps()
         known = {name: settings[name] for name in ("method", "width", "num_experts") if name in settings}
+        if self.study.get("bf16"):
+            settings["bf16"] = known["bf16"] = True
         if "init_from" in self.entry:
             known["init_from"] = self.entry["init_from"]
             known["passes_from"] = round(self.passes_before(self.arm), 2)

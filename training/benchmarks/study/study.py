@@ -65,7 +65,8 @@ class Study:
         if settled.is_file():
             before, begun = read_json(settled), self.output_dir.glob("runs/*-seed*")
             arms = {folder.name.rpartition("-seed")[0] for folder in begun} & set(self.study["arms"])
-            if other := sorted(arm for arm in arms if definition(self.study, arm) != definition(before, arm)):
+            anew = before.get("bf16") != self.study.get("bf16")
+            if other := sorted(arm for arm in arms if anew or definition(self.study, arm) != definition(before, arm)):
                 raise ValueError(
                     f"output_dir={str(self.output_dir)!r} holds another study: runs of {', '.join(other)} with other "
                     "settings; choose another --output_dir, or remove these runs."
@@ -116,6 +117,7 @@ def keep(name: str, results: dict[str, Any], dataset_name: str, output_dir: Path
     from training.benchmarks.results_page import render_page  # here, since it imports what the whole page needs
 
     study = {**results["study"], "dataset_name": dataset_name}
+    study.pop("bf16", None)  # each run tells its own
     failed = {run: why.replace(str(output_dir), "OUTPUT_DIR") for run, why in results["failed"].items()}
     path = RESULTS / f"study_{name}.json"
     runs = with_kept(results["runs"], study, read_json(path)) if path.is_file() else results["runs"]
@@ -143,6 +145,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, help="default: those of the study")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--threads", type=int, help="CPU threads per run; default: the cores shared out")
+    add("--bf16", action="store_true", help="train under bfloat16 autocast, so that time allows more arms; said of each run")
     add("--render", action="store_true", help="run nothing: keep the results there are, if any, and render the page")
     add("--output_dir", type=Path, help="default: outputs/study-<name>")
     args = parser.parse_args(arguments)
@@ -157,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         study = read_study(path)
         own_name, study["dataset_name"] = study["dataset_name"], args.dataset_name or study["dataset_name"]
+        study |= {"bf16": True} if args.bf16 else {}
         runs = plan(study, args.arms or usual_arms(study), args.seeds or study["seeds"])
         if args.render:
             made, kept = output_dir / "results.json", RESULTS / f"study_{path.stem}.json"
