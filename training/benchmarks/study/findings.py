@@ -50,6 +50,7 @@ COMPARISONS = (
     Comparison("Label smoothing and averaged weights against neither", "single_smooth", "single"),
     Comparison("CutMix and averaged weights against neither", "single_cutmix", "single"),
     Comparison("A fifth of the weight decay against all of it", "single_light_decay", "single"),
+    Comparison("SiLU in place of the ReLUs of the start against none", "single_silu", "single"),
     Comparison("One cycle from scratch against a constant rate that falls late", "single_one_cycle", "single"),
     Comparison("TRADES against adversarial training, one network", "single_trades", "single"),
     Comparison("A hardened clean network against one that was robust from the start", "hardened", "single"),
