@@ -75,7 +75,8 @@ class Evaluation:
             self.report.cost["total"] = {name: round(sum(cost[name] for cost in costs), 3) for name in costs[0]}
         if self.measurer.smaller_batches:
             self.report.environment["smaller_batches"] = self.measurer.smaller_batches
-        self.report.environment["wall_time_s"] = round(time.perf_counter() - self.started, 2)
+        elapsed = time.perf_counter() - self.started
+        self.report.environment["wall_time_s"] = round(self.measurer.earlier + elapsed, 2)
         if self.path is not None and self.processes.is_main:
             record = outcomes_path(self.path)
             self.outcomes.save(record)

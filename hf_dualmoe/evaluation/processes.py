@@ -85,6 +85,7 @@ class Measurer:
     Attributes:
         failures: Name of a measurement -> why it is missing, or which images failed.
         cost: Name -> mean `forward` and `gradient` passes per image, and `seconds`.
+        earlier: Seconds that the measurements took which were found finished.
         smaller_batches: Name -> what did not fit into memory, and how many images were looked at at once instead.
     """
 
@@ -103,6 +104,7 @@ class Measurer:
         self.batch_size, self.device, self.progress = batch_size, device, progress and processes.is_main
         self.failures: dict[str, str] = {}
         self.cost: dict[str, dict[str, float]] = {}
+        self.earlier = 0.0
         self.smaller_batches: dict[str, str] = {}
 
     def measure(
@@ -130,6 +132,8 @@ class Measurer:
         found = self.processes.from_main(lambda: self.store.load(name))
         if found is None:
             found = self._measure(name, work, counted, dataset, at_once)
+        elif name not in self.cost:
+            self.earlier += found.sums["seconds"]
         if found is not None:
             cost = {key: found.sums[key] / len(dataset) for key in ("forward", "gradient")}
             self.cost[name] = {**cost, "seconds": round(found.sums["seconds"], 3)}

@@ -30,7 +30,8 @@ class RobustnessReport:
         controls: Results of other models for comparison, by name.
         sanity: Name of a check -> {"passed", "message"}.
         seeds: Seeds of the evaluation (and of the training, where known).
-        environment: Library versions, hardware, processes, wall time in seconds.
+        environment: Library versions, hardware, processes, wall time in seconds (of all starts, as far as measurements
+            were kept).
         training: Settings of the training, where known.
         suspicious: Reasons to doubt the numbers; empty where all checks that ran have passed.
         alpha_choice: Recommended `alpha`, its `sa` and `ra` in %, the `rule`, and the images it was `chosen_on`.

@@ -195,6 +195,8 @@ def test_full_level_recomputed(model, dataset, tmp_path, monkeypatch):
     again = evaluate_robustness(model, dataset, **SMALL, level="full", resume_dir=tmp_path)
     for name in ("metrics", "alpha_sweep", "sanity", "suspicious", "failures", "cost", "threat"):
         assert getattr(again, name) == getattr(report, name), name
+    # the time of all starts, not that of the last alone, which only reads
+    assert again.environment["wall_time_s"] >= report.cost["total"]["seconds"]
 
 
 def test_what_is_wrong_when_clean_is_not_robust_whatever_an_attack_finds(model, dataset, monkeypatch):
