@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .apgd import check_classes
 from .auto_attack_run import DTYPES, AutoAttackRun
 from .backends import BACKENDS, backend_name, make_attack
-from .base import Classifier, check_batch, check_choice, check_counts, check_eps, frozen, numbered
+from .base import Classifier, check_batch, check_choice, check_counts, check_eps, frozen, numbered, share
 from .flags import Flag
 from .kept_state import remove_state
 from .precision import full_precision
@@ -96,12 +96,12 @@ class AutoAttackResult:
     @property
     def clean_accuracy(self) -> float:
         """Share of images classified correctly when clean, in [0, 1]."""
-        return self.clean_correct.double().mean().item()
+        return share(self.clean_correct)
 
     @property
     def robust_accuracy(self) -> float:
         """Share of images that stand after all attacks, in [0, 1]."""
-        return self.robust.double().mean().item()
+        return share(self.robust)
 
     @property
     def raised_flags(self) -> dict[str, str]:

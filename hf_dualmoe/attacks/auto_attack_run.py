@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .apgd import APGD, PassCounter
-from .base import Classifier, check_logits, device_of
+from .base import Classifier, check_logits, device_of, share
 from .flags import Flag, digest, probe_model, rounding, square_flag, weights_digest
 from .folding import folded
 from .kept_state import KeptState, Progress
@@ -125,8 +125,8 @@ class AutoAttackRun:
                     self._attack_batch(name, attacks.get(name), rows, name in half)
                     self._save()
                     bar.update(len(rows))
-                    bar.set_postfix(robust=f"{self.robust.double().mean():.2%}")
-            self.progress.accuracy[name] = self.robust.double().mean().item()  # exact counts / N, no float32 rounding
+                    bar.set_postfix(robust=f"{share(self.robust):.2%}")
+            self.progress.accuracy[name] = share(self.robust)
             self.progress.stage, self.pending = self.progress.stage + 1, self.robust.clone()
         self._save()
 

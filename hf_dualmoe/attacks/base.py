@@ -231,5 +231,15 @@ def device_of(model: Classifier, default: torch.device | str = "cpu") -> torch.d
 
 
 def percent(mask: Tensor) -> float:
-    """Share of true entries, in %."""
-    return 100 * float(mask.double().mean())
+    """Share of true entries, in %; NaN where there are no entries."""
+    return 100 * share(mask)
+
+
+def share(mask: Tensor) -> float:
+    """Share of true entries, in [0, 1], without the rounding of float32; NaN where there are no entries."""
+    return int(mask.sum()) / mask.numel() if mask.numel() else math.nan
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple GPUs, which have nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64

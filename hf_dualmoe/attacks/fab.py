@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..models.outputs import logits_of
 from .apgd import check_classes, wrong_classes
-from .base import Attack, Classifier, check_counts, check_eps, check_logits
+from .base import Attack, Classifier, check_counts, check_eps, check_logits, widest_float
 from .steps import per_image, project, value_and_gradient
 
 PULL = 0.1  # largest pull back towards the original image: alpha_max of Sec. 3
@@ -50,20 +50,21 @@ def box_projection(points: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Te
     Returns:
         Step (B, ...); where the hyperplane misses the box, the step to the corner nearest to it.
     """
-    weight, position = normal.flatten(1).double(), points.flatten(1).double()
-    gap = gap.double()
+    wide = widest_float(points.device)
+    smallest = 1e-300 if wide == torch.float64 else 1e-30  # instead of 0, to divide by
+    weight, position, gap = normal.flatten(1).to(wide), points.flatten(1).to(wide), gap.to(wide)
     weight = weight * torch.where(gap < 0, -1.0, 1.0)[:, None].to(weight)  # so that progress is positive
     room = torch.where(weight > 0, 1 - position, position)
     size = weight.abs()
     speed = torch.ones_like(size) if norm == "linf" else size
-    hits = (room / speed.clamp_min(1e-300)).where(size > 0, torch.zeros_like(room))  # t at which the box is met
+    hits = (room / speed.clamp_min(smallest)).where(size > 0, torch.zeros_like(room))  # t at which the box is met
     rate, held, aim = size * speed, size * room, gap.abs()[:, None]
     kinks, order = hits.sort(dim=1)
     rate, held = rate.gather(1, order), held.gather(1, order)
     slope = rate.flip(1).cumsum(dim=1).flip(1)  # progress per t before each kink: of what still moves there
     stopped = held.cumsum(dim=1) - held  # progress of what stands still by then
     last = (stopped + slope * kinks < aim).sum(dim=1, keepdim=True).clamp_max(kinks.shape[1] - 1)
-    t = (aim - stopped.gather(1, last)) / slope.gather(1, last).clamp_min(1e-300)
+    t = (aim - stopped.gather(1, last)) / slope.gather(1, last).clamp_min(smallest)
     step = weight.sign() * torch.minimum(t * speed, room)
     return step.to(points).view_as(points)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.outputs import logits_of
-from .base import Attack, Classifier, check_counts, check_eps, check_logits, check_seed, numbered
+from .base import Attack, Classifier, check_counts, check_eps, check_logits, check_seed, numbered, widest_float
 from .steps import l2_norm, margin_objective, per_image, project, round_inwards
 
 PATIENCE = 8  # refusals in a row after which an image may be shown one more proposal at once
@@ -33,9 +33,11 @@ class _Streams:
         self.device = device
 
     def draw(self, *shape: int) -> Tensor:
-        """(n, *shape) fresh numbers; float64, so that floor(u * k) never reaches k."""
+        """(n, *shape) fresh numbers; floor(u * k) never reaches k."""
         rows = [torch.rand(shape, generator=g, dtype=torch.float64) for g in self.generators]
-        return torch.stack(rows).to(self.device)
+        wide = widest_float(self.device)
+        below_one = 1 - torch.finfo(wide).eps / 2  # float32 rounds numbers near 1 up
+        return torch.stack(rows).to(wide).clamp_max(below_one).to(self.device)
 
     def keep(self, kept: Tensor) -> None:
         """Drop all images but those at `kept` (m,) int64."""

@@ -214,7 +214,7 @@ def value_and_gradient(
         size = slope.abs().view(len(slope), -1).amax(dim=1)  # logits may be (B,): some surrogates have one value
         usable = torch.isfinite(size) & (size > 0)
         # 2**exponent and 2**-exponent must both be float32 numbers
-        exponent = torch.frexp(size.where(usable, torch.ones_like(size))).exponent.clamp(-100, 100)
+        exponent = size.where(usable, torch.ones_like(size)).log2().floor().int().clamp(-100, 100)
         scaled = torch.ldexp(slope, per_image(-exponent, slope))
         gradient = torch.autograd.grad(logits, perturbed, scaled, allow_unused=True)[0]
         if gradient is None:  # the logits depend on parameters that want gradients, and not on the images

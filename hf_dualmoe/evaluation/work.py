@@ -48,7 +48,7 @@ def classify(classifier: Classifier, attack: Attack | None = None) -> Work:
 def routing(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Of a mixture: the first choice of expert for each image, and the sums of the experts' weights in the outputs."""
     scores = model.route(images)
-    loads = gate_weights(scores, model.config.router_top_k).sum(dim=0, dtype=torch.float64)  # sums over whole datasets
+    loads = gate_weights(scores, model.config.router_top_k).cpu().double().sum(dim=0)  # sums over whole datasets
     return {"route": scores.argmax(dim=1), **{f"load_{i}": load for i, load in enumerate(loads.tolist())}}
 
 

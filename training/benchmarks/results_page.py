@@ -92,7 +92,7 @@ def describe_study(results: dict[str, Any], arms: dict[str, Any]) -> tuple[str, 
         "images; mean of the seeds, range in brackets."
     )
     if halved := sorted({run["seed"] for run in results["runs"] if run["training"].get("bf16")}):
-        about += f" Trained under bfloat16 autocast: all of seed {', '.join(map(str, halved))}; attacks are in float32."
+        about += f" Trained under bfloat16 autocast: seed {', '.join(map(str, halved))}; all attacks are in float32."
     return about, "\n".join(f"- `{arm}`: {entry['about']}." for arm, entry in arms.items() if entry["about"])
 
 

@@ -145,7 +145,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, help="default: those of the study")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--threads", type=int, help="CPU threads per run; default: the cores shared out")
-    add("--bf16", action="store_true", help="train under bfloat16 autocast, so that time allows more arms; said of each run")
+    add(
+        "--bf16",
+        action="store_true",
+        help="train under bfloat16 autocast; each run tells it",
+    )
     add("--render", action="store_true", help="run nothing: keep the results there are, if any, and render the page")
     add("--output_dir", type=Path, help="default: outputs/study-<name>")
     args = parser.parse_args(arguments)
