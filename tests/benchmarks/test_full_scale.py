@@ -109,6 +109,42 @@ def test_other_settings_do_not_go_on(tmp_path):
     assert len(full_scale.open_results(full_scale.parse_args([*options, "--seed", "2", "--fresh"]))["sessions"]) == 1
 
 
+def test_a_fresh_start_deletes_no_other_folder(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit, match="work_dir=.*holds other files"):
+        full_scale.main(["--rehearse", "--output_dir", str(tmp_path), "--fresh"])
+    assert (tmp_path / "work" / "thesis.tex").is_file()
+
+
+def test_an_evaluation_that_failed_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(full_scale, "STAGES", {})
+    monkeypatch.setattr(full_scale, "EVALUATIONS", (("single", "autoattack"), ("single", "worst_case")))
+    data = SimpleNamespace(name="two", train="12", validation="12", test="12")
+    monkeypatch.setattr(full_scale.plan, "load_data", lambda name: data)
+    monkeypatch.setattr(full_scale.plan, "shards_there", lambda name: (1, 1))
+    monkeypatch.setattr(full_scale.Run, "trained", lambda self, name: None)
+    broken, asked = {"autoattack"}, []
+
+    def evaluate(model, test, level, **options):
+        part = level[-1]
+        asked.append(part)
+        failures = {part: "out of memory"} if part in broken else {}
+        metrics = {} if failures else {plan.NUMBER_OF[part]: 30.0}
+        rest = {"sanity": {}, "dataset": {"num_images": 2}, "threat": {"attacks": {}}}
+        return SimpleNamespace(metrics=metrics, failures=failures, **rest)
+
+    monkeypatch.setattr(full_scale, "evaluate_robustness", evaluate)
+    for sessions in (1, 2):
+        full_scale.main(["--rehearse", "--output_dir", str(tmp_path)])
+        results = json.loads((tmp_path / "results.json").read_text())
+        told = results["evaluations"]["single"]
+        assert results["done"] == (sessions == 2) and ("autoattack" in told["failures"]) == (sessions == 1)
+        broken.clear()
+    assert asked == ["autoattack", "worst_case", "autoattack"]
+    assert told["metrics"].keys() == set(plan.NUMBER_OF.values())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

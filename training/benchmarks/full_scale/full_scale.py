@@ -44,7 +44,7 @@ from training.benchmarks.full_scale.plan import EVALUATIONS, PAIRS, STAGES, Scal
 from training.benchmarks.full_scale.weights import join_parts, save_whole, write_parts
 from training.benchmarks.shared.render import markdown_table
 from training.benchmarks.shared.run import Clock, OutOfTime, create_parser, require_positive
-from training.benchmarks.shared.store import begin, write_json
+from training.benchmarks.shared.store import begin, read_json, write_json
 
 START_UP = 5.0  # seconds of a stage that are no steps: measuring, capturing, saving
 LAST_CALL = 10.0  # seconds before the end of a session at which a training writes a checkpoint and stops
@@ -89,7 +89,11 @@ class Run:
             if part not in self.results["evaluations"].get(name, {}).get("parts", []):
                 self.tell(f"evaluating {name}: {part}")
                 self.evaluate(name, part)
-        self.results["done"] = True
+        found = {name: told["parts"] for name, told in self.results["evaluations"].items()}
+        missing = [f"{name}: {part}" for name, part in EVALUATIONS if part not in found[name]]
+        self.results["done"] = not missing
+        if missing:
+            self.tell(f"failed; the same command tries again: {', '.join(missing)}")
 
     def tell(self, text: str) -> None:
         """A line for the terminal."""
@@ -217,12 +221,17 @@ class Run:
             autoattack_version=self.scale.autoattack,
             resume_dir=folder,
         )
-        told = self.results["evaluations"].setdefault(name, {"parts": [], "metrics": {}, "sanity": {}, "attacks": {}})
+        empty = {"parts": [], "metrics": {}, "sanity": {}, "attacks": {}, "failures": {}}
+        told = self.results["evaluations"].setdefault(name, empty)
         told["metrics"] |= report.metrics
         told["attacks"] |= report.threat["attacks"]
         told["sanity"] |= report.sanity
-        told["parts"].append(part)
-        told["images"], told["failures"] = report.dataset["num_images"], report.failures
+        told["images"] = report.dataset["num_images"]
+        told["failures"].pop(part, None)
+        if report.failures:
+            told["failures"][part] = report.failures
+        if plan.NUMBER_OF[part] in report.metrics:  # with failures, it counts the images that failed as wrong
+            told["parts"].append(part)
         self.write()
 
     # --- weights -----------------------------------------------------------------------------------------------------
@@ -266,10 +275,14 @@ def open_results(args: argparse.Namespace) -> dict[str, Any]:
     """The results of the sessions before, or new ones, with an entry for this session.
 
     Raises:
-        ValueError: They were made with other settings, and `--fresh` does not say to start over.
+        ValueError: They were made with other settings, and `--fresh` does not say to start over; or that would delete
+            a folder which is no work folder of this script.
     """
-    if args.fresh:
-        shutil.rmtree(args.work_dir, ignore_errors=True)
+    if args.fresh and args.work_dir.exists():
+        kept = args.work_dir / "results.json"
+        if not (kept.is_file() and "sessions" in read_json(kept)) and any(args.work_dir.iterdir()):
+            raise ValueError(f"work_dir={str(args.work_dir)!r} holds other files, which --fresh would delete.")
+        shutil.rmtree(args.work_dir)
     results = begin(args.work_dir / "results.json", {"settings": {"seed": args.seed, "rehearse": args.rehearse}})
     empty = {name: {} for name in ("data", "stages", "dials", "evaluations", "weights")}
     results = {"done": False, "sessions": [], **empty, **results}

@@ -77,6 +77,7 @@ COMMON = {  # one cycle: up over three tenths, then linearly to zero, after Wong
 }
 PAIRS = {"pair": "probs", "pair_weights": "weights"}  # of F_S and single, from which it started: what their dial mixes
 WEIGHTS = ("single", "standard", "jtdmoe")  # stages whose weights are brought home
+NUMBER_OF = {"autoattack": "ra_autoattack", "worst_case": "ra_adaptive_union"}  # of a part, among the metrics
 EVALUATIONS = (  # model, what of it; in order of interest
     ("single", "autoattack"),
     ("pair_weights", "worst_case"),
