@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (".", "training", "model_cards", "hf_dualmoe")  # of the pages that people write
 PAGES = {folder: (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
 README = PAGES["."]
+RECIPES = (ROOT / "training" / "recipes" / "README.md").read_text(encoding="utf-8")  # its runs need data and hours
 PROJECT = (ROOT / "pyproject.toml").read_text()
 EXTRAS = PROJECT.split("[project.optional-dependencies]\n")[1].split("\n\n")[0]
 CHECKOUT = ("training", "tests", "model_cards")  # folders whose files the README's commands name
@@ -458,6 +459,15 @@ def check_command(command: str) -> dict:
     if words[0] in ("ruff", "mypy", "pytest", "pre-commit"):
         return check_tool(words)
     return pytest.fail(f"no rule for {command!r}")
+
+
+@pytest.mark.parametrize("command", re.findall(r"^((?:accelerate|hf-dualmoe) .*?)(?: +#.*)?$", RECIPES, flags=re.M))
+def test_commands_of_the_recipes_parse(command):
+    name, arguments = find_script(command)
+    if name == "train":  # a parser of its own: a recipe becomes the parser's defaults
+        RecipeParser(ROOT / "training" / "recipes", "").parse(arguments)
+    else:
+        create_parser(name).parse_args(arguments)
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(command for _, command in COMMANDS))
