@@ -97,7 +97,9 @@ def describe_study(results: dict[str, Any], arms: dict[str, Any]) -> tuple[str, 
 
 
 def dials(results: dict[str, Any]) -> tuple[dict[str, list[dict[str, float]]], list[int]]:
-    """The dials to draw, each the mean over the seeds that all of them have and all swept alike, and these seeds.
+    """The dials to draw, each the mean over the same seeds, all swept alike, and these seeds.
+
+    The seeds are those that the most arms have; arms without them are left out, since seeds differ in their images.
 
     Raises:
         ValueError: The dials were swept with different attacks.
@@ -106,8 +108,10 @@ def dials(results: dict[str, Any]) -> tuple[dict[str, list[dict[str, float]]], l
     for run in results["runs"]:
         if run["arm"] in runs:
             runs[run["arm"]][run["seed"]] = run
-    runs = {arm: own for arm, own in runs.items() if own}
-    common = sorted(set.intersection(*(set(own) for own in runs.values())))
+    arms_of = {seed: [arm for arm, own in runs.items() if seed in own] for own in runs.values() for seed in own}
+    drawn = max(arms_of.values(), key=len)
+    common = sorted(seed for seed, arms in arms_of.items() if arms == drawn)
+    runs = {arm: runs[arm] for arm in drawn}
     attacks = [run["swept_with"] for own in runs.values() for seed, run in own.items() if seed in common]
     if any(attack != attacks[0] for attack in attacks):
         raise ValueError("The dials were swept with different attacks: sweep them again before drawing them together.")
