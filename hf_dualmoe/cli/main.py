@@ -49,8 +49,8 @@ EXAMPLES = """Examples:
   hf-dualmoe train                                              minutes on a laptop, nothing to download
   hf-dualmoe train --dataset_name path/to/images --image_size 64 --eps 4/255
   hf-dualmoe evaluate --model outputs/digits-jtdmoe/model --eps 0.15
-  hf-dualmoe train --model_name_or_path microsoft/resnet-50 --dataset_name path/to/images --output_dir outputs/hardened
-  hf-dualmoe join --standard microsoft/resnet-50 --robust outputs/hardened/model --dataset_name path/to/images --eps 4/255
+  hf-dualmoe train --model_name_or_path path/to/model --dataset_name path/to/images --output_dir outputs/hardened
+  hf-dualmoe join --standard path/to/model --robust outputs/hardened/model --dataset_name path/to/images --eps 4/255
   hf-dualmoe demo --model outputs/digits-jtdmoe/model
   accelerate launch -m hf_dualmoe train                         on all graphics cards"""
 
