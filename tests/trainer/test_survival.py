@@ -17,6 +17,7 @@ import tiny_training
 import torch
 from safetensors import SafetensorError
 
+from hf_dualmoe.cli import run_record
 from hf_dualmoe.trainer import checkpoints, resumable
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.checkpoints import CheckpointError, check_checkpoint, last_good_checkpoint, list_checkpoints
@@ -387,6 +388,23 @@ def test_fresh_leaves_no_checkpoint_to_go_on_from(run_dir):
     ).split()
     assert scripts.call(script, *options, "--output_dir", run_dir) == 0
     assert not list_checkpoints(run_dir) and (run_dir / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("best", "left"), [(None, [4]), ("elsewhere/checkpoint-2", [2, 4])])
+def test_fresh_from_a_checkpoint_leaves_that_one_alone(best, left, run_dir):
+    """A later start went on from checkpoint-6, of the run before, under the settings of this one."""
+    state = run_dir / "checkpoint-4" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": best}))
+    settings = {"data": {}, "model": {}, "training": {}}
+    resumed = os.path.relpath(run_dir / "checkpoint-4")
+    run_record.record_start(run_dir, {}, settings, None, fresh=True, resumed=resumed)
+    assert list(list_checkpoints(run_dir)) == left
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused_before_others_are_deleted(run_dir):
+    cut(run_dir / "checkpoint-4" / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt has \d+ bytes instead"):
+        run_record.check_named_checkpoint(str(run_dir / "checkpoint-4"))
 
 
 @pytest.mark.slow
