@@ -273,13 +273,14 @@ def record_start(
             "jumps to where that schedule is by now. So this is not the run that the new length would have been from "
             "the start; --fresh trains that."
         )
-    if checkpoint and (there := recorded.get("training", {}).get("processes")):
-        if there != (here := settings["training"]["processes"]):
-            said.append(
-                f"Going on in {here} processes instead of {there}, with the same "
-                f"{global_batch(settings['training'])} images in a step: random numbers start anew, and BatchNorm sees "
-                "batches of another size. So this is not to the bit the run that it would have been."
-            )
+    there, here = (record.get("training", {}).get("processes") for record in (recorded, settings))
+    if checkpoint and there and there != here:
+        images = global_batch(settings["training"])
+        said.append(
+            f"Going on in {here} processes instead of {there}, with the same {images} images in a step: random "
+            "numbers start anew, and a BatchNorm sees batches of another size. So this is not to the bit the run that "
+            "it would have been."
+        )
     if not recorded or lengths or "finished" in recorded:  # older runs did not say
         settings["finished"] = bool(recorded.get("finished")) and not lengths
     write_record(output_dir, settings)
@@ -319,8 +320,8 @@ def restart_text(output_dir: Path, checkpoint: str | None, steps: int) -> str:
     if done < steps:
         return f"Going on from step {done} of {steps}, {checkpoint}."
     return (
-        f"The run in {output_dir} has taken all of its {steps} steps: only what follows the training is done again. "
-        "--fresh trains anew, another --output_dir beside it."
+        f"The run in {output_dir} has taken all of its {steps} steps: of what follows the training, only what is "
+        "missing is done. --fresh trains anew, another --output_dir beside it."
     )
 
 

@@ -136,7 +136,7 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, capsys):
 def test_a_killed_report_goes_on_from_its_measurements(tmp_path, capsys, monkeypatch):
     """AutoAttack takes hours. Its arguments are those of the training: batches, and no bars where none are wanted."""
     given = []
-    measure, draw = script.evaluate_robustness, script.save_plots
+    measure = script.evaluate_robustness
 
     def record(*args, **options):
         given.append(options)
@@ -149,6 +149,7 @@ def test_a_killed_report_goes_on_from_its_measurements(tmp_path, capsys, monkeyp
         raise Killed
 
     command = [*SMALL, "--report", "quick", "--output_dir", tmp_path, "--per_device_eval_batch_size", 7]
+    command += ["--load_best_model_at_end", False]
     monkeypatch.setattr(script, "evaluate_robustness", record)
     monkeypatch.setattr(script, "training_facts", dies)
     with pytest.raises(Killed):
