@@ -287,6 +287,21 @@ def test_somebodys_files_are_neither_deleted_nor_overwritten(name, tmp_path, cap
     assert path.read_text() == "mine" and not (tmp_path / "settings.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("finished", "training", "whole"),
+    [(None, True, True), (None, False, False), (False, True, True), (False, False, False), (True, False, True)],
+)
+def test_a_report_is_whole_where_its_run_says_so(finished, training, whole, tmp_path):
+    """Of runs from before `finished` was noted, the facts about the training tell: they are written last."""
+    record = record_of(1) | ({} if finished is None else {"finished": finished})
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    assert run_record.whole_report(tmp_path) is None
+    report = RobustnessReport({}, {}, {}, training={"method": "at"} if training else {})
+    report.save(tmp_path / "model" / "results.json")
+    assert (run_record.whole_report(tmp_path) is not None) == whole
+    assert run_record.has_finished(tmp_path) is finished
+
+
 def record_of(processes, per_device=32, accumulation=1, **more):
     training = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation, **more}
     return {"data": {}, "model": {}, "training": training | ({"processes": processes} if processes else {})}
