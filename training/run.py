@@ -9,6 +9,8 @@ python training/run.py --help
 
 import argparse
 import copy
+import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,18 +34,23 @@ from hf_dualmoe.cli.hardening import (
     start_facts,
 )
 from hf_dualmoe.cli.run_record import (
+    check_named_checkpoint,
     check_same_data,
     find_checkpoint,
+    has_finished,
+    holds_weights,
+    record_end,
     record_start,
     recorded_settings,
     restart_text,
     settings_of,
     shorter_before,
+    whole_report,
 )
 from hf_dualmoe.cli.script_arguments import check_apart_from_data
 from hf_dualmoe.data.datasets import DataSplits, load_splits
 from hf_dualmoe.evaluation.dial import choose_alpha, dial_attack, sweep_alpha
-from hf_dualmoe.evaluation.environment import print_in_any_encoding
+from hf_dualmoe.evaluation.environment import model_digest, print_in_any_encoding
 from hf_dualmoe.evaluation.evaluation import RobustnessReport, check_evaluation, evaluate_robustness
 from hf_dualmoe.evaluation.outcomes import OUTCOMES_NAME
 from hf_dualmoe.evaluation.plots import save_plots
@@ -92,9 +99,9 @@ def main() -> None:
         if run.estimate_time == "only":
             return trainer.accelerator.end_training()
         if trainer.is_world_process_zero():
-            clear = run.fresh and not args.resume_from_checkpoint
-            tell(args, record_start(output_dir, recorded, settings, checkpoint, clear))
-            goes_on_from = None if args.resume_from_checkpoint else checkpoint
+            named = args.resume_from_checkpoint
+            tell(args, record_start(output_dir, recorded, settings, checkpoint, fresh=run.fresh, resumed=named))
+            goes_on_from = None if named else checkpoint
             tell(args, restart_text(output_dir, goes_on_from, count_steps(trainer)))
         before = {}
         if keeps_head and run.report != "none":
@@ -157,36 +164,72 @@ def save_and_report(
     run: argparse.Namespace,
     controls: dict[str, Any],
 ) -> None:
-    """Write the trained model, its report, plots and card into `model/` of the output folder; publish on request."""
+    """Write the trained model, its report, plots and card into `model/` of the output folder; publish on request.
+
+    A finished run that is started again leaves that folder as it is: what was measured and chosen there since counts.
+    """
+    if not trainer.is_world_process_zero():
+        return
     output_dir = Path(args.output_dir)
+    folder = output_dir / "model"
     # keep_fp32_wrapper: accelerate's autocast around `forward` would measure in half precision
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
-    if trainer.is_world_process_zero():
-        folder = output_dir / "model"
-        for name in ("results.json", OUTCOMES_NAME, *PLOTS):  # of earlier weights
-            (folder / name).unlink(missing_ok=True)
-        if model_args.mixing == "weights":  # trained with outputs mixed: see `dual_config`
-            model.set_mixing("weights")
-        with explain_failed_write("The trained model", output_dir):
-            model.eval().save_pretrained(folder)  # before the report: nothing trained is lost
-        choice = turn_dial(model, data, args, run) if run.choose_alpha else {}
-        model.save_pretrained(folder)
+    if model_args.mixing == "weights":  # trained with outputs mixed: see `dual_config`
+        model.set_mixing("weights")
+    model.eval()
+    is_there = not run.fresh and holds_weights(folder, model)
+    report = whole_report(output_dir) if is_there else None
+    if is_there and (report or run.report == "none") and has_finished(output_dir) is not False:
+        print(
+            f"\nThe run had finished, and {folder} has its weights: the folder is left as it is, with all that was "
+            "measured and chosen since. hf-dualmoe evaluate measures more and turns the dial; --fresh trains anew."
+        )
+    else:
+        save_model(model, folder, output_dir, is_there)
+        choice = turn_dial(model, data, args, run) if run.choose_alpha and report is None else {}
+        if choice:
+            model.save_pretrained(folder)
         facts = start_facts(model_args)
-        if run.report != "none":
-            sources = {**origins(data_args, model_args), **facts}
-            report = write_report(model, data, args, folder, trainer, choice, sources, run.report, controls)
+        sources = {**origins(data_args, model_args), **facts}
+        if report is not None:  # of these weights, by a run that was shorter
+            report.training |= training_facts(trainer, data, args, sources)
+            report.save(folder / "results.json")
+        elif run.report != "none":
+            report = write_report(model, data, args, folder, trainer, choice, sources, run, controls)
             print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
             attempt("drawing the plots", lambda: save_plots(report, folder))
         attempt("writing the model card", lambda: write_model_card(folder, license=facts.get("license")))
+        record_end(output_dir)
         print(f"\nSaved to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-        if args.push_to_hub:
-            attempt("publishing", lambda: publish(folder, args, trainer.hub_model_id))
+    if args.push_to_hub:
+        attempt("publishing", lambda: publish(folder, args, trainer.hub_model_id))
+
+
+def save_model(model: nn.Module, folder: Path, output_dir: Path, is_there: bool) -> None:
+    """Save the trained model; where the folder has its weights, take over instead how its dial was set there."""
+    if is_there:
+        if hasattr(model, "set_alpha"):
+            config = type(model.config).from_pretrained(folder)
+            model.set_alpha(config.alpha)
+            for name in ("standard_logit_map", "robust_logit_map"):
+                setattr(model.config, name, getattr(config, name))
+        return
+    for name in ("results.json", OUTCOMES_NAME, *PLOTS):  # of earlier weights
+        (folder / name).unlink(missing_ok=True)
+    with explain_failed_write("The trained model", output_dir):
+        model.save_pretrained(folder)  # before the report: nothing trained is lost
 
 
 def check_requests(
     data_args: DataArguments, model_args: ModelArguments, args: RobustTrainingArguments, run: argparse.Namespace
 ) -> None:
     """Raise a ValueError for what cannot be done, before anything is loaded."""
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise ValueError(
+            "fsdp: this script saves and measures whole models, and FSDP spreads their weights over the processes. "
+            "Start with a configuration that keeps them whole, such as multi_gpu.yaml."
+        )
+    check_named_checkpoint(args.resume_from_checkpoint)
     check_apart_from_data(args.output_dir, data_args.dataset_name)
     check_dial_request(args.method, run)
     check_mixing(args.method, model_args)
@@ -278,8 +321,9 @@ def turn_dial(
 ) -> dict[str, Any]:
     """Set the dial to the best alpha on the validation images; leave it where none reaches the floor, and say so."""
     attack = dial_attack(data.num_labels, eps=args.eps, norm=args.norm, seed=args.seed)
+    options = {"attack": attack, "batch_size": args.per_device_eval_batch_size, "progress": not args.disable_tqdm}
     try:
-        choice = choose_alpha(sweep_alpha(model, data.validation, attack=attack), min_sa=run.min_sa, min_ra=run.min_ra)
+        choice = choose_alpha(sweep_alpha(model, data.validation, **options), min_sa=run.min_sa, min_ra=run.min_ra)
     except ValueError as error:
         print(f"The dial stays at alpha = {model.config.alpha:g}: {error}")
         return {}
@@ -295,26 +339,48 @@ def write_report(
     trainer: RobustTrainer,
     alpha_choice: dict[str, Any],
     sources: dict[str, str],
-    level: str,
+    run: argparse.Namespace,
     controls: dict[str, Any],
 ) -> RobustnessReport:
-    """Measure on the test images and write results.json as the numbers come."""
-    path = folder / "results.json"
+    """Measure on the test images and write results.json as the numbers come; a restart finds finished measurements."""
+    path, measurements = folder / "results.json", folder.parent / "report-measurements"
     report = evaluate_robustness(
         model,
         data.test,
         eps=args.eps,
         norm=args.norm,
         seed=args.seed,
+        batch_size=args.per_device_eval_batch_size,
         held_out=None if alpha_choice else data.validation,  # to choose on, not yet done
         dataset_name=data.name,
         path=path,
-        level=level,
+        level=run.report,
+        resume_dir=measurements,
+        fresh=run.fresh or are_of_another_model(measurements, model),
+        progress=not args.disable_tqdm,
     )
     report.seeds["training"], report.controls = args.seed, controls
     report.alpha_choice = alpha_choice or report.alpha_choice
+    report.training = training_facts(trainer, data, args, sources)
+    report.save(path)
+    return report
+
+
+def are_of_another_model(measurements: Path, model: nn.Module) -> bool:
+    """Whether a folder of measurements tells of other weights or settings of the model, as a shorter run had."""
+    try:
+        record = json.loads((measurements / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none; or none of ours, which is refused later
+        return False
+    return isinstance(record, dict) and record.get("model") != model_digest(model)
+
+
+def training_facts(
+    trainer: RobustTrainer, data: DataSplits, args: RobustTrainingArguments, sources: dict[str, str]
+) -> dict[str, Any]:
+    """How the model was trained, for its report."""
     used = [n for n in SETTINGS[args.method] if n != "attack_steps" or args.training_attack == "pgd"]  # N-FGSM has one
-    report.training = {
+    return {
         "method": args.method,
         "num_images": len(data.train),
         "selected_on": f"{len(data.validation)} images held out of train",
@@ -330,8 +396,6 @@ def write_report(
         **kept_weights(trainer),
         "train_runtime_s": round(trainer.train_seconds, 4),
     }
-    report.save(path)
-    return report
 
 
 def kept_weights(trainer: RobustTrainer) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..attacks.base import check_eps
 from ..attacks.nfgsm import NFGSM
@@ -36,6 +37,9 @@ FIXED = {
 }
 
 
+logger = logging.get_logger(__name__)
+
+
 class PixelValue(float):
     """A length in [0, 1] pixel units that may be written as a fraction: `PixelValue("8/255")`."""
 
@@ -52,7 +56,9 @@ class RobustTrainingArguments(TrainingArguments):
 
     Defaults that differ from the parent: columns are kept (images are made in the collator), labels are called
     "labels", the run logs every 50 steps, losses that are not finite are not hidden from the log, and the Hub gets the
-    finished model alone. Pickles and copies of these arguments (training_args.bin) leave `hub_token` out.
+    finished model alone. Pickles and copies of these arguments (training_args.bin) leave `hub_token` out. One process
+    uses one GPU, however many there are; on Apple GPUs, which have no double precision, training runs on the CPU. One
+    line of the log says so.
     """
 
     # Objective
@@ -227,8 +233,28 @@ class RobustTrainingArguments(TrainingArguments):
         self._check_parent()
         if self.on_nan_loss == "skip":  # a loss that is skipped would make the sum that the next log tells NaN
             self.logging_nan_inf_filter = True
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # lets bf16 recipes run on a CPU too
+        self._choose_device()
         super().__post_init__()
+        if (visible := super().n_gpu) > 1:
+            logger.warning(
+                f"Training on one of {visible} GPUs: a process uses one. For all of them: accelerate launch "
+                f"--num_processes {visible}"
+            )
+
+    # Overridden: the parent counts all that one process sees, and the Trainer would copy the model to each of them by
+    # nn.DataParallel. Its copies have no parameters, so an attack and the routers' loss find nothing there.
+    @property
+    def n_gpu(self) -> int:
+        """GPUs that this process uses: one at most."""
+        return min(super().n_gpu, 1)
+
+    def _choose_device(self) -> None:
+        """Leave accelerators alone that there are not, or that cannot do what an attack needs."""
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # lets bf16 recipes run on a CPU too
+        if not self.use_cpu and torch.backends.mps.is_available():
+            self.use_cpu = True
+            logger.warning("Training on the CPU: attacks need double precision, which this GPU (mps) does not have.")
 
     def __getstate__(self) -> dict[str, Any]:
         """Content of a pickle: all but the access token."""

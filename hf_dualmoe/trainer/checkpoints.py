@@ -5,13 +5,14 @@ that is killed or meets a full disk leaves no half of one. The manifest has size
 files that were cut short or changed later.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ PROGRESS_NAME = "progress.json"  # skipped updates, seconds
 UNFINISHED = "unfinished"
 STATE_NAME = "trainer_state.json"
 CHUNK = 1 << 22  # bytes read at a time
+# a full disk, or a limit on the size of files or of all that somebody owns
+FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
+# torch.save says RuntimeError of a failed write, and so do many errors that have nothing to do with files
+TORCH_WRITE = re.compile("inline_container|PytorchStreamWriter|iostream error|unexpected pos")
 
 logger = logging.get_logger(__name__)
 
@@ -104,8 +109,17 @@ def read_progress(folder: "str | Path") -> dict[str, Any]:
 
 
 def clear_unfinished(run_dir: "str | Path") -> None:
-    """Remove what an interrupted run left."""
-    shutil.rmtree(Path(run_dir) / UNFINISHED, ignore_errors=True)
+    """Remove the checkpoints that an interrupted run left there; anything else is somebody's, and stays."""
+    for path in unfinished_checkpoints(run_dir):
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # not there, or not empty
+        (Path(run_dir) / UNFINISHED).rmdir()
+
+
+def unfinished_checkpoints(run_dir: "str | Path") -> list[Path]:
+    """The folders in `unfinished/` of a run that are named as its checkpoints are."""
+    paths = sorted((Path(run_dir) / UNFINISHED).glob("*checkpoint-*"))
+    return [path for path in paths if re.fullmatch(r"(old-)?checkpoint-\d+", path.name) and path.is_dir()]
 
 
 def finish_checkpoint(run_dir: "str | Path", step: int) -> Path:
@@ -136,23 +150,38 @@ def remove_checkpoint(folder: Path) -> None:
 
 @contextmanager
 def explain_failed_write(what: str, run_dir: "str | Path") -> Iterator[None]:
-    """Turn the many errors of a full or broken disk into one that says what is lost and what is left.
+    """Turn the many errors of a failed write into one that says what is lost and what is left; others pass through.
 
     Raises:
         CheckpointError: Something in the block could not be written.
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises a RuntimeError
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not isinstance(error, (OSError, SafetensorError)) and not TORCH_WRITE.search(str(error)):
+            raise  # such as one of the model, or of the other processes
         clear_unfinished(run_dir)
         left = list_checkpoints(run_dir)
         last = f"the last checkpoint is {list(left.values())[-1]}" if left else "there is no earlier checkpoint"
-        disk = next(path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists())
-        free = shutil.disk_usage(disk).free / 1e6
+        room, advice = "", "Mend that"
+        if _is_full(error):
+            disk = next(
+                path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists()
+            )
+            room, advice = f" ({shutil.disk_usage(disk).free / 1e6:.1f} MB free)", "Make room"
         raise CheckpointError(
-            f"{what} could not be written to {run_dir} ({free:.1f} MB free): {error}. Earlier checkpoints are intact; "
-            f"{last}. Make room and start the same command again."
+            f"{what} could not be written to {run_dir}{room}: {error}. Earlier checkpoints are intact; {last}. "
+            f"{advice} and start the same command again."
         ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a failed write may be one for want of room."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    # safetensors gives the number of the system's error as text; torch gives none
+    numbers = re.findall(r"(?:os error|code:) (\d+)", str(error))
+    return bool(TORCH_WRITE.search(str(error))) or any(int(number) in FULL for number in numbers)
 
 
 def _crc32(path: Path) -> int:
@@ -175,4 +204,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["CheckpointError", "check_checkpoint", "last_good_checkpoint", "list_checkpoints"]
+__all__ = [
+    "CheckpointError",
+    "check_checkpoint",
+    "last_good_checkpoint",
+    "list_checkpoints",
+    "unfinished_checkpoints",
+]

@@ -111,7 +111,6 @@ def check_weight_perturbation(trainer: Trainer) -> None:
     misfits = {
         "DeepSpeed, which keeps the gradients to itself": trainer.is_deepspeed_enabled,
         "weights that are spread over processes (FSDP)": trainer.is_fsdp_enabled,
-        "several GPUs in one process: give each GPU its own (accelerate launch)": args.n_gpu > 1,
         "gradient checkpointing: activations would be recomputed with the unperturbed weights": recomputes_activations(
             args, trainer.model
         ),

@@ -7,7 +7,7 @@ CPU to the bit. (A log line that spans the kill tells of the steps since.)
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,13 @@ class ResumableTrainer(Trainer):
         self._is_saving = False
         self._started: float | None = None  # while it trains
         self._earlier_seconds = 0.0
+        self._goes_on_from: Path | None = None  # checkpoint of this start
         self.keeps_average = False
         scales_gradients = getattr(self.accelerator, "scaler", None) is not None
         self.watch = NonFiniteWatch(args.on_nan_loss, args.max_skipped_steps, args.output_dir, not scales_gradients)
         self.add_callback(self.watch)
         self.add_callback(FinishedRunCallback())
+        self.add_callback(BestCheckpointCallback(lambda: self._goes_on_from))
         self.ema: ModelEmaV3 | None = None
         if args.ema_decay > 0:
             self.ema = ModelEmaV3(self.model, decay=args.ema_decay, use_warmup=True)
@@ -102,6 +104,7 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint is True and (last := last_good_checkpoint(self.args.output_dir)):
             resume_from_checkpoint = str(last)
         is_named = resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool)
+        self._goes_on_from = Path(resume_from_checkpoint) if is_named else None
         progress = self._take_over(resume_from_checkpoint) if is_named else {}
         # no jumps of the wall clock
         self._started, self._earlier_seconds = time.monotonic(), progress.get("seconds", 0.0)
@@ -305,6 +308,30 @@ class FinishedRunCallback(TrainerCallback):
             control.should_evaluate = control.should_save = False
 
 
+class BestCheckpointCallback(TrainerCallback):
+    """The best checkpoint is the one beside the checkpoint that a start goes on from, whatever path it had before.
+
+    The parent keeps the path of the first start: of a folder that was moved, or is named from elsewhere, it finds
+    nothing there, and the run would end with the last weights instead of the best.
+
+    Args:
+        goes_on_from: Gives the checkpoint of this start, or None.
+    """
+
+    def __init__(self, goes_on_from: Callable[[], Path | None]):
+        self.goes_on_from = goes_on_from
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Name the best checkpoint by where it is now."""
+        folder = self.goes_on_from()
+        if folder is not None and state.best_global_step is not None:
+            best = folder.parent / f"checkpoint-{state.best_global_step}"
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+
+
 class EmaCallback(TrainerCallback):
     """Update the moving average after each optimizer step; at the end of training the model takes it over.
 
@@ -329,4 +356,4 @@ class EmaCallback(TrainerCallback):
         self.trainer._choose_weights()
 
 
-__all__ = ["EmaCallback", "ResumableTrainer"]
+__all__ = ["BestCheckpointCallback", "EmaCallback", "ResumableTrainer"]

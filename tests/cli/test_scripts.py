@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
+from hf_dualmoe.cli import run_record
 from hf_dualmoe.cli.run_record import restart_text
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
 from hf_dualmoe.hub.upload_plan import TOKEN
@@ -67,12 +68,26 @@ def test_run_trains_reports_and_saves(tmp_path, capsys, monkeypatch):
     with torch.no_grad():
         assert model(torch.rand(3, 1, 8, 8)).logits.shape == (3, 10)
 
-    # the same command again goes on from the last checkpoint: nothing is left to train, the model stays the same
-    run(*command, "--step_graph", "off")  # how steps are launched is free, and so is how alpha is chosen
+    # the same command again goes on from the last checkpoint: nothing is left to train, the model stays the same, and
+    # so does what was chosen and measured since
+    config = json.loads((folder / "config.json").read_text()) | {"alpha": 0.4, "robust_logit_map": {"scale": 2.0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    better = {**report.metrics, "ra_autoattack": 12.5}
+    RobustnessReport(**{**vars(report), "metrics": better}).save(folder / "results.json")
+    (folder / "examples.png").write_bytes(b"drawn by an evaluation")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run(*command, "--step_graph", "off")  # how steps are launched is free
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert f"The run had finished, and {folder} has its weights" in capsys.readouterr().out
+
+    # without its report, as where it was killed: that alone is made, from the measurements that were finished
+    (folder / "results.json").unlink()
+    run(*command, "--report", "quick")
     again = AutoModelForImageClassification.from_pretrained(folder)
     report_again = RobustnessReport.load(folder / "results.json")
     assert all(torch.equal(v, again.state_dict()[name]) for name, v in model.state_dict().items())
     assert again.config.alpha == report_again.model["alpha"] == report_again.alpha_choice["alpha"]
+    assert again.config.robust_logit_map == config["robust_logit_map"]
     assert report_again.alpha_choice["chosen_on"] == "20 images held out of train"
     seconds = [found.training["train_runtime_s"] for found in (report, report_again)]
     assert seconds[1] > 0.5 * seconds[0]  # not that of the last start alone
@@ -116,6 +131,41 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Going on" not in out and f"The run in {tmp_path} has taken all of its 6 steps" in out
     assert json.loads((tmp_path / "settings.json").read_text()) == recorded
+
+
+def test_a_killed_report_goes_on_from_its_measurements(tmp_path, capsys, monkeypatch):
+    """AutoAttack takes hours. Its arguments are those of the training: batches, and no bars where none are wanted."""
+    given = []
+    measure = script.evaluate_robustness
+
+    def record(*args, **options):
+        given.append(options)
+        return measure(*args, **options, steps=1, sanity_images=2)
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*args):
+        raise Killed
+
+    command = [*SMALL, "--report", "quick", "--output_dir", tmp_path, "--per_device_eval_batch_size", 7]
+    command += ["--load_best_model_at_end", False]
+    monkeypatch.setattr(script, "evaluate_robustness", record)
+    monkeypatch.setattr(script, "training_facts", dies)
+    with pytest.raises(Killed):
+        run(*command)
+    kept = tmp_path / "report-measurements"
+    stamps = {path: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")}
+    assert stamps and given[-1]["batch_size"] == 7 and given[-1]["progress"] is False
+    assert given[-1]["resume_dir"] == kept and not given[-1]["fresh"]
+    monkeypatch.undo()
+    monkeypatch.setattr(script, "evaluate_robustness", record)
+    run(*command)
+    assert {path: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")} == stamps
+    report = RobustnessReport.load(tmp_path / "model" / "results.json")
+    assert report.training["method"] == "standard" and json.loads((tmp_path / "settings.json").read_text())["finished"]
+    run(*command, "--num_train_epochs", 2)  # other weights: measured anew
+    assert given[-1]["fresh"] and RobustnessReport.load(tmp_path / "model" / "results.json").training["steps"] == 4
 
 
 def test_a_start_says_from_where_it_goes_on(tmp_path):
@@ -204,6 +254,7 @@ def test_run_leaves_the_dial_in_the_weights(tmp_path):
         (["--backbone", "convnext_atto", "--shared_stages", "3"], "shared_stages=3 needs a timm ResNet or ViT"),
         (["--image_column", "picture"], "image_column"),
         (["--recipe", "nonsense"], "recipe='nonsense'"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint='nowhere' must be the folder of a"),
     ],
     ids=str,
 )
@@ -214,3 +265,71 @@ def test_run_refuses_bad_input_before_training(arguments, message, tmp_path, cap
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_run_refuses_fsdp_before_training(tmp_path, capsys, monkeypatch):
+    """It trained for hours, could not save its DTensors, and called the disk full."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert scripts.call(script, *QUICK, "--output_dir", tmp_path / "out") == 2
+    assert "fsdp: this script saves and measures whole models" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model/results.json", "model/examples.png", "before/results.json", "model"])
+def test_somebodys_files_are_neither_deleted_nor_overwritten(name, tmp_path, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    for fresh in ([], ["--fresh"]):
+        assert scripts.call(script, *SMALL, "--output_dir", tmp_path, *fresh) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / name.split('/')[0]} is there already ({name.split('/')[-1]})" in error
+    assert path.read_text() == "mine" and not (tmp_path / "settings.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("finished", "training", "whole"),
+    [(None, True, True), (None, False, False), (False, True, True), (False, False, False), (True, False, True)],
+)
+def test_a_report_is_whole_where_its_run_says_so(finished, training, whole, tmp_path):
+    """Of runs from before `finished` was noted, the facts about the training tell: they are written last."""
+    record = record_of(1) | ({} if finished is None else {"finished": finished})
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    assert run_record.whole_report(tmp_path) is None
+    report = RobustnessReport({}, {}, {}, training={"method": "at"} if training else {})
+    report.save(tmp_path / "model" / "results.json")
+    assert (run_record.whole_report(tmp_path) is not None) == whole
+    assert run_record.has_finished(tmp_path) is finished
+
+
+def record_of(processes, per_device=32, accumulation=1, **more):
+    training = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation, **more}
+    return {"data": {}, "model": {}, "training": training | ({"processes": processes} if processes else {})}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "refused"),
+    [
+        (record_of(2), record_of(2), None),
+        (record_of(2), record_of(1, 64), None),
+        (record_of(2), record_of(1, 32, 2), None),
+        (record_of(None), record_of(2), None),  # an older run, which did not say
+        (record_of(2), record_of(1), "'64 = 32 x 2 x 1' there, '32 = 32 x 1 x 1' here"),
+        (record_of(2), record_of(2, 16), "per_device_train_batch_size: 32 there, 16 here"),
+        (record_of(None), record_of(1, 64), "per_device_train_batch_size: 32 there, 64 here"),
+        (record_of(2), record_of(1, 64, auto_find_batch_size=True), "processes: 2 there, 1 here"),
+    ],
+)
+def test_the_images_of_a_step_stay_as_many(there, here, refused, tmp_path):
+    """With two processes in place of one they were twice as many, without a word."""
+    (tmp_path / "settings.json").write_text(json.dumps(there))
+    if refused:
+        with pytest.raises(ValueError, match="a run with other settings") as error:
+            run_record.recorded_settings(tmp_path, here, fresh=False)
+        assert refused in str(error.value)
+        return
+    recorded = run_record.recorded_settings(tmp_path, here, fresh=False)
+    said = run_record.record_start(tmp_path, recorded, here, "out/checkpoint-2", fresh=False, resumed=None)
+    moved = there["training"].get("processes") not in (None, here["training"]["processes"])
+    assert ("in 1 processes instead of 2, with the same 64 images in a step: random numbers start" in said) == moved
+    assert bool(said) == moved and run_record.read_record(tmp_path, [], "it")["shorter_before"] == []

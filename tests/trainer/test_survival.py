@@ -1,5 +1,6 @@
 """Interrupted runs: damaged checkpoints are found, the one before is used, a full disk loses nothing."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,7 +15,9 @@ import pytest
 import scripts
 import tiny_training
 import torch
+from safetensors import SafetensorError
 
+from hf_dualmoe.cli import run_record
 from hf_dualmoe.trainer import checkpoints, resumable
 from hf_dualmoe.trainer.arguments import RobustTrainingArguments
 from hf_dualmoe.trainer.checkpoints import CheckpointError, check_checkpoint, last_good_checkpoint, list_checkpoints
@@ -236,6 +239,31 @@ def test_the_best_checkpoint_of_a_folder_that_was_moved_stays(tmp_path):
     assert trainer.state.best_metric == 3.0 and list(list_checkpoints(tmp_path / "moved")) == [2]
 
 
+def test_a_finished_run_that_was_moved_keeps_its_best_weights(tmp_path):
+    """transformers looks for the best checkpoint at its old path only, and left the last weights in the model."""
+    selection = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "sa", "ema_decay": 0.0}
+    measured = iter([1.0, 3.0, 2.0])
+    trainer = create(tmp_path / "run", load_best_model_at_end=True, **selection)
+    trainer.compute_metrics = lambda prediction: {"sa": next(measured)}
+    trainer.train()
+    best = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    (tmp_path / "run").rename(tmp_path / "moved")
+    trainer = create(tmp_path / "moved", load_best_model_at_end=True, **selection)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-6"))
+    assert Path(trainer.state.best_model_checkpoint) == tmp_path / "moved" / "checkpoint-4"
+    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_somebodys_folder_called_unfinished_stays(tmp_path):
+    for name in ("thesis.txt", "checkpoints/a", "checkpoint-4/half of it"):
+        path = tmp_path / "unfinished" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    create(tmp_path).train()
+    assert list(list_checkpoints(tmp_path)) == [2, 4, 6]
+    assert sorted(path.name for path in (tmp_path / "unfinished").iterdir()) == ["checkpoints", "thesis.txt"]
+
+
 def test_best_checkpoint_is_named_by_its_final_name(tmp_path):
     selection = {"eval_strategy": "steps", "eval_steps": 2, "eval_attack_steps": 0, "metric_for_best_model": "sa"}
     trainer = create(tmp_path / "run", load_best_model_at_end=True, save_total_limit=1, **selection)
@@ -273,6 +301,26 @@ def test_full_disk_names_the_folder_and_leaves_the_last_checkpoint(tmp_path, roo
     assert left.name == "checkpoint-2" and not (tmp_path / "run" / "unfinished").exists()
     create(tmp_path / "run").train(resume_from_checkpoint=str(left))
     assert last_good_checkpoint(tmp_path / "run").name == "checkpoint-6"
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "blames_disk"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), CheckpointError, True),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), CheckpointError, True),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), CheckpointError, True),
+        (PermissionError(errno.EACCES, "Permission denied"), CheckpointError, False),
+        (SafetensorError("Error while serializing: InvalidTensorView"), CheckpointError, False),
+        (RuntimeError("Attempted to access the data pointer on an invalid python storage"), RuntimeError, False),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, False),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_only_a_full_disk_is_called_one(error, told, blames_disk, tmp_path):
+    with pytest.raises(told) as caught, checkpoints.explain_failed_write("checkpoint-2", tmp_path):
+        raise error
+    assert type(caught.value) is told and ("Make room" in str(caught.value)) == blames_disk
+    assert str(error) in str(caught.value)
 
 
 def test_no_file_of_a_run_holds_the_access_token(finished, tmp_path):
@@ -340,6 +388,23 @@ def test_fresh_leaves_no_checkpoint_to_go_on_from(run_dir):
     ).split()
     assert scripts.call(script, *options, "--output_dir", run_dir) == 0
     assert not list_checkpoints(run_dir) and (run_dir / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("best", "left"), [(None, [4]), ("elsewhere/checkpoint-2", [2, 4])])
+def test_fresh_from_a_checkpoint_leaves_that_one_alone(best, left, run_dir):
+    """A later start went on from checkpoint-6, of the run before, under the settings of this one."""
+    state = run_dir / "checkpoint-4" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": best}))
+    settings = {"data": {}, "model": {}, "training": {}}
+    resumed = os.path.relpath(run_dir / "checkpoint-4")
+    run_record.record_start(run_dir, {}, settings, None, fresh=True, resumed=resumed)
+    assert list(list_checkpoints(run_dir)) == left
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused_before_others_are_deleted(run_dir):
+    cut(run_dir / "checkpoint-4" / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt has \d+ bytes instead"):
+        run_record.check_named_checkpoint(str(run_dir / "checkpoint-4"))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import nn
 from hf_dualmoe.attacks.nfgsm import NFGSM
 from hf_dualmoe.losses.adversarial import at_loss, standard_loss
 from hf_dualmoe.trainer import weight_perturbation
-from hf_dualmoe.trainer.arguments import METHODS, RobustTrainingArguments
+from hf_dualmoe.trainer.arguments import METHODS
 from hf_dualmoe.trainer.checks import check_weight_perturbation
 from hf_dualmoe.trainer.trainer import RobustTrainer
 from hf_dualmoe.trainer.weight_perturbation import ascent_step, averaged, perturbed_loss
@@ -176,15 +176,11 @@ def test_recomputed_activations_are_refused(trainer_of):
     [
         ("is_deepspeed_enabled", "DeepSpeed"),
         ("is_fsdp_enabled", r"weights that are spread over processes \(FSDP\)"),
-        ("n_gpu", "several GPUs in one process"),
     ],
 )
-def test_weights_that_cannot_be_replaced_are_refused(name, message, trainer_of, monkeypatch):
+def test_weights_that_cannot_be_replaced_are_refused(name, message, trainer_of):
     trainer = trainer_of(tiny_training.build("at"))
-    if name == "n_gpu":
-        monkeypatch.setattr(RobustTrainingArguments, "n_gpu", 2)
-    else:
-        setattr(trainer, name, True)
+    setattr(trainer, name, True)
     with pytest.raises(ValueError, match=f"awp_gamma=0.05 does not work with {message}"):
         check_weight_perturbation(trainer)
     trainer.args.awp_gamma = 0.0
