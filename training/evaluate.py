@@ -19,8 +19,16 @@ from torch import nn
 
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.cli.cost import cost_text, evaluation_work
-from hf_dualmoe.cli.evaluating import SPLITS, add_evaluation_arguments, check_measurements, evaluate, load_data
-from hf_dualmoe.cli.script_arguments import add_run_arguments, load_model, model_parser, output_folder
+from hf_dualmoe.cli.evaluating import add_evaluation_arguments, check_measurements, evaluate
+from hf_dualmoe.cli.script_arguments import (
+    add_run_arguments,
+    create_accelerator,
+    load_images,
+    load_model,
+    model_parser,
+    output_folder,
+    read_earlier,
+)
 from hf_dualmoe.data.datasets import DataSplits
 from hf_dualmoe.evaluation.calibration import calibrate_robust_logits
 from hf_dualmoe.evaluation.environment import data_digest, print_in_any_encoding, write_text
@@ -32,7 +40,7 @@ from hf_dualmoe.models.loading import NormalizedClassifier, is_foreign
 
 
 def create_parser() -> ArgumentParser:
-    parser = model_parser(__doc__.splitlines()[0], SPLITS)
+    parser = model_parser(__doc__.splitlines()[0])
     add_evaluation_arguments(parser)
     add = parser.add_argument
     add("--write_alpha", action="store_true", help="Write the recommended alpha into the folder's config.json.")
@@ -58,8 +66,7 @@ def main() -> None:
     print_in_any_encoding()
     parser = create_parser()
     args = parser.parse_args()
-    # launched on CPUs alone, accelerate would start unconnected processes unless told
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = create_accelerator()
     args.output_dir = Path(args.output_dir or output_folder("evaluate", args.model, args.revision))
     try:
         args.calibrate |= args.write_calibration
@@ -68,7 +75,8 @@ def main() -> None:
         # whatever it was saved in: half precision rounds small attack steps away
         model = load_model(args, dtype=torch.float32).to(accelerator.device)
         check_request(args, model)
-        data = load_data(args, model)
+        earlier = read_earlier(args.model)
+        data = load_images(args, model, [args.model])
         parts = check_measurements(args, model, data)
         if args.write_alpha and "dial" not in parts:
             raise ValueError(f"write_alpha needs the dial to be measured; level={args.level!r} leaves it out.")
@@ -78,7 +86,6 @@ def main() -> None:
         work = evaluation_work(args, model, data, parts)
         accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
-        earlier = read_earlier(Path(args.model, "results.json"))
         report = evaluate(args, model, data, accelerator)
         report.controls = {name: control.metrics for name, control in controls.items()}
         report.model |= {"calibration": calibration} if calibration else {}
@@ -193,14 +200,6 @@ def write_config(folder: str, changes: dict[str, Any]) -> None:
     config = Path(folder, "config.json")
     write_text(config, json.dumps(json.loads(config.read_text(encoding="utf-8")) | changes, indent=2) + "\n")
     print(f"Wrote {', '.join(f'{name} = {value}' for name, value in changes.items())} to {config}")
-
-
-def read_earlier(path: Path) -> RobustnessReport | None:
-    """The report that `run.py` left beside the model, which tells how it was trained; None where there is none.
-
-    Read before the evaluation, which may write to the same place.
-    """
-    return RobustnessReport.load(path) if path.is_file() and not is_foreign(path.parent) else None
 
 
 if __name__ == "__main__":

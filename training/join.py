@@ -18,7 +18,7 @@ from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.cli.cost import cost_text, evaluation_work
 from hf_dualmoe.cli.eps_check import check_eps_is_in_pixels
-from hf_dualmoe.cli.evaluating import SPLITS, add_evaluation_arguments, check_measurements, evaluate, load_data
+from hf_dualmoe.cli.evaluating import add_evaluation_arguments, check_measurements, evaluate
 from hf_dualmoe.cli.hardening import licence_of, short_name
 from hf_dualmoe.cli.run_record import SETTINGS_NAME, read_record
 from hf_dualmoe.cli.script_arguments import (
@@ -26,6 +26,8 @@ from hf_dualmoe.cli.script_arguments import (
     add_data_arguments,
     add_normalisation_arguments,
     add_run_arguments,
+    create_accelerator,
+    load_images,
     output_folder,
 )
 from hf_dualmoe.data.datasets import DataSplits
@@ -51,7 +53,7 @@ def create_parser() -> ArgumentParser:
     add("--alpha", type=float, help="Weight of the robust model in [0, 1]; default: chosen on held-out images.")
     add("--mixing", choices=("probs", "logits", "weights"), default="probs", help="What alpha mixes.")
     add("--image_size", type=int, help="Side of the images that the dual model takes; default: as the robust part.")
-    add_data_arguments(parser, SPLITS)
+    add_data_arguments(parser)
     add_evaluation_arguments(parser)
     texts = {"batch": "Images per forward.", "seed": "Seed of attacks and choices of images."}
     add_run_arguments(parser, "join", "a joined model", **texts)
@@ -62,8 +64,7 @@ def main() -> None:
     print_in_any_encoding()
     parser = create_parser()
     args = parser.parse_args()
-    # launched on CPUs alone, accelerate would start unconnected processes unless told
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = create_accelerator()
     args.output_dir = Path(args.output_dir or output_folder("join", f"{args.standard}+{args.robust}"))
     folder = args.output_dir / "model"
     try:
@@ -76,7 +77,7 @@ def main() -> None:
             image_size=args.image_size,
             check_names=not args.ignore_class_names,
         ).to(accelerator.device)
-        data = load_data(args, model)
+        data = load_images(args, model, [getattr(args, name) for name in PARTS])
         for part in parts.values():
             check_eps_is_in_pixels(part, data.test, args.eps, args.norm)
         work = evaluation_work(args, model, data, check_measurements(args, model, data))
