@@ -18,6 +18,7 @@ from hf_dualmoe.cli.cost import cost_text, smoothing_work
 from hf_dualmoe.cli.eps_check import check_eps_is_in_pixels
 from hf_dualmoe.cli.script_arguments import (
     add_run_arguments,
+    check_own_files,
     create_accelerator,
     load_images,
     load_model,
@@ -65,6 +66,7 @@ def main() -> None:
     accelerator = create_accelerator()
     args.output_dir = Path(args.output_dir or output_folder("certify", args.model, args.revision))
     try:
+        check_own_files(args.output_dir, {RESULTS: CertificationReport.load})
         model = load_model(args, dtype="auto").to(accelerator.device)  # what is certified is what was saved
         data = load_images(args, model, [args.model], dial=False)
         # the largest is the likeliest mistake

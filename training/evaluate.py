@@ -19,9 +19,10 @@ from torch import nn
 
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.cli.cost import cost_text, evaluation_work
-from hf_dualmoe.cli.evaluating import add_evaluation_arguments, check_measurements, evaluate
+from hf_dualmoe.cli.evaluating import RESULTS, add_evaluation_arguments, check_measurements, evaluate
 from hf_dualmoe.cli.script_arguments import (
     add_run_arguments,
+    check_own_files,
     create_accelerator,
     load_images,
     load_model,
@@ -35,7 +36,14 @@ from hf_dualmoe.evaluation.environment import data_digest, print_in_any_encoding
 from hf_dualmoe.evaluation.plots import attack_examples, save_plots
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.evaluation.report import RobustnessReport, same_images
-from hf_dualmoe.hub.model_card import load_report, reason_to_keep, refresh_model_card
+from hf_dualmoe.hub.model_card import (
+    CONFIG_NAME,
+    load_report,
+    read_json,
+    reason_to_keep,
+    refresh_model_card,
+    write_model_card,
+)
 from hf_dualmoe.models.loading import NormalizedClassifier, is_foreign
 
 
@@ -72,6 +80,7 @@ def main() -> None:
         args.calibrate |= args.write_calibration
         check_request(args)  # what needs no model is refused before it is loaded
         controls = read_controls(args)
+        results = check_folders(args)
         # whatever it was saved in: half precision rounds small attack steps away
         model = load_model(args, dtype=torch.float32).to(accelerator.device)
         check_request(args, model)
@@ -86,7 +95,7 @@ def main() -> None:
         work = evaluation_work(args, model, data, parts)
         accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
-        report = evaluate(args, model, data, accelerator)
+        report = evaluate(args, model, data, accelerator, folder=results)
         report.controls = {name: control.metrics for name, control in controls.items()}
         report.model |= {"calibration": calibration} if calibration else {}
         if earlier is not None:
@@ -96,22 +105,29 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
     if accelerator.is_main_process:
-        print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
-        attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
-        report.save(args.output_dir / "results.json")
-        plots = save_plots(report, args.output_dir, attack_examples(model, data.test, attack=attack))
-        print(f"\nSaved to {args.output_dir}: results.json, {', '.join([report.outcomes, *plots])}")
-        if args.write_alpha and report.alpha_choice:
-            write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
-        if args.write_calibration:
-            write_config(args.model, {name: calibration[name] for name in ("robust_logit_map", "alpha")})
-        if isinstance(model, NormalizedClassifier) and (is_foreign(args.model) or not Path(args.model).is_dir()):
-            print("No model card: it would speak for a model that hf_dualmoe did not make.")
-        else:
-            write_card(args, report)
+        finish(args, model, data, report, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     sys.exit(1 if report.failures else 0)  # a script that calls this one must notice what is missing
+
+
+def finish(args: Namespace, model: nn.Module, data: DataSplits, report: RobustnessReport, results: Path) -> None:
+    """Print the report, save it with its plots, and bring the model's folder up to date: config, report and card."""
+    print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
+    attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
+    report.save(results / "results.json")
+    plots = save_plots(report, results, attack_examples(model, data.test, attack=attack))
+    print(f"\nSaved to {results}: results.json, {', '.join([report.outcomes, *plots])}")
+    if args.write_calibration:  # before the card: what was measured is what is saved from here on
+        write_config(args.model, {name: report.model["calibration"][name] for name in ("robust_logit_map", "alpha")})
+    if isinstance(model, NormalizedClassifier) and (is_foreign(args.model) or not Path(args.model).is_dir()):
+        print("No model card: it would speak for a model that hf_dualmoe did not make.")
+    else:
+        write_card(args, report, results)
+    if args.write_alpha and report.alpha_choice:  # after the card: this is not the model that was measured
+        write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
+    if args.write_calibration or args.write_alpha:
+        render_again(args.model)
 
 
 def check_request(args: Namespace, model: nn.Module | None = None) -> None:
@@ -183,15 +199,44 @@ def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: 
     return found
 
 
-def write_card(args: Namespace, report: RobustnessReport) -> None:
+def check_folders(args: Namespace) -> Path:
+    """Where results go; a ValueError where another program's would be replaced there, or in the model's folder."""
+    results = results_folder(args.output_dir, args.model)
+    check_own_files(results, RESULTS)
+    if Path(args.model).is_dir() and not is_foreign(args.model):  # nothing is written into a foreign one
+        check_own_files(args.model, RESULTS)
+    return results
+
+
+def results_folder(output_dir: Path, model: str) -> Path:
+    """Where results go: `output_dir`, or a folder in it where that is the model's own.
+
+    The report of the model is then replaced in one step, once all is measured, and only if nothing is lost by it.
+    """
+    is_own = output_dir.is_dir() and Path(model).is_dir() and output_dir.samefile(model)
+    return output_dir / "evaluation" if is_own else output_dir
+
+
+def write_card(args: Namespace, report: RobustnessReport, results: Path) -> None:
     """Bring the model's card up to date, or write one beside the results."""
     try:
-        kept = reason_to_keep(load_report(args.model), report)
-        card = refresh_model_card(report, args.output_dir, args.model)
+        config = Path(args.model, CONFIG_NAME)
+        saved = read_json(config) if config.is_file() else {}
+        kept = reason_to_keep(load_report(args.model), report, saved)
+        card = refresh_model_card(report, results, args.model)
         print(f"Wrote {card}" if card else "README.md was edited by somebody and is left alone.")
         if kept:
-            print(f"{args.model} keeps its results.json and card: this evaluation {kept}.")
+            told = "keeps its results.json and card" if load_report(args.model) else "gets no results.json and card"
+            print(f"{args.model} {told}: this evaluation {kept}. Its own are in {results}.")
     except Exception as error:  # the numbers are saved; a card can be rendered again
+        print(f"WARNING: writing the model card failed: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def render_again(model: str) -> None:
+    """Render the card of a model whose config was written: it shows the dial, and says where numbers do not fit it."""
+    try:
+        write_model_card(model)
+    except Exception as error:
         print(f"WARNING: writing the model card failed: {type(error).__name__}: {error}", file=sys.stderr)
 
 

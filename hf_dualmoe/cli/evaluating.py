@@ -10,7 +10,11 @@ from ..attacks.auto_attack import DTYPES
 from ..data.datasets import DataSplits
 from ..evaluation.environment import pixel_radius
 from ..evaluation.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
+from ..evaluation.outcomes import OUTCOMES_NAME, check_record
 from .eps_check import check_eps_is_in_pixels
+
+# what an evaluation writes -> what reads it
+RESULTS = {"results.json": RobustnessReport.load, OUTCOMES_NAME: check_record}
 
 
 def add_evaluation_arguments(parser: ArgumentParser) -> None:
@@ -110,4 +114,4 @@ def evaluate(
     )
 
 
-__all__ = ["add_evaluation_arguments", "check_measurements", "evaluate", "level_of"]
+__all__ = ["RESULTS", "add_evaluation_arguments", "check_measurements", "evaluate", "level_of"]

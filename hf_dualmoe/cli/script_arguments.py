@@ -6,7 +6,7 @@ import math
 import os
 import re
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -172,6 +172,28 @@ def check_apart_from_data(output_dir: str | os.PathLike, dataset_name: str) -> N
             f"output_dir={os.fspath(output_dir)!r} lies in the folder of dataset_name={dataset_name!r}, and what is "
             "written there would be read as data; choose another --output_dir."
         )
+
+
+def check_own_files(folder: str | os.PathLike, readers: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Refuse to replace files of another program, before anything is measured.
+
+    Args:
+        folder: Where results will be written.
+        readers: Name of a file -> what reads one of ours, and raises an error where it is none.
+
+    Raises:
+        ValueError: There is a file of such a name that is not ours; the message says which.
+    """
+    for name, read in readers.items():
+        path = Path(folder, name)
+        try:
+            if path.exists():
+                read(path)
+        except (TypeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"{path} would be replaced, and hf_dualmoe did not write it ({' '.join(str(error).split())}); move it "
+                "away, or choose another --output_dir."
+            ) from error
 
 
 def load_model(args: Namespace, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
@@ -364,6 +386,7 @@ __all__ = [
     "add_data_arguments",
     "add_normalisation_arguments",
     "add_run_arguments",
+    "check_own_files",
     "create_accelerator",
     "load_images",
     "load_model",
@@ -371,5 +394,6 @@ __all__ = [
     "model_parser",
     "output_folder",
     "read_earlier",
+    "recorded_cut",
     "relabelled",
 ]
