@@ -187,7 +187,7 @@ def finished_text(folder: Path, alpha: float) -> str:
     """What a repeated start says of a joined model that is finished."""
     return (
         f"{folder} is finished, with its dial at alpha = {alpha:g}: nothing was joined or measured. To measure more, "
-        f"or turn the dial: evaluate.py --model {folder} (with --min_sa 80 --write_alpha, say). To start over: --fresh."
+        f"or turn the dial: evaluate.py --model {folder} (--min_sa 80 --write_alpha, say). To start over: --fresh."
     )
 
 
