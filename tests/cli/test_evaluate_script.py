@@ -224,7 +224,7 @@ def test_numbers_of_another_function_do_not_stay(saved, tmp_path, monkeypatch, c
     folder, out = shutil.copytree(saved / "dual", tmp_path / "dual"), tmp_path / "out"
     for name in ("results.json", "README.md"):
         (folder / name).unlink(missing_ok=True)
-    command = [*QUICK, "--model", folder]
+    command = [*QUICK, "--model", folder, "--alphas", 0.5, 1]
     assert evaluate(*command, "--output_dir", out, "--level", "components,dial,eps_curve") == 0
     assert evaluate(*command, "--output_dir", out, "--write_alpha", "--min_sa", 0) == 0  # says less: the report stays
     chosen = json.loads((folder / "config.json").read_text())["alpha"]
@@ -239,7 +239,8 @@ def test_numbers_of_another_function_do_not_stay(saved, tmp_path, monkeypatch, c
     found |= {"gain_sa": 1.0, "gain_ra": -1.0, "num_images": 270}
     monkeypatch.setattr(script, "calibrate_robust_logits", lambda *args, **kwargs: found)
     capsys.readouterr()
-    assert evaluate(*command, "--output_dir", tmp_path / "tried", "--calibrate") == 0  # not what is saved
+    tried = [*command, "--output_dir", tmp_path / "tried", "--level", "components"]
+    assert evaluate(*tried, "--calibrate") == 0  # not what is saved
     assert f"this evaluation is at robust_logit_map = {found['robust_logit_map']}" in capsys.readouterr().out
     assert RobustnessReport.load(folder / "results.json") == report
     options = ["--write_calibration", "--level", "components"]
@@ -251,7 +252,7 @@ def test_numbers_of_another_function_do_not_stay(saved, tmp_path, monkeypatch, c
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
     model.save_pretrained(folder)
-    weaker = [*command, "--output_dir", tmp_path / "weights", "--level", "dial"]
+    weaker = [*command, "--output_dir", tmp_path / "weights", "--level", "component_attacks"]
     assert evaluate(*weaker) == 0
     assert RobustnessReport.load(folder / "results.json").model["weights"] != taken.model["weights"]
 

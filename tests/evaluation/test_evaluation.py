@@ -87,10 +87,11 @@ def test_a_saved_model_is_described_as_it_was_in_memory(kind, make_moe, make_dua
         moe = make_moe()
         merged = DualMoEForImageClassification.from_models(moe, copy.deepcopy(moe), alpha=0.5, mixing="weights")
         kinds = {"mixture": moe, "dual model": make_dual(), "1-Lipschitz": toy_dual, "dial in the weights": merged}
-        model = kinds.get(kind) or make_moe().bfloat16()
+        make_moe().bfloat16().save_pretrained(tmp_path / "half")
+        model = kinds.get(kind) or load_classifier(tmp_path / "half", dtype="auto")
     model.save_pretrained(tmp_path / "saved")
     normalisation = {"image_mean": 0.5, "image_std": 0.25} if kind == "foreign" else {}
-    loaded = load_classifier(tmp_path / "saved", **normalisation)
+    loaded = load_classifier(tmp_path / "saved", **normalisation)  # in float32, as an evaluation does
     assert describe_model(loaded) == describe_model(model)
     with torch.no_grad():
         next(loaded.parameters()).view(-1)[0].add_(1)
