@@ -68,7 +68,7 @@ def main() -> None:
     try:
         check_own_files(args.output_dir, {RESULTS: CertificationReport.load})
         model = load_model(args, dtype="auto").to(accelerator.device)  # what is certified is what was saved
-        data = load_images(args, model, [args.model], dial=False)
+        data = load_images(args, model, {args.model: args.revision}, dial=False)
         # the largest is the likeliest mistake
         check_eps_is_in_pixels(model, data.test, max(args.radii), args.norm, "radii")
         if args.sigmas:  # proofs take seconds; smoothing takes n passes per image

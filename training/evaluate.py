@@ -85,7 +85,7 @@ def main() -> None:
         model = load_model(args, dtype=torch.float32).to(accelerator.device)
         check_request(args, model)
         earlier = read_earlier(args.model)
-        data = load_images(args, model, [args.model])
+        data = load_images(args, model, {args.model: args.revision})
         parts = check_measurements(args, model, data)
         if args.write_alpha and "dial" not in parts:
             raise ValueError(f"write_alpha needs the dial to be measured; level={args.level!r} leaves it out.")

@@ -97,7 +97,7 @@ def main() -> None:
             accelerator.print(finished_text(folder, dial["alpha"]))
             return accelerator.end_training()
         set_dial(args, model, dial)
-        data = load_images(args, model, [getattr(args, name) for name in PARTS])
+        data = load_images(args, model, dict(source_of(args, name) for name in PARTS))
         for part in parts.values():
             check_eps_is_in_pixels(part, data.test, args.eps, args.norm)
         work = evaluation_work(args, model, data, check_measurements(args, model, data))
@@ -205,6 +205,11 @@ def remove_results(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def source_of(args: Namespace, part: str) -> tuple[str, str]:
+    """A part as it was named, and its revision on the Hub."""
+    return getattr(args, part), getattr(args, f"{part}_revision")
+
+
 def load_parts(args: Namespace) -> dict[str, torch.nn.Module]:
     """Both classifiers, in float32."""
     return {
@@ -246,7 +251,7 @@ def finish(args: Namespace, model: DualMoEForImageClassification, data: DataSpli
     report.training = {name: short_name(getattr(args, name)) for name in PARTS}
     # two licences: nobody here can tell
     report.training["license"] = licences.pop() if len(licences) == 1 else "other"
-    seeds = {recorded_cut(getattr(args, name)).get("split_seed") for name in PARTS} - {None}
+    seeds = {recorded_cut(*source_of(args, name)).get("split_seed") for name in PARTS} - {None}
     if len(seeds) == 1:  # the same images stay apart from the training of the joined model
         report.seeds["training"] = seeds.pop()
     print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))

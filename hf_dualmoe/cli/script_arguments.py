@@ -7,6 +7,7 @@ import os
 import re
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from huggingface_hub import hf_hub_download
 from torch import nn
 
 from ..data.datasets import DataSplits, ImageTensorDataset, load_splits
@@ -211,7 +213,9 @@ def load_model(args: Namespace, *, dtype: torch.dtype | str = torch.float32) -> 
     return load_classifier(args.model, **{name: getattr(args, name) for name in names}, dtype=dtype)
 
 
-def load_images(args: Namespace, model: nn.Module, trained: Sequence[str] = (), *, dial: bool = True) -> DataSplits:
+def load_images(
+    args: Namespace, model: nn.Module, trained: Mapping[str, str] | None = None, *, dial: bool = True
+) -> DataSplits:
     """The images, at the size and with the channels that the model takes; of train none are needed.
 
     Labels are those of the model: classes are matched by name, and the match is said where names or order differ.
@@ -220,7 +224,7 @@ def load_images(args: Namespace, model: nn.Module, trained: Sequence[str] = (), 
     Args:
         args: What a parser with `add_data_arguments` read.
         model: Model whose config has `image_size`.
-        trained: Folders of the model, or of its parts.
+        trained: The model as it was named, or each of its parts, and its revision on the Hub.
         dial: Whether validation images are used too, such as for the choice of the dial.
 
     Raises:
@@ -231,7 +235,7 @@ def load_images(args: Namespace, model: nn.Module, trained: Sequence[str] = (), 
 
     check_apart_from_data(args.output_dir, args.dataset_name)
     options = {name: getattr(args, name) for name in ("image_column", "label_column", *SPLITS, "on_bad_image")}
-    recorded = {folder: recorded_cut(folder) for folder in trained}
+    recorded = {name: recorded_cut(name, revision) for name, revision in (trained or {}).items()}
     cut = {name: choose_cut(getattr(args, name), name, recorded) for name in USUAL_CUT}
     options |= {"seed": cut["split_seed"], "validation_fraction": cut["validation_fraction"]}
     options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
@@ -269,15 +273,18 @@ def read_earlier(folder: str | os.PathLike) -> RobustnessReport | None:
     return RobustnessReport.load(path) if path.is_file() and not is_foreign(folder) else None
 
 
-def recorded_cut(folder: str | os.PathLike) -> dict[str, Any]:
-    """What the report beside a model records of how its training cut splits from train.
+def recorded_cut(model: str, revision: str = "main") -> dict[str, Any]:
+    """What the report beside a model, a folder or one on the Hub, records of how its training cut splits from train.
 
     The seed and, where it is known, the fraction, as in `USUAL_CUT`; and the number of `held_out` validation images.
     """
-    try:
-        report = read_earlier(folder)
-    except ValueError:  # it may be of a later version, and no more than a hint is wanted of it
-        report = None
+    report = None
+    # no report, no connection, or a report of a later version: no more than a hint is wanted of it
+    with suppress(Exception):
+        if Path(model).is_dir():
+            report = read_earlier(model)
+        else:
+            report = RobustnessReport.load(hf_hub_download(model, "results.json", revision=revision))
     if report is None:
         return {}
     found = {"split_seed": report.seeds.get("training"), **report.training}

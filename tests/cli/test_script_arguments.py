@@ -9,7 +9,13 @@ import torch
 from PIL import Image
 
 from hf_dualmoe.cli import script_arguments
-from hf_dualmoe.cli.script_arguments import LONGEST_NAME, create_accelerator, load_images, output_folder
+from hf_dualmoe.cli.script_arguments import (
+    LONGEST_NAME,
+    create_accelerator,
+    load_images,
+    output_folder,
+    recorded_cut,
+)
 from hf_dualmoe.data.datasets import load_splits
 from hf_dualmoe.evaluation.report import RobustnessReport
 from training import certify, evaluate, join
@@ -133,7 +139,9 @@ def test_test_images_are_those_that_the_training_held_out(name, only_train, trai
     def rows(*options, model_folders):
         caplog.clear()
         args = SCRIPTS[name].create_parser().parse_args([*command, *options])
-        return load_images(args, model, model_folders, dial=name != "certify").test.rows.tolist()
+        return load_images(
+            args, model, dict.fromkeys(model_folders, "main"), dial=name != "certify"
+        ).test.rows.tolist()
 
     def held_out(seed, fraction=0.1):
         return load_splits(str(only_train), seed=seed, validation_fraction=fraction).test.rows.tolist()
@@ -150,11 +158,23 @@ def test_test_images_are_those_that_the_training_held_out(name, only_train, trai
     assert f"split_seed=3, but the training of {folder} had 7" in caplog.text
 
 
+def test_a_seed_recorded_on_the_hub_counts_too(trained, tmp_path, monkeypatch):
+    folder, asked = trained("seven", seeds={"training": 7}), []
+    there = str(Path(folder, "results.json"))
+    monkeypatch.setattr(
+        script_arguments, "hf_hub_download", lambda *a, revision: asked.append((*a, revision)) or there
+    )
+    assert recorded_cut("user/model", "v2") == {"split_seed": 7}
+    assert asked == [("user/model", "results.json", "v2")]
+    Path(there).write_text('{"accuracy": 0.9}')  # of another program
+    assert recorded_cut("user/model", "v2") == {} and recorded_cut(folder) == {}
+
+
 def test_nothing_is_said_of_the_seed_where_no_split_is_cut_from_train(trained, make_moe, tmp_path, caplog):
     model = make_moe(num_labels=10, image_size=8, num_channels=1, image_mean=[0.5], image_std=[0.5])
     arguments = ["--model", "x", "--output_dir", str(tmp_path / "out"), "--split_seed", "3"]
     folder = trained("seven", seeds={"training": 7})
-    assert load_images(evaluate.create_parser().parse_args(arguments), model, [folder]).held_out == ()
+    assert load_images(evaluate.create_parser().parse_args(arguments), model, {folder: "main"}).held_out == ()
     assert "split_seed" not in caplog.text
 
 
@@ -164,7 +184,7 @@ def test_more_validation_images_than_the_training_held_out_are_warned_of(only_tr
     for count, warned in ((2, True), (6, False)):
         caplog.clear()
         folder = trained(f"{count}", training={"selected_on": f"{count} images held out of train"})
-        load_images(evaluate.create_parser().parse_args(arguments), model, [folder])
+        load_images(evaluate.create_parser().parse_args(arguments), model, {folder: "main"})
         assert (f"the training of {folder} held out {count}" in caplog.text) == warned
 
 
