@@ -9,7 +9,6 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -17,7 +16,15 @@ from hf_dualmoe.certification.operator_norms import NORMS
 from hf_dualmoe.certification.report import ALPHAS, CertificationReport, certify_dataset, plot_certificates
 from hf_dualmoe.cli.cost import cost_text, smoothing_work
 from hf_dualmoe.cli.eps_check import check_eps_is_in_pixels
-from hf_dualmoe.cli.script_arguments import add_run_arguments, load_images, load_model, model_parser, output_folder
+from hf_dualmoe.cli.script_arguments import (
+    add_run_arguments,
+    check_own_files,
+    create_accelerator,
+    load_images,
+    load_model,
+    model_parser,
+    output_folder,
+)
 from hf_dualmoe.data.datasets import DataSplits
 from hf_dualmoe.evaluation.environment import pixel_radius, print_in_any_encoding
 
@@ -25,7 +32,7 @@ RESULTS, PLOT = "certificates.json", "certified_accuracy.png"
 
 
 def create_parser() -> ArgumentParser:
-    parser = model_parser(__doc__.splitlines()[0], ("test_split",))
+    parser = model_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--norm", choices=NORMS, default="l2", help="Norm of the radius.")
     radii = [0.1, 0.25, 0.5]
@@ -56,12 +63,12 @@ def main() -> None:
     print_in_any_encoding()
     parser = create_parser()
     args = parser.parse_args()
-    # launched on CPUs alone, accelerate would start unconnected processes unless told
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = create_accelerator()
     args.output_dir = Path(args.output_dir or output_folder("certify", args.model, args.revision))
     try:
+        check_own_files(args.output_dir, {RESULTS: CertificationReport.load})
         model = load_model(args, dtype="auto").to(accelerator.device)  # what is certified is what was saved
-        data = load_images(args, model)
+        data = load_images(args, model, {args.model: args.revision}, dial=False)
         # the largest is the likeliest mistake
         check_eps_is_in_pixels(model, data.test, max(args.radii), args.norm, "radii")
         if args.sigmas:  # proofs take seconds; smoothing takes n passes per image

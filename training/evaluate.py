@@ -19,20 +19,36 @@ from torch import nn
 
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.cli.cost import cost_text, evaluation_work
-from hf_dualmoe.cli.evaluating import SPLITS, add_evaluation_arguments, check_measurements, evaluate, load_data
-from hf_dualmoe.cli.script_arguments import add_run_arguments, load_model, model_parser, output_folder
+from hf_dualmoe.cli.evaluating import RESULTS, add_evaluation_arguments, check_measurements, evaluate
+from hf_dualmoe.cli.script_arguments import (
+    add_run_arguments,
+    check_own_files,
+    create_accelerator,
+    load_images,
+    load_model,
+    model_parser,
+    output_folder,
+    read_earlier,
+)
 from hf_dualmoe.data.datasets import DataSplits
 from hf_dualmoe.evaluation.calibration import calibrate_robust_logits
 from hf_dualmoe.evaluation.environment import data_digest, print_in_any_encoding, write_text
 from hf_dualmoe.evaluation.plots import attack_examples, save_plots
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.evaluation.report import RobustnessReport, same_images
-from hf_dualmoe.hub.model_card import load_report, reason_to_keep, refresh_model_card
+from hf_dualmoe.hub.model_card import (
+    CONFIG_NAME,
+    load_report,
+    read_json,
+    reason_to_keep,
+    refresh_model_card,
+    write_model_card,
+)
 from hf_dualmoe.models.loading import NormalizedClassifier, is_foreign
 
 
 def create_parser() -> ArgumentParser:
-    parser = model_parser(__doc__.splitlines()[0], SPLITS)
+    parser = model_parser(__doc__.splitlines()[0])
     add_evaluation_arguments(parser)
     add = parser.add_argument
     add("--write_alpha", action="store_true", help="Write the recommended alpha into the folder's config.json.")
@@ -58,17 +74,18 @@ def main() -> None:
     print_in_any_encoding()
     parser = create_parser()
     args = parser.parse_args()
-    # launched on CPUs alone, accelerate would start unconnected processes unless told
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = create_accelerator()
     args.output_dir = Path(args.output_dir or output_folder("evaluate", args.model, args.revision))
     try:
         args.calibrate |= args.write_calibration
         check_request(args)  # what needs no model is refused before it is loaded
         controls = read_controls(args)
+        results = check_folders(args)
         # whatever it was saved in: half precision rounds small attack steps away
         model = load_model(args, dtype=torch.float32).to(accelerator.device)
         check_request(args, model)
-        data = load_data(args, model)
+        earlier = read_earlier(args.model)
+        data = load_images(args, model, {args.model: args.revision})
         parts = check_measurements(args, model, data)
         if args.write_alpha and "dial" not in parts:
             raise ValueError(f"write_alpha needs the dial to be measured; level={args.level!r} leaves it out.")
@@ -78,8 +95,7 @@ def main() -> None:
         work = evaluation_work(args, model, data, parts)
         accelerator.print(cost_text(accelerator, model, data.test, work, args.batch_size), flush=True)
         calibration = calibrate(args, model, data, accelerator) if args.calibrate else {}
-        earlier = read_earlier(Path(args.model, "results.json"))
-        report = evaluate(args, model, data, accelerator)
+        report = evaluate(args, model, data, accelerator, folder=results)
         report.controls = {name: control.metrics for name, control in controls.items()}
         report.model |= {"calibration": calibration} if calibration else {}
         if earlier is not None:
@@ -89,22 +105,29 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n" if accelerator.is_main_process else None)
     if accelerator.is_main_process:
-        print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
-        attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
-        report.save(args.output_dir / "results.json")
-        plots = save_plots(report, args.output_dir, attack_examples(model, data.test, attack=attack))
-        print(f"\nSaved to {args.output_dir}: results.json, {', '.join([report.outcomes, *plots])}")
-        if args.write_alpha and report.alpha_choice:
-            write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
-        if args.write_calibration:
-            write_config(args.model, {name: calibration[name] for name in ("robust_logit_map", "alpha")})
-        if isinstance(model, NormalizedClassifier) and (is_foreign(args.model) or not Path(args.model).is_dir()):
-            print("No model card: it would speak for a model that hf_dualmoe did not make.")
-        else:
-            write_card(args, report)
+        finish(args, model, data, report, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     sys.exit(1 if report.failures else 0)  # a script that calls this one must notice what is missing
+
+
+def finish(args: Namespace, model: nn.Module, data: DataSplits, report: RobustnessReport, results: Path) -> None:
+    """Print the report, save it with its plots, and bring the model's folder up to date: config, report and card."""
+    print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
+    attack = PGD(eps=args.eps, norm=args.norm, steps=args.steps, seed=args.seed)
+    report.save(results / "results.json")
+    plots = save_plots(report, results, attack_examples(model, data.test, attack=attack))
+    print(f"\nSaved to {results}: results.json, {', '.join([report.outcomes, *plots])}")
+    if args.write_calibration:  # before the card: what was measured is what is saved from here on
+        write_config(args.model, {name: report.model["calibration"][name] for name in ("robust_logit_map", "alpha")})
+    if isinstance(model, NormalizedClassifier) and (is_foreign(args.model) or not Path(args.model).is_dir()):
+        print("No model card: it would speak for a model that hf_dualmoe did not make.")
+    else:
+        write_card(args, report, results)
+    if args.write_alpha and report.alpha_choice:  # after the card: this is not the model that was measured
+        write_config(args.model, {"alpha": report.alpha_choice["alpha"]})
+    if args.write_calibration or args.write_alpha:
+        render_again(args.model)
 
 
 def check_request(args: Namespace, model: nn.Module | None = None) -> None:
@@ -176,15 +199,44 @@ def calibrate(args: Namespace, model: nn.Module, data: DataSplits, accelerator: 
     return found
 
 
-def write_card(args: Namespace, report: RobustnessReport) -> None:
+def check_folders(args: Namespace) -> Path:
+    """Where results go; a ValueError where another program's would be replaced there, or in the model's folder."""
+    results = results_folder(args.output_dir, args.model)
+    check_own_files(results, RESULTS)
+    if Path(args.model).is_dir() and not is_foreign(args.model):  # nothing is written into a foreign one
+        check_own_files(args.model, RESULTS)
+    return results
+
+
+def results_folder(output_dir: Path, model: str) -> Path:
+    """Where results go: `output_dir`, or a folder in it where that is the model's own.
+
+    The report of the model is then replaced in one step, once all is measured, and only if nothing is lost by it.
+    """
+    is_own = output_dir.is_dir() and Path(model).is_dir() and output_dir.samefile(model)
+    return output_dir / "evaluation" if is_own else output_dir
+
+
+def write_card(args: Namespace, report: RobustnessReport, results: Path) -> None:
     """Bring the model's card up to date, or write one beside the results."""
     try:
-        kept = reason_to_keep(load_report(args.model), report)
-        card = refresh_model_card(report, args.output_dir, args.model)
+        config = Path(args.model, CONFIG_NAME)
+        saved = read_json(config) if config.is_file() else {}
+        kept = reason_to_keep(load_report(args.model), report, saved)
+        card = refresh_model_card(report, results, args.model)
         print(f"Wrote {card}" if card else "README.md was edited by somebody and is left alone.")
         if kept:
-            print(f"{args.model} keeps its results.json and card: this evaluation {kept}.")
+            told = "keeps its results.json and card" if load_report(args.model) else "gets no results.json and card"
+            print(f"{args.model} {told}: this evaluation {kept}. Its own are in {results}.")
     except Exception as error:  # the numbers are saved; a card can be rendered again
+        print(f"WARNING: writing the model card failed: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def render_again(model: str) -> None:
+    """Render the card of a model whose config was written: it shows the dial, and says where numbers do not fit it."""
+    try:
+        write_model_card(model)
+    except Exception as error:
         print(f"WARNING: writing the model card failed: {type(error).__name__}: {error}", file=sys.stderr)
 
 
@@ -193,14 +245,6 @@ def write_config(folder: str, changes: dict[str, Any]) -> None:
     config = Path(folder, "config.json")
     write_text(config, json.dumps(json.loads(config.read_text(encoding="utf-8")) | changes, indent=2) + "\n")
     print(f"Wrote {', '.join(f'{name} = {value}' for name, value in changes.items())} to {config}")
-
-
-def read_earlier(path: Path) -> RobustnessReport | None:
-    """The report that `run.py` left beside the model, which tells how it was trained; None where there is none.
-
-    Read before the evaluation, which may write to the same place.
-    """
-    return RobustnessReport.load(path) if path.is_file() and not is_foreign(path.parent) else None
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ from ..attacks.auto_attack import DTYPES
 from ..data.datasets import DataSplits
 from ..evaluation.environment import pixel_radius
 from ..evaluation.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
+from ..evaluation.outcomes import OUTCOMES_NAME, check_record
 from .eps_check import check_eps_is_in_pixels
-from .script_arguments import load_images
 
-SPLITS = ("train_split", "validation_split", "test_split")
+# what an evaluation writes -> what reads it
+RESULTS = {"results.json": RobustnessReport.load, OUTCOMES_NAME: check_record}
 
 
 def add_evaluation_arguments(parser: ArgumentParser) -> None:
-    """Add the attacks, what is measured with them, and which images are held out."""
+    """Add the attacks and what is measured with them."""
     add = parser.add_argument
-    add("--validation_fraction", type=float, default=0.1, help="As in the training, where splits were cut from train.")
-    # 42 is transformers' default --seed, which the training cuts its splits with
-    add("--split_seed", type=int, default=42, help="--seed of the training: keeps held-out images the same.")
     add("--eps", type=pixel_radius, default=8 / 255, help="Radius in [0, 1] pixel units, such as 8/255.")
     add("--norm", choices=("linf", "l2"), default="linf", help="Norm of the ball.")
     add("--steps", type=int, default=20, help="PGD steps.")
@@ -40,12 +38,6 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
 def level_of(args: Namespace) -> str | list[str]:
     """The level asked for, or the names of parts."""
     return args.level if args.level in LEVELS else args.level.split(",")
-
-
-def load_data(args: Namespace, model: nn.Module) -> DataSplits:
-    """Test images, and the held-out ones that the training left."""
-    options = {name: getattr(args, name) for name in ("train_split", "validation_split", "validation_fraction")}
-    return load_images(args, model, seed=args.split_seed, **options)
 
 
 def check_measurements(args: Namespace, model: nn.Module, data: DataSplits) -> list[str]:
@@ -122,4 +114,4 @@ def evaluate(
     )
 
 
-__all__ = ["SPLITS", "add_evaluation_arguments", "check_measurements", "evaluate", "level_of", "load_data"]
+__all__ = ["RESULTS", "add_evaluation_arguments", "check_measurements", "evaluate", "level_of"]

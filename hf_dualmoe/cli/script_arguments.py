@@ -2,19 +2,27 @@
 
 import hashlib
 import logging
+import math
 import os
+import re
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from huggingface_hub import hf_hub_download
 from torch import nn
 
 from ..data.datasets import DataSplits, ImageTensorDataset, load_splits
+from ..evaluation.report import RobustnessReport
 from ..models.class_names import are_generic, labels_of, match_names
-from ..models.loading import check_results_folder, load_classifier
+from ..models.loading import check_results_folder, is_foreign, load_classifier
 
 DATA_HELP = {  # of arguments that scripts and the training share
     "dataset_config_name": "Configuration of a Hub dataset.",
@@ -24,7 +32,11 @@ DATA_HELP = {  # of arguments that scripts and the training share
     "validation_split": "Split for model selection; default: detected.",
     "test_split": "Split for the final report; default: detected.",
 }
+SPLITS = ("train_split", "validation_split", "test_split")
+# where nothing is given or recorded; 42 is transformers' default --seed, which the training cuts its splits with
+USUAL_CUT = {"split_seed": 42, "validation_fraction": 0.1}
 LONGEST_NAME = 80  # characters of the model's name in that of a folder
+LONGEST_WAIT = timedelta(days=30)  # of a process for the slowest; the default gives up after minutes
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +69,27 @@ class ScriptParser(ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def model_parser(description: str, splits: Sequence[str]) -> ScriptParser:
+def create_accelerator() -> Accelerator:
+    """The accelerator of a script that measures: its processes wait for each other as long as it takes.
+
+    Apple GPUs are not used, and the main process says so: they have no double precision.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    is_apple = device is not None and device.type == "mps"
+    # launched on CPUs alone, accelerate would start unconnected processes unless told
+    on_cpu = device is None or is_apple
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    if is_apple:
+        text = "Apple GPUs have no double precision, which the evaluation needs: it runs on the CPU."
+        accelerator.print(text, flush=True)
+    return accelerator
+
+
+def model_parser(description: str) -> ScriptParser:
     """A parser that reads which saved model is looked at, and on which images.
 
     Args:
         description: What the script does, in one line.
-        splits: Arguments that name a split of the dataset, such as "test_split".
     """
     parser = ScriptParser(description)
     add = parser.add_argument
@@ -71,7 +98,7 @@ def model_parser(description: str, splits: Sequence[str]) -> ScriptParser:
     add("--trust_remote_code", action="store_true", help="Run model code that comes with the model.")
     add_normalisation_arguments(parser)
     add("--image_size", type=int, help="Size of the images, where neither config nor image processor says it.")
-    add_data_arguments(parser, splits)
+    add_data_arguments(parser)
     return parser
 
 
@@ -82,12 +109,19 @@ def add_normalisation_arguments(parser: ArgumentParser, part: str = "") -> None:
         parser.add_argument(f"--{part}image_{name}", type=float, nargs="+", help=help_text)
 
 
-def add_data_arguments(parser: ArgumentParser, splits: Sequence[str]) -> None:
-    """Add which images are looked at; `splits` as in `model_parser`."""
+def add_data_arguments(parser: ArgumentParser) -> None:
+    """Add which images are looked at, and how splits that the dataset lacks were cut from train."""
     add = parser.add_argument
     add("--dataset_name", default="digits", help="digits, a dataset id on the Hub, a folder, a .parquet file.")
-    for name in ("dataset_config_name", "image_column", "label_column", *splits):
+    for name in ("dataset_config_name", "image_column", "label_column", *SPLITS):
         add(f"--{name}", help=DATA_HELP[name])
+    texts = {
+        "split_seed": "--seed of the training: keeps held-out images the same",
+        "validation_fraction": "As in the training, where splits were cut from train",
+    }
+    for name, usual in USUAL_CUT.items():  # None = not given
+        known = f"default: as the model's results.json records it, else {usual}"
+        add(f"--{name}", type=type(usual), help=f"{texts[name]}; {known}.")
     add("--max_test_samples", type=int, help="Test images to use, with the class shares of the whole; default: all.")
     add("--on_bad_image", choices=("raise", "skip"), default="raise", help="What to do with undecodable images.")
     add("--ignore_class_names", action="store_true", help="Compare the number of classes only, not their names.")
@@ -142,6 +176,28 @@ def check_apart_from_data(output_dir: str | os.PathLike, dataset_name: str) -> N
         )
 
 
+def check_own_files(folder: str | os.PathLike, readers: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Refuse to replace files of another program, before anything is measured.
+
+    Args:
+        folder: Where results will be written.
+        readers: Name of a file -> what reads one of ours, and raises an error where it is none.
+
+    Raises:
+        ValueError: There is a file of such a name that is not ours; the message says which.
+    """
+    for name, read in readers.items():
+        path = Path(folder, name)
+        try:
+            if path.exists():
+                read(path)
+        except (TypeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"{path} would be replaced, and hf_dualmoe did not write it ({' '.join(str(error).split())}); move it "
+                "away, or choose another --output_dir."
+            ) from error
+
+
 def load_model(args: Namespace, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
     """The model as a classifier of [0, 1] images.
 
@@ -157,15 +213,19 @@ def load_model(args: Namespace, *, dtype: torch.dtype | str = torch.float32) -> 
     return load_classifier(args.model, **{name: getattr(args, name) for name in names}, dtype=dtype)
 
 
-def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits:
+def load_images(
+    args: Namespace, model: nn.Module, trained: Mapping[str, str] | None = None, *, dial: bool = True
+) -> DataSplits:
     """The images, at the size and with the channels that the model takes; of train none are needed.
 
     Labels are those of the model: classes are matched by name, and the match is said where names or order differ.
+    Splits that the dataset lacks are cut from train as the training did, by what the reports of `trained` record.
 
     Args:
-        args: What a `model_parser` with "test_split" read.
+        args: What a parser with `add_data_arguments` read.
         model: Model whose config has `image_size`.
-        **options: Further arguments of `load_splits`.
+        trained: The model as it was named, or each of its parts, and its revision on the Hub.
+        dial: Whether validation images are used too, such as for the choice of the dial.
 
     Raises:
         ValueError: There are fewer test images than asked for, all have one label that the model does not know,
@@ -174,13 +234,16 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
     import datasets  # takes a second
 
     check_apart_from_data(args.output_dir, args.dataset_name)
-    names = ("image_column", "label_column", "test_split", "on_bad_image")
-    options |= {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in ("image_column", "label_column", *SPLITS, "on_bad_image")}
+    recorded = {name: recorded_cut(name, revision) for name, revision in (trained or {}).items()}
+    cut = {name: choose_cut(getattr(args, name), name, recorded) for name in USUAL_CUT}
+    options |= {"seed": cut["split_seed"], "validation_fraction": cut["validation_fraction"]}
     options |= {"image_size": model.config.image_size, "num_channels": getattr(model.config, "num_channels", None)}
     options |= {"config_name": args.dataset_config_name, "needs_train": False}
     if args.disable_tqdm:
         datasets.disable_progress_bars()
     data = load_splits(args.dataset_name, max_train_samples=1, **options)  # of train only the class names are needed
+    tell_cut(args, data, cut, recorded, ("test", "validation") if dial else ("test",))
     if (asked := args.max_test_samples) is not None and not 1 <= asked <= len(data.test):
         raise ValueError(
             f"max_test_samples={asked!r}, but the dataset has {len(data.test)} test images; allowed is 1 to "
@@ -198,6 +261,87 @@ def load_images(args: Namespace, model: nn.Module, **options: Any) -> DataSplits
             logger.warning("Names of classes are not compared; labels of the model are read as %s", pairs)
         return data
     return match_classes(data, names)
+
+
+def read_earlier(folder: str | os.PathLike) -> RobustnessReport | None:
+    """The report beside a saved model, which tells how it was trained; None where there is none of ours.
+
+    Raises:
+        ValueError: The model is ours, and its results.json is no report.
+    """
+    path = Path(folder, "results.json")
+    return RobustnessReport.load(path) if path.is_file() and not is_foreign(folder) else None
+
+
+def recorded_cut(model: str, revision: str = "main") -> dict[str, Any]:
+    """What the report beside a model, a folder or one on the Hub, records of how its training cut splits from train.
+
+    The seed and, where it is known, the fraction, as in `USUAL_CUT`; and the number of `held_out` validation images.
+    """
+    report = None
+    # no report, no connection, or a report of a later version: no more than a hint is wanted of it
+    with suppress(Exception):
+        if Path(model).is_dir():
+            report = read_earlier(model)
+        else:
+            report = RobustnessReport.load(hf_hub_download(model, "results.json", revision=revision))
+    if report is None:
+        return {}
+    found = {"split_seed": report.seeds.get("training"), **report.training}
+    number = re.match(r"(\d+) images held out of train$", str(report.training.get("selected_on")))
+    found["held_out"] = int(number[1]) if number else None
+    return {name: found[name] for name in (*USUAL_CUT, "held_out") if found.get(name) is not None}
+
+
+def choose_cut(given: Any, name: str, recorded: Mapping[str, Mapping[str, Any]]) -> Any:
+    """How splits are cut from train: as given, else as the first of the reports that records it, else as usual."""
+    known = [cut[name] for cut in recorded.values() if name in cut]
+    return given if given is not None else next(iter(known), USUAL_CUT[name])
+
+
+def tell_cut(
+    args: Namespace,
+    data: DataSplits,
+    cut: Mapping[str, Any],
+    recorded: Mapping[str, Mapping[str, Any]],
+    used: Sequence[str],
+) -> None:
+    """Say where what is recorded of a training decided which images are used, and warn where it was not followed.
+
+    Args:
+        args: The arguments as given.
+        data: The images.
+        cut: How those that the dataset has no split for were cut from train.
+        recorded: Folder of a model -> what its report says of that.
+        used: Roles that matter.
+    """
+    if not (roles := [role for role in used if role in data.held_out]):
+        return  # the dataset has splits for all: no seed chose them
+    what = f"{' and '.join(roles)} images, which are cut from train"
+    for folder, there in recorded.items():
+        for name, value in cut.items():
+            if name in there and there[name] != value:
+                logger.warning(
+                    "%s=%r, but the training of %s had %r: some of the %s, may be images that this model was trained "
+                    "on, and its numbers too good.%s",
+                    name,
+                    value,
+                    folder,
+                    there[name],
+                    what,
+                    "" if getattr(args, name) is None else f" Leave --{name} out to have the same images.",
+                )
+            elif name in there and getattr(args, name) is None:
+                logger.warning("%s=%r, as in the training of %s: it chooses the %s.", name, value, folder, what)
+        images = data.validation if "validation" in roles else None
+        if images is not None and "validation_fraction" not in there and len(images) > there.get("held_out", math.inf):
+            logger.warning(
+                "%d validation images are cut from train, but the training of %s held out %d: some may be images that "
+                "it was trained on. Give the --validation_fraction of the training.",
+                len(images),
+                folder,
+                there["held_out"],
+            )
 
 
 def match_classes(data: DataSplits, names: Sequence[str]) -> DataSplits:
@@ -244,14 +388,19 @@ def shortened(names: Sequence[str]) -> str:
 
 
 __all__ = [
+    "SPLITS",
     "ScriptParser",
     "add_data_arguments",
     "add_normalisation_arguments",
     "add_run_arguments",
+    "check_own_files",
+    "create_accelerator",
     "load_images",
     "load_model",
     "match_classes",
     "model_parser",
     "output_folder",
+    "read_earlier",
+    "recorded_cut",
     "relabelled",
 ]

@@ -186,6 +186,7 @@ class DataSplits:
         skipped: train / validation / test -> row numbers in its source split of the undecodable images left out.
         missing_classes: train / validation / test -> names of the classes without an image there.
         duplicates: validation / test -> number of images that are in train too, to the pixel.
+        held_out: which of test and validation were held out of train, so that `seed` chose their images.
 
     Raises:
         ValueError: the sets differ in class names or image shape.
@@ -198,6 +199,7 @@ class DataSplits:
     skipped: dict[str, list[int]] = field(default_factory=dict)
     missing_classes: dict[str, list[str]] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
+    held_out: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         first, *others = self.sets
@@ -344,7 +346,8 @@ def load_splits(
             skipped[role] = bad
         if images.shape[1] == 3:
             num_channels = 3  # a later split may begin with a grey image
-    return with_doubts(DataSplits(**sets, name=shown_name(name), skipped=skipped), limits)
+    held_out = [role for role in parts if role not in roles]
+    return with_doubts(DataSplits(**sets, name=shown_name(name), skipped=skipped, held_out=held_out), limits)
 
 
 def shown_name(name: str) -> str:

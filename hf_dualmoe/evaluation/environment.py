@@ -150,6 +150,13 @@ def model_digest(model: nn.Module) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]  # 64 bits are plenty: nobody looks for a collision
 
 
+def digest_of_weights(model: nn.Module) -> str:
+    """Digest of the weights alone, the same in whatever precision they are held."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # float32 holds half precision exactly: a model saved in it is the one that is measured
+    return digest({n: t.detach().float() if t.is_floating_point() else t for n, t in tensors.items()})[:16]
+
+
 def data_digest(dataset: ImageTensorDataset) -> str:
     """Digest of images and labels."""
     return digest({"images": dataset.images, "labels": dataset.labels})[:16]
@@ -159,16 +166,18 @@ def data_digest(dataset: ImageTensorDataset) -> str:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Kind, architecture, dial and number of parameters of a model, for a report."""
+    """Kind, architecture, dial and number of parameters of a model, for a report; `weights` is a digest of them."""
     config = getattr(model, "config", None)
     description = {
         "kind": {"dual_moe": "dual model", "robust_moe": "mixture of experts"}.get(
             getattr(config, "model_type", None), type(unwrapped(model)).__name__
         ),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": digest_of_weights(model),
     }
-    if hasattr(config, "alpha"):
-        description |= {"alpha": config.alpha, "mixing": config.mixing}
+    if hasattr(config, "alpha") and hasattr(config, "mixing"):
+        maps = ("standard_logit_map", "robust_logit_map")
+        description |= {name: getattr(config, name) for name in ("alpha", "mixing", *maps) if hasattr(config, name)}
     robust = getattr(config, "robust", config)
     fields = ("backbone", "backbone_kwargs", "stem", "width", "image_size", "num_channels", "num_experts")
     fields += ("router_top_k", "router", "shared_stages")
@@ -205,4 +214,4 @@ def describe_environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     }
 
 
-__all__ = ["check_class_names", "check_outputs", "describe_environment", "describe_model"]
+__all__ = ["check_class_names", "check_outputs", "describe_environment", "describe_model", "digest_of_weights"]

@@ -66,10 +66,17 @@ def outcomes_path(results: str | os.PathLike) -> Path:
     return results.with_name(start + OUTCOMES_NAME)
 
 
+def check_record(path: Path) -> None:
+    """Raise a ValueError unless the file is a record of an evaluation."""
+    names = pq.read_schema(path).names  # a ValueError where it is no parquet
+    if not {"index", "label"} <= set(names):
+        raise ValueError(f"it has the columns {', '.join(names[:10])}; a record has index and label")
+
+
 def recount(table: pa.Table) -> dict[str, float]:
     """Every accuracy of a record in %: name of the column -> share of the images that count as right."""
     names = [name for name in table.column_names if pa.types.is_boolean(table.schema.field(name).type)]
     return {name: 100 * (pc.sum(table[name]).as_py() or 0) / len(table) for name in names}
 
 
-__all__ = ["OUTCOMES_NAME", "Outcomes", "outcomes_path", "recount"]
+__all__ = ["OUTCOMES_NAME", "Outcomes", "check_record", "outcomes_path", "recount"]

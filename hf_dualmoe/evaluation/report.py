@@ -15,7 +15,8 @@ class RobustnessReport:
     """Everything measured about one model on one dataset; the content of `results.json`.
 
     Args:
-        model: Kind, architecture, number of parameters.
+        model: Kind, architecture, number of parameters; and what makes two models one function: a digest of the
+            `weights`, and of a dual model `alpha`, `mixing` and logit maps.
         dataset: Name, number of images, class names and a `digest` of images and labels; where the images were chosen
             from more, `taken_from` is the digest of all.
         threat: `norm`, `eps` (in [0, 1] pixel units) and the attacks with their settings.

@@ -1,7 +1,7 @@
 """The words and tables of a model card, from a `RobustnessReport`; `model_card` puts them into the template."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,7 @@ def model_text(report: RobustnessReport | None, subject: CardSubject) -> dict[st
     return {
         "title": subject.name,
         "summary": summary(report, config),
-        "caution": caution(report, alpha, config.get("mixing")),
+        "caution": caution(report, alpha, config),
         "has_code": has_code(report, config),
         "needs_package": needs_package(config),
         "source": pinned,
@@ -140,8 +140,8 @@ def kind_text(report: RobustnessReport | None, config: dict[str, Any]) -> str:
     return f"A classifier {task}: {known['kind']}." if "kind" in known else f"A classifier {task}."
 
 
-def caution(report: RobustnessReport | None, alpha: float | None, mixing: str | None = None) -> str:
-    """Warnings to read before the numbers; empty where there are none."""
+def caution(report: RobustnessReport | None, alpha: float | None, config: Mapping[str, Any]) -> str:
+    """Warnings to read before the numbers, those of a model saved with this alpha and config; "" = there are none."""
     if report is None:
         return ""
     reasons = []
@@ -152,9 +152,12 @@ def caution(report: RobustnessReport | None, alpha: float | None, mixing: str | 
     measured = report.model.get("alpha")
     if None not in (alpha, measured) and alpha != measured:  # the dial was turned after the evaluation
         reasons.append(f"They were measured at alpha = {measured:g}, but the saved dial is at alpha = {alpha:g}.")
-    mixed = report.model.get("mixing")
+    mixed, mixing = report.model.get("mixing"), config.get("mixing")
     if None not in (mixing, mixed) and mixing != mixed:
         reasons.append(f"They were measured with mixing = {mixed}, but the saved model has mixing = {mixing}.")
+    for name in ("standard_logit_map", "robust_logit_map"):
+        if name in report.model and name in config and report.model[name] != config[name]:
+            reasons.append(f"They were measured with another {name} than the saved model has.")
     if report.training.get("method") == "standard":
         reasons.append("The model was trained without attacks: expect no robustness.")
     return " ".join(reasons)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from .card_text import PLOTS, CardSubject, model_text, results_text, squeeze, tr
 CARD_NAME, RESULTS_NAME, CONFIG_NAME = "README.md", "results.json", "config.json"
 LISTS = {"tags", "datasets"}  # metadata that may be given as one string too
 MOST_NAMED = 3  # things that a report lacks
+DIAL = ("alpha", "mixing", "standard_logit_map", "robust_logit_map")  # of a dual model: config and report have it
 # in descriptions of attacks
 SEED, EFFORT = re.compile(r"seed=-?\d+"), re.compile(r"(\d+) (APGD step|restart)s?")
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -124,7 +126,7 @@ def refresh_model_card(
         raise ValueError(f"model={str(model)!r} was not made by hf_dualmoe; it gets no card.")
     if not (folder / CONFIG_NAME).is_file():
         return write_model_card(output_dir, report, repo_id=str(model), model_name=folder.name)
-    if reason_to_keep(load_report(folder), report):
+    if reason_to_keep(load_report(folder), report, read_json(folder / CONFIG_NAME)):
         return write_model_card(output_dir, report, model_name=model_name(folder))
     if folder.resolve() != output_dir.resolve():  # an evaluation into the model's own folder is there already
         report.save(folder / RESULTS_NAME)
@@ -135,13 +137,23 @@ def refresh_model_card(
     return write_model_card(folder, report)
 
 
-def reason_to_keep(old: RobustnessReport | None, new: RobustnessReport) -> str:
+def reason_to_keep(
+    old: RobustnessReport | None, new: RobustnessReport, config: Mapping[str, Any] | None = None
+) -> str:
     """Why the report in a model's folder stays, as what the new evaluation is or does; "" = the new one replaces it.
 
     It does where nothing is lost: it is of the same images, or all those that they were chosen from, within the same
-    radius, has all that the old one has, and its attacks are no weaker.
+    radius, has all that the old one has, and its attacks are no weaker. It also does where the old one is of another
+    model by now, its weights or its dial having changed since; what a report does not say of them counts as the same.
+
+    Args:
+        old, new: The reports; old None = there is none.
+        config: The folder's config.json: an evaluation at another dial or logit map than the saved is not of it.
     """
-    if old is None:
+    for name in DIAL:
+        if config and name in config and config[name] != new.model.get(name, config[name]):
+            return f"is at {name} = {new.model[name]}, where the saved model has {config[name]}"
+    if old is None or not is_same_model(old.model, new.model):
         return ""
     if not covers(new.dataset, old.dataset):
         return "is of other images"
@@ -155,6 +167,11 @@ def reason_to_keep(old: RobustnessReport | None, new: RobustnessReport) -> str:
         if not is_as_strong(found := attacks.get(name, "an unknown attack"), attack):
             return f"has {name} by {found} instead of {attack}"
     return ""
+
+
+def is_same_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the `model` of two reports is one function, as far as both say it."""
+    return all(old[name] == new[name] for name in ("weights", *DIAL) if name in old and name in new)
 
 
 def covers(new: dict[str, Any], old: dict[str, Any]) -> bool:

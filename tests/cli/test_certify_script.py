@@ -122,6 +122,14 @@ def test_bad_input_is_refused_without_traceback(saved, arguments, message, tmp_p
     assert not (tmp_path / "out" / "certificates.json").exists()
 
 
+def test_certificates_of_another_program_are_not_replaced(saved, tmp_path, capsys):
+    path = tmp_path / "certificates.json"
+    path.write_text('[{"subject": "CN=example.org"}]')
+    assert certify(*QUICK, "--model", saved / "moe", "--output_dir", tmp_path, "--fresh") == 2
+    assert f"{path} would be replaced, and hf_dualmoe did not write it" in capsys.readouterr().err
+    assert path.read_text() == '[{"subject": "CN=example.org"}]'
+
+
 def test_train_mode_is_refused(models):
     model = lipschitz_moe().train()
     with pytest.raises(ValueError, match="train mode"):

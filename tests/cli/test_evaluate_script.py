@@ -5,6 +5,7 @@ import shutil
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scripts
@@ -183,10 +184,96 @@ def test_numbers_of_other_images_take_no_place_on_the_card(saved, tmp_path, caps
     report.controls = {"before hardening": {"sa": 12.5}}
     report.save(folder / "results.json")
     assert evaluate(*command, "--seed", 1, "--output_dir", out) == 0
-    said = f"{folder} keeps its results.json and card: this evaluation is of other images.\n"
+    said = f"{folder} keeps its results.json and card: this evaluation is of other images. Its own are in {out}.\n"
     assert said in capsys.readouterr().out
     assert RobustnessReport.load(folder / "results.json") == report and (out / "README.md").is_file()
     assert RobustnessReport.load(out / "results.json").controls == {}  # measured on other images too
+
+
+def test_better_numbers_stay_in_the_own_folder_of_a_model_too(saved, tmp_path, monkeypatch, capsys):
+    """The first measurement replaced them, and with them what the training and the controls had said."""
+    folder = shutil.copytree(saved / "moe", tmp_path / "moe")
+    (folder / "results.json").unlink(missing_ok=True)
+    command = [*QUICK, "--model", folder, "--output_dir", folder]
+    assert evaluate(*command, "--level", "components,eps_curve") == 0
+    report = RobustnessReport.load(folder / "results.json")
+    assert "eps_curve" in report.metrics and (folder / "outcomes.parquet").is_file()
+    report.training, report.controls = {"method": "rt_er"}, {"before": {"sa": 12.5}}
+    report.save(folder / "results.json")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    capsys.readouterr()
+
+    assert evaluate(*command, "--level", "components") == 0
+    said = f"{folder} keeps its results.json and card: this evaluation lacks eps_curve. "
+    assert f"{said}Its own are in {folder / 'evaluation'}." in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save_plots", lambda *_: 1 / 0)  # killed after the last measurement
+        with pytest.raises(ZeroDivisionError):
+            evaluate(*command, "--level", "components,eps_curve,component_attacks")
+    assert {path: path.read_bytes() for path in before} == before
+    assert evaluate(*command, "--level", "components,eps_curve,component_attacks") == 0
+    taken = RobustnessReport.load(folder / "results.json")
+    assert "ra_router_pgd2" in taken.metrics
+    assert (taken.training, taken.controls) == (report.training, report.controls)
+
+
+def test_numbers_of_another_function_do_not_stay(saved, tmp_path, monkeypatch, capsys):
+    """A written dial or new weights made the report in the folder, and its card, one of another model."""
+    folder, out = shutil.copytree(saved / "dual", tmp_path / "dual"), tmp_path / "out"
+    for name in ("results.json", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    command = [*QUICK, "--model", folder, "--alphas", 0.5, 1]
+    assert evaluate(*command, "--output_dir", out, "--level", "components,dial,eps_curve") == 0
+    assert evaluate(*command, "--output_dir", out, "--write_alpha", "--min_sa", 0) == 0  # says less: the report stays
+    chosen = json.loads((folder / "config.json").read_text())["alpha"]
+    report = RobustnessReport.load(folder / "results.json")
+    assert "eps_curve" in report.metrics and report.model["alpha"] != chosen
+    assert f"but the saved dial is at alpha = {chosen:g}" in (folder / "README.md").read_text()
+    assert evaluate(*command, "--output_dir", out) == 0
+    report = RobustnessReport.load(folder / "results.json")
+    assert "eps_curve" not in report.metrics and report.model["alpha"] == chosen
+
+    found = {"robust_logit_map": {"scale": 3.0, "power": 2.0, "clamp": 0.0}, "alpha": chosen, "accepted": True}
+    found |= {"gain_sa": 1.0, "gain_ra": -1.0, "num_images": 270}
+    monkeypatch.setattr(script, "calibrate_robust_logits", lambda *args, **kwargs: found)
+    capsys.readouterr()
+    tried = [*command, "--output_dir", tmp_path / "tried", "--level", "components"]
+    assert evaluate(*tried, "--calibrate") == 0  # not what is saved
+    assert f"this evaluation is at robust_logit_map = {found['robust_logit_map']}" in capsys.readouterr().out
+    assert RobustnessReport.load(folder / "results.json") == report
+    options = ["--write_calibration", "--level", "components"]
+    assert evaluate(*command, "--output_dir", tmp_path / "written", *options) == 0
+    taken = RobustnessReport.load(folder / "results.json")
+    assert taken.model["robust_logit_map"] == found["robust_logit_map"] and taken.alpha_sweep == []
+
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    model.save_pretrained(folder)
+    weaker = [*command, "--output_dir", tmp_path / "weights", "--level", "component_attacks"]
+    assert evaluate(*weaker) == 0
+    assert RobustnessReport.load(folder / "results.json").model["weights"] != taken.model["weights"]
+
+
+def test_files_of_other_programs_are_not_replaced(saved, tmp_path, capsys):
+    command = [*QUICK, "--model", saved / "moe", "--output_dir", tmp_path, "--level", "components", "--fresh"]
+    for name, content in (
+        ("results.json", b'{"accuracy": 0.9}'),
+        ("results.json", b"not JSON"),
+        ("outcomes.parquet", b"of another program"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert evaluate(*command) == 2
+        assert f"{tmp_path / name} would be replaced, and hf_dualmoe did not write it" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+        (tmp_path / name).unlink()
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "outcomes.parquet")
+    assert evaluate(*command) == 2
+    assert "it has the columns x; a record has index and label" in capsys.readouterr().err
+    (tmp_path / "outcomes.parquet").unlink()
+    assert evaluate(*command) == 0 and evaluate(*command) == 0  # its own it may
 
 
 def test_what_the_evaluation_refuses_is_refused_before_the_calibration(saved, monkeypatch, capsys):
@@ -206,7 +293,7 @@ def test_models_are_evaluated_in_float32_whatever_they_were_saved_in(saved, tmp_
     half = AutoModelForImageClassification.from_pretrained(saved / "moe").bfloat16()
     half.save_pretrained(tmp_path / "half")
     seen = []
-    monkeypatch.setattr(script, "evaluate", lambda args, model, *_: seen.append(model.dtype) or 1 / 0)
+    monkeypatch.setattr(script, "evaluate", lambda args, model, *_, **__: seen.append(model.dtype) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(*QUICK, "--model", tmp_path / "half")
     assert seen == [torch.float32]
@@ -348,7 +435,7 @@ def test_what_failed_shows_in_the_exit_status(saved, tmp_path):
 
 def test_some_of_the_classes_are_matched_by_name(saved, named_digits, tmp_path, monkeypatch, caplog):
     seen = []
-    monkeypatch.setattr(script, "evaluate", lambda args, model, data, _: seen.append(data) or 1 / 0)
+    monkeypatch.setattr(script, "evaluate", lambda args, model, data, *_, **__: seen.append(data) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate("--model", saved / "moe", "--eps", 0.05, "--dataset_name", named_digits("7", "3"))
     (data,) = seen

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, ConvNextImageProcessor, pipeline
 
+from hf_dualmoe.evaluation.environment import digest_of_weights
 from hf_dualmoe.evaluation.evaluation import RobustnessReport
 from training import join as script
 
@@ -73,6 +74,44 @@ def test_two_classifiers_become_one_with_its_dial_set(command, parts, tmp_path, 
     capsys.readouterr()
     assert join(*command, "--output_dir", tmp_path, "--mixing", "logits") == 2
     assert "holds another joined model (mixing: 'probs' there, 'logits' here)" in capsys.readouterr().err
+
+
+def test_a_repeat_leaves_a_finished_model_its_dial_and_its_results_alone(command, parts, tmp_path, capsys):
+    """It set alpha to 0.75, dropped the logit map, and replaced better numbers by a report of the dial alone."""
+    for name in ("vit", "resnet"):
+        shutil.copytree(parts / name, tmp_path / name)
+    own = ["--standard", tmp_path / "vit", "--robust", tmp_path / "resnet", "--level", "components"]
+    command, folder = [*command, *own, "--output_dir", tmp_path / "out"], tmp_path / "out" / "model"
+    assert join(*command) == 0
+    report = RobustnessReport.load(folder / "results.json")
+    loaded = AutoModelForImageClassification.from_pretrained(folder)
+    assert digest_of_weights(loaded) == report.model["weights"]  # else no evaluation of it would find its report
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"alpha": 0.625, "robust_logit_map": {"scale": 2.0}}  # as evaluate.py --write_calibration does
+    (folder / "config.json").write_text(json.dumps(config))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    assert join(*command) == 0
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert f"{folder} is finished, with its dial at alpha = 0.625" in capsys.readouterr().out
+
+    (folder / "config.json").write_text(json.dumps(config | {"robust_logit_map": None}))  # as it was measured
+    report.failures, report.alpha_choice = {"recommended alpha": "out of reach"}, {}  # not finished
+    report.save(folder / "results.json")
+    assert join(*command, "--min_ra", 99.9) == 1
+    assert json.loads((folder / "config.json").read_text())["alpha"] == 0.625
+    taken = RobustnessReport.load(folder / "results.json")
+    assert taken.model["alpha"] == 0.625 and taken.training == report.training
+    taken.metrics["ra_autoattack"] = 12.5
+    taken.save(folder / "results.json")
+    capsys.readouterr()
+    assert join(*command, "--min_ra", 99.9) == 1
+    kept = f"{folder} keeps its results.json and card: this evaluation lacks ra_autoattack. Its own are in "
+    assert kept in capsys.readouterr().out and RobustnessReport.load(folder / "results.json") == taken
+
+    foreign_models.save("resnet", tmp_path / "resnet", labels=CLASSES, seed=2)
+    assert join(*command) == 2
+    assert "was joined from other weights: a part has changed since" in capsys.readouterr().err
 
 
 def test_a_given_dial_is_kept_and_an_unreachable_floor_is_said(command, tmp_path, capsys):

@@ -19,7 +19,7 @@ from hf_dualmoe.evaluation import evaluation, work
 from hf_dualmoe.evaluation import measurements as parts
 from hf_dualmoe.evaluation.batches import correct_mask, run_batches
 from hf_dualmoe.evaluation.dial import DialedModel, dial_attack
-from hf_dualmoe.evaluation.environment import check_class_names, data_digest
+from hf_dualmoe.evaluation.environment import check_class_names, data_digest, describe_model
 from hf_dualmoe.evaluation.evaluation import LEVELS, RobustnessReport, evaluate_robustness
 from hf_dualmoe.evaluation.memory import is_out_of_memory
 from hf_dualmoe.evaluation.metrics import wilson_interval
@@ -27,6 +27,7 @@ from hf_dualmoe.evaluation.plots import plot_tradeoff
 from hf_dualmoe.evaluation.processes import Processes
 from hf_dualmoe.evaluation.sanity import Check
 from hf_dualmoe.evaluation.store import Found
+from hf_dualmoe.models.loading import load_classifier
 
 EPS = 0.02
 QUIET = {"eps": EPS, "steps": 2, "progress": False}
@@ -74,6 +75,27 @@ def test_a_foreign_component_is_measured_behind_its_normalisation(native_vit, ma
     report = evaluate_robustness(dual, data, **options)
     assert report.metrics["components"]["standard"]["sa"] == pytest.approx(100 * float(right.float().mean()))
     assert report.alpha_sweep[0]["sa"] == report.metrics["components"]["standard"]["sa"] > 90
+
+
+@pytest.mark.parametrize("kind", ["mixture", "dual model", "1-Lipschitz", "dial in the weights", "foreign", "half"])
+def test_a_saved_model_is_described_as_it_was_in_memory(kind, make_moe, make_dual, toy_dual, native_vit, tmp_path):
+    """Else the report of its training would be taken for one on another model."""
+    if kind == "foreign":
+        native_vit.save_pretrained(tmp_path / "start")
+        model = load_classifier(tmp_path / "start", image_mean=0.5, image_std=0.25)
+    else:
+        moe = make_moe()
+        merged = DualMoEForImageClassification.from_models(moe, copy.deepcopy(moe), alpha=0.5, mixing="weights")
+        kinds = {"mixture": moe, "dual model": make_dual(), "1-Lipschitz": toy_dual, "dial in the weights": merged}
+        make_moe().bfloat16().save_pretrained(tmp_path / "half")
+        model = kinds.get(kind) or load_classifier(tmp_path / "half", dtype="auto")
+    model.save_pretrained(tmp_path / "saved")
+    normalisation = {"image_mean": 0.5, "image_std": 0.25} if kind == "foreign" else {}
+    loaded = load_classifier(tmp_path / "saved", **normalisation)  # in float32, as an evaluation does
+    assert describe_model(loaded) == describe_model(model)
+    with torch.no_grad():
+        next(loaded.parameters()).view(-1)[0].add_(1)
+    assert describe_model(loaded)["weights"] != describe_model(model)["weights"]
 
 
 def test_correct_mask_matches_a_loop_over_images(model, dataset):

@@ -317,6 +317,28 @@ def test_invalid_cards_are_refused(old, new, message):
         check_card(text.replace(old, new, 1))
 
 
+def test_a_report_on_another_function_is_not_kept():
+    """Better numbers of what the model was before its dial was turned or its weights changed are not its own."""
+    whole, less = {**REAL["model"], "weights": "abc", "robust_logit_map": None}, {"metrics": {"sa": 94.0}}
+    old = dual(model=whole)
+    for change, kept in (
+        ({}, True),
+        ({"weights": "abd"}, False),
+        ({"alpha": 0.8}, False),
+        ({"mixing": "logits"}, False),
+        ({"robust_logit_map": {"scale": 2.0}}, False),
+    ):
+        assert bool(reason_to_keep(old, dual(model={**whole, **change}, **less))) == kept
+    assert reason_to_keep(dual(), dual(model=whole, **less))  # says nothing of its weights: counts as the same
+    config = {"alpha": 0.9, "mixing": "probs", "robust_logit_map": {"scale": 2.0}}
+    assert (
+        reason_to_keep(None, old, config) == "is at robust_logit_map = None, where the saved model has {'scale': 2.0}"
+    )
+    assert reason_to_keep(None, old, {**config, "robust_logit_map": None}) == ""
+    card = render(old, config={"model_type": "dual_moe", **config}).text
+    assert "measured with another robust_logit_map than the saved model has" in card
+
+
 DIGITS = {**REAL["dataset"], "digest": "of 449", "taken_from": "of all"}
 FULL = {"dataset": DIGITS, "outcomes": "outcomes.parquet", "controls": {"before": {"sa": 90.0}}}
 
