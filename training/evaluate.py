@@ -19,7 +19,7 @@ from torch import nn
 
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.cli.cost import cost_text, evaluation_work
-from hf_dualmoe.cli.evaluating import RESULTS, add_evaluation_arguments, check_measurements, evaluate
+from hf_dualmoe.cli.evaluating import RESULTS, add_evaluation_arguments, check_measurements, evaluate, settle_eps
 from hf_dualmoe.cli.script_arguments import (
     add_run_arguments,
     check_own_files,
@@ -78,6 +78,7 @@ def main() -> None:
     args.output_dir = Path(args.output_dir or output_folder("evaluate", args.model, args.revision))
     try:
         args.calibrate |= args.write_calibration
+        settle_eps(args, args.model, args.revision)
         check_request(args)  # what needs no model is refused before it is loaded
         controls = read_controls(args)
         results = check_folders(args)

@@ -18,7 +18,7 @@ from hf_dualmoe import DualMoEForImageClassification
 from hf_dualmoe.attacks.pgd import PGD
 from hf_dualmoe.cli.cost import cost_text, evaluation_work
 from hf_dualmoe.cli.eps_check import check_eps_is_in_pixels
-from hf_dualmoe.cli.evaluating import RESULTS, add_evaluation_arguments, check_measurements, evaluate
+from hf_dualmoe.cli.evaluating import RESULTS, add_evaluation_arguments, check_measurements, evaluate, settle_eps
 from hf_dualmoe.cli.hardening import licence_of, short_name
 from hf_dualmoe.cli.run_record import SETTINGS_NAME, read_record
 from hf_dualmoe.cli.script_arguments import (
@@ -31,6 +31,7 @@ from hf_dualmoe.cli.script_arguments import (
     load_images,
     output_folder,
     recorded_cut,
+    report_beside,
 )
 from hf_dualmoe.data.datasets import DataSplits
 from hf_dualmoe.evaluation.environment import digest_of_weights, print_in_any_encoding, write_text
@@ -83,6 +84,7 @@ def main() -> None:
     folder = args.output_dir / "model"
     try:
         settings = check_request(args)
+        settle_eps(args, *source_of(args, "robust"))
         parts = load_parts(args)
         model = join_models(
             *parts.values(),
@@ -251,6 +253,9 @@ def finish(args: Namespace, model: DualMoEForImageClassification, data: DataSpli
     report.training = {name: short_name(getattr(args, name)) for name in PARTS}
     # two licences: nobody here can tell
     report.training["license"] = licences.pop() if len(licences) == 1 else "other"
+    standard = report_beside(*source_of(args, "standard"))
+    if standard is not None and standard.training.get("method", "standard") not in ("standard", "certified"):
+        report.training["standard_eps"] = standard.threat["eps"]  # the card calls it helpless under attack else
     seeds = {recorded_cut(*source_of(args, name)).get("split_seed") for name in PARTS} - {None}
     if len(seeds) == 1:  # the same images stay apart from the training of the joined model
         report.seeds["training"] = seeds.pop()

@@ -191,6 +191,8 @@ def save_and_report(
             model.save_pretrained(folder)
         facts = start_facts(model_args)
         sources = {**origins(data_args, model_args), **facts}
+        if data.held_out:  # so that evaluations cut the same images from train
+            sources["validation_fraction"] = data_args.validation_fraction
         if report is not None:  # of these weights, by a run that was shorter
             report.training |= training_facts(trainer, data, args, sources)
             report.save(folder / "results.json")

@@ -1,5 +1,6 @@
 """Shared by `training/evaluate.py` and `training/join.py`: what to measure on a model, its checks, the report."""
 
+import logging
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -12,15 +13,20 @@ from ..evaluation.environment import pixel_radius
 from ..evaluation.evaluation import ALPHAS, LEVELS, PARTS, RobustnessReport, check_evaluation, evaluate_robustness
 from ..evaluation.outcomes import OUTCOMES_NAME, check_record
 from .eps_check import check_eps_is_in_pixels
+from .script_arguments import report_beside
 
+USUAL_EPS = 8 / 255  # of L-inf on CIFAR-10
 # what an evaluation writes -> what reads it
 RESULTS = {"results.json": RobustnessReport.load, OUTCOMES_NAME: check_record}
+
+logger = logging.getLogger(__name__)
 
 
 def add_evaluation_arguments(parser: ArgumentParser) -> None:
     """Add the attacks and what is measured with them."""
     add = parser.add_argument
-    add("--eps", type=pixel_radius, default=8 / 255, help="Radius in [0, 1] pixel units, such as 8/255.")
+    known = "default: as the report beside the model, where it has this norm, else 8/255"
+    add("--eps", type=pixel_radius, help=f"Radius in [0, 1] pixel units, such as 8/255; {known}.")
     add("--norm", choices=("linf", "l2"), default="linf", help="Norm of the ball.")
     add("--steps", type=int, default=20, help="PGD steps.")
     add("--level", default="standard", help=f"{', '.join(LEVELS)}, or parts of {','.join(PARTS)} joined by commas.")
@@ -33,6 +39,23 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     # %%: argparse formats help
     add("--min_sa", type=float, help="Recommend the alpha of highest RA with at least this SA, in %%.")
     add("--min_ra", type=float, help="Recommend the alpha of highest SA with at least this RA, in %%.")
+
+
+def settle_eps(args: Namespace, model: str, revision: str = "main") -> None:
+    """Set `args.eps` where it was not given, and say so.
+
+    It is that of the report beside the model, which a training leaves at its own eps, else `USUAL_EPS`.
+    """
+    if args.eps is not None:
+        return
+    report = report_beside(model, revision)
+    threat = report.threat if report is not None else {}
+    is_known = threat.get("norm") == args.norm and isinstance(threat.get("eps"), (int, float))
+    args.eps = float(threat["eps"]) if is_known else USUAL_EPS
+    source = (
+        f"as in the report beside {model}" if is_known else "as usual on CIFAR-10: no report beside the model has one"
+    )
+    logger.warning("eps=%g (%g/255), %s; --eps sets another.", args.eps, 255 * args.eps, source)
 
 
 def level_of(args: Namespace) -> str | list[str]:
@@ -114,4 +137,4 @@ def evaluate(
     )
 
 
-__all__ = ["RESULTS", "add_evaluation_arguments", "check_measurements", "evaluate", "level_of"]
+__all__ = ["RESULTS", "add_evaluation_arguments", "check_measurements", "evaluate", "level_of", "settle_eps"]

@@ -273,19 +273,21 @@ def read_earlier(folder: str | os.PathLike) -> RobustnessReport | None:
     return RobustnessReport.load(path) if path.is_file() and not is_foreign(folder) else None
 
 
+def report_beside(model: str, revision: str = "main") -> RobustnessReport | None:
+    """The report beside a model, a folder or one on the Hub, as a hint; None where there is none that can be read."""
+    with suppress(Exception):  # no report, no connection, or a report of a later version
+        if Path(model).is_dir():
+            return read_earlier(model)
+        return RobustnessReport.load(hf_hub_download(model, "results.json", revision=revision))
+    return None
+
+
 def recorded_cut(model: str, revision: str = "main") -> dict[str, Any]:
     """What the report beside a model, a folder or one on the Hub, records of how its training cut splits from train.
 
     The seed and, where it is known, the fraction, as in `USUAL_CUT`; and the number of `held_out` validation images.
     """
-    report = None
-    # no report, no connection, or a report of a later version: no more than a hint is wanted of it
-    with suppress(Exception):
-        if Path(model).is_dir():
-            report = read_earlier(model)
-        else:
-            report = RobustnessReport.load(hf_hub_download(model, "results.json", revision=revision))
-    if report is None:
+    if (report := report_beside(model, revision)) is None:
         return {}
     found = {"split_seed": report.seeds.get("training"), **report.training}
     number = re.match(r"(\d+) images held out of train$", str(report.training.get("selected_on")))
@@ -403,4 +405,5 @@ __all__ = [
     "read_earlier",
     "recorded_cut",
     "relabelled",
+    "report_beside",
 ]

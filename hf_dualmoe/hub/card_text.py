@@ -296,6 +296,8 @@ def choice_text(report: RobustnessReport) -> str:
 def routing_text(metrics: dict[str, Any]) -> str:
     """Weight of the experts in the outputs and share of first choices that an attack changes."""
     load, flips = metrics.get("expert_load", {}), number(metrics.get("route_flip_rate"))
+    if any(len(values) == 1 for values in load.values()):
+        return ""  # one expert gets every image
     parts = [f"{name} images: {', '.join(f'{v:g}' for v in values)} %" for name, values in load.items()]
     text = (
         f"Weight of the experts in the outputs (with hard routing, share of images), {'; '.join(parts)}."
@@ -308,18 +310,25 @@ def routing_text(metrics: dict[str, Any]) -> str:
 
 
 def controls_table(report: RobustnessReport) -> str:
-    """The same measurements on other models, with what their training cost where known; "-" = not measured."""
+    """The same measurements on other models, with what their training cost where known; "-" = not measured.
+
+    The worst case stands only where all the strong attacks were made: that of fewer is no match for it.
+    """
     if not report.controls:
         return ""
     models = {"**this model**": {"passes": report.training.get("passes"), **report.metrics}}
     models |= {name: values if isinstance(values, dict) else {} for name, values in report.controls.items()}
     keys = list(dict.fromkeys(key for values in models.values() for key in accuracies(values)))
+    attacks = [key for key in ("ra_adaptive_union", "ra_autoattack") if key in keys]
     costs = {name: number(values.get("passes")) for name, values in models.items()}
     has_costs = any(cost is not None for cost in costs.values())
     rows = []
     for name, values in models.items():
         cost = "-" if costs[name] is None else f"{costs[name]:.0f}"
-        rows.append([name, *[cost] * has_costs, *(percent_text(accuracies(values).get(key)) for key in keys)])
+        found = accuracies(values)
+        if any(attack not in found for attack in attacks):
+            found.pop("ra_worst_case", None)
+        rows.append([name, *[cost] * has_costs, *(percent_text(found.get(key)) for key in keys)])
     header = ["model", *["training passes per image"] * has_costs, *(f"{metric_title(key)} %" for key in keys)]
     return markdown_table(header, rows)
 

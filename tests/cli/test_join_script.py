@@ -126,9 +126,12 @@ def test_a_given_dial_is_kept_and_an_unreachable_floor_is_said(command, tmp_path
 def test_weights_are_mixed_where_the_parts_allow_it(command, parts, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     shutil.copytree(parts / "resnet", tuned)
+    threat = {"eps": 2 / 255, "norm": "linf", "attacks": {}}
+    RobustnessReport(model={}, dataset={}, threat=threat, training={"method": "at"}).save(tuned / "results.json")
     same = [*command, "--standard", tuned, "--mixing", "weights", "--alpha", 0.5, "--level", "dial"]
     assert join(*same, "--output_dir", tmp_path / "one") == 0
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "one" / "model").config.mixing == "weights"
+    assert "trained on mild attacks" in (tmp_path / "one" / "model" / "README.md").read_text()
     capsys.readouterr()
     assert join(*command, "--mixing", "weights", "--output_dir", tmp_path / "two") == 2
     assert "cannot merge F_S and F_R: their architectures differ" in capsys.readouterr().err

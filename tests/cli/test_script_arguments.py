@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from hf_dualmoe.cli import script_arguments
+from hf_dualmoe.cli.evaluating import settle_eps
 from hf_dualmoe.cli.script_arguments import (
     LONGEST_NAME,
     create_accelerator,
@@ -176,6 +177,26 @@ def test_nothing_is_said_of_the_seed_where_no_split_is_cut_from_train(trained, m
     folder = trained("seven", seeds={"training": 7})
     assert load_images(evaluate.create_parser().parse_args(arguments), model, {folder: "main"}).held_out == ()
     assert "split_seed" not in caplog.text
+
+
+@pytest.mark.parametrize("script", [evaluate, join], ids=["evaluate", "join"])
+def test_eps_is_that_of_the_training(script, tmp_path, caplog):
+    """With 8/255 for all, a model of another eps was measured, and its dial chosen, at the wrong one."""
+    threat = {"eps": 0.15, "norm": "linf"}
+    RobustnessReport(model={}, dataset={}, threat=threat).save(tmp_path / "ours" / "results.json")
+    required = ["--standard", "x", "--robust", "y"] if script is join else ["--model", "x"]
+
+    def eps(folder, *options):
+        caplog.clear()
+        args = script.create_parser().parse_args([*required, *options])
+        settle_eps(args, str(tmp_path / folder))
+        return args.eps
+
+    assert eps("ours") == 0.15 and "eps=0.15 (38.25/255), as in the report beside" in caplog.text
+    assert eps("ours", "--eps", "4/255") == 4 / 255 and not caplog.text
+    assert (
+        eps("ours", "--norm", "l2") == eps("none") == 8 / 255 and "no report beside the model has one" in caplog.text
+    )
 
 
 def test_more_validation_images_than_the_training_held_out_are_warned_of(only_train, trained, make_moe, caplog):

@@ -212,6 +212,9 @@ def test_controls_and_components_stand_beside_the_model():
     text = render(moe()).text
     for row in ("**this model** | 81.25 | 43.75 | 37.50 | 31.26", "one network | 79.17 | 41.67 | - | -"):
         assert f"| {row} |" in text
+    weaker = moe()
+    weaker.controls["one network"]["ra_worst_case"] = 41.67  # of PGD alone
+    assert "one network | 79.17 | 41.67 | - | - |" in render(weaker).text
     assert "| robust model alone, PGD-20 | 55.46 |" in render(dual()).text
     costly = moe(training={"method": "rt_er", "passes": 40.2})
     costly.controls["one network"]["passes"] = 103.4
