@@ -67,6 +67,14 @@ def test_a_study_with_an_unknown_key_is_refused(tiny):
         study.read_study(tiny(budget=3))
 
 
+def test_an_arm_may_have_positions_of_the_dial_of_its_own(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_run, "sweep_alpha", lambda *_, alphas, **__: [{"alpha": alpha} for alpha in alphas])
+    content = study.read_study(tiny(arms={"a": {}, "b": {"evaluation": {"alphas": [0.9, 1]}}}))
+    for arm, alphas in (("a", content["evaluation"]["alphas"]), ("b", [0.9, 1])):
+        sweep, _ = study_run.StudyRun(content, arm, 0, tmp_path / arm).sweep(None)
+        assert [point["alpha"] for point in sweep] == alphas
+
+
 @pytest.mark.parametrize(
     ("more", "mixing", "mapped"),
     [({}, "probs", False), ({"mixing": "weights"}, "weights", False), ({"calibrate": True}, "probs", True)],

@@ -203,7 +203,8 @@ class StudyRun:
     def sweep(self, model: nn.Module) -> tuple[list[dict[str, float]], list[str]]:
         """The dial on held-out images, and what it was attacked with; kept beside the run, since it takes long."""
         attack = dial_attack(self.data.num_labels, eps=float(self.args.eps), norm=self.args.norm)
-        asked = {"alphas": self.study["evaluation"]["alphas"], "swept_with": list(attack.members)}
+        alphas = {**self.study["evaluation"], **self.entry.get("evaluation", {})}["alphas"]
+        asked = {"alphas": alphas, "swept_with": list(attack.members)}
         path = self.folder / "sweep.json"
         kept = read_json(path) if path.is_file() else {}
         if asked.items() <= kept.items():
