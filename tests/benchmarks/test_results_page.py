@@ -133,6 +133,9 @@ def test_rows_of_the_study_are_means_over_the_same_seeds(monkeypatch):
     runs.append({**runs[2], "seed": 1, "sa": 72.0})
     rows = {row[0]: row[5:] for row in results_page.study_rows()}
     assert [row[0] for row in rows.values()] == ["65.0", "67.0"] and rows["one network"][2].endswith("2 seeds")
+    study["arms"]["rt_er"] = {}
+    runs += [{**runs[0], "seed": 7}, {**runs[0], "seed": 7, "arm": "rt_er"}]  # as many arms, fewer seeds
+    assert {row[0]: row[5:] for row in results_page.study_rows()} == rows
 
 
 # --- differences -----------------------------------------------------------------------------------------------------

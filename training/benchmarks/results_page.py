@@ -99,23 +99,26 @@ def describe_study(results: dict[str, Any], arms: dict[str, Any]) -> tuple[str, 
 def dials(results: dict[str, Any]) -> tuple[dict[str, list[dict[str, float]]], list[int]]:
     """The dials to draw, each the mean over the same seeds, all swept alike, and these seeds.
 
-    The seeds are those that the most arms have; arms without them are left out, since seeds differ in their images.
-
     Raises:
         ValueError: The dials were swept with different attacks.
     """
-    runs: dict[str, dict[int, Any]] = {arm: {} for arm in DIALS}
-    for run in results["runs"]:
-        if run["arm"] in runs:
-            runs[run["arm"]][run["seed"]] = run
-    arms_of = {seed: [arm for arm, own in runs.items() if seed in own] for own in runs.values() for seed in own}
-    drawn = max(arms_of.values(), key=len)
-    common = sorted(seed for seed, arms in arms_of.items() if arms == drawn)
-    runs = {arm: runs[arm] for arm in drawn}
-    attacks = [run["swept_with"] for own in runs.values() for seed, run in own.items() if seed in common]
-    if any(attack != attacks[0] for attack in attacks):
+    runs, seeds = of_the_same_seeds([run for run in results["runs"] if run["arm"] in DIALS])
+    if any(run["swept_with"] != runs[0]["swept_with"] for run in runs):
         raise ValueError("The dials were swept with different attacks: sweep them again before drawing them together.")
-    return {arm: mean_sweep([own[seed]["sweep"] for seed in common]) for arm, own in runs.items()}, common
+    sweeps = {arm: [run["sweep"] for run in runs if run["arm"] == arm] for arm in DIALS}
+    return {arm: mean_sweep(own) for arm, own in sweeps.items() if own}, seeds
+
+
+def of_the_same_seeds(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The runs of the arms and seeds that can be compared, and these seeds.
+
+    Seeds differ in their test images, so each arm must have all of them: the most arms, then the most seeds.
+    """
+    arms = {seed: {run["arm"] for run in runs if run["seed"] == seed} for seed in sorted({r["seed"] for r in runs})}
+    seeds = max(
+        ([s for s in arms if arms[s] == own] for own in arms.values()), key=lambda s: (len(arms[s[0]]), len(s))
+    )
+    return [run for run in runs if run["seed"] in seeds], seeds
 
 
 def draw(studies: dict[str, dict[str, Any]], path: Path) -> None:
@@ -269,16 +272,14 @@ def card_rows(folder: Path) -> list[list[str]]:
 
 
 def study_rows() -> list[list[str]]:
-    """Arms of the study of all CIFAR-10, mean over the seeds that all of them have: seeds differ in test images."""
+    """Arms of the study of all CIFAR-10, each the mean over the same seeds."""
     results = kept(f"study_{STUDY}")
     if results is None:
         return []
     study, rows = results["study"], []
-    runs = [run for run in results["runs"] if run["arm"] in ARMS]
-    arms = {run["arm"] for run in runs}
-    common = [seed for seed in {run["seed"] for run in runs} if sum(run["seed"] == seed for run in runs) == len(arms)]
-    summary = summarise([run for run in runs if run["seed"] in common], study)
-    count = "1 seed" if len(common) == 1 else f"{len(common)} seeds"
+    runs, seeds = of_the_same_seeds([run for run in results["runs"] if run["arm"] in ARMS])
+    summary = summarise(runs, study)
+    count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     link = f"[study](training/benchmarks/README.md), {STUDY}, {count}"
     for arm, title in ARMS.items():
         if entry := summary.get(arm):

@@ -90,7 +90,7 @@ def table_rows(summary: Summary) -> list[list[str]]:
         load = f"{entry['least_load']:.0f}" if "least_load" in entry else "-"
         alphas = ", ".join(f"{alpha:g}" for alpha in entry.get("alpha", [])) or "-"
         accuracy = [cell(entry["sa"]), cell(entry["ra"]) + mark, f"{entry['ra_pgd']['mean']:.1f}"]
-        costs = [str(len(entry["seeds"])), size, cost, passes]
+        costs = [", ".join(map(str, entry["seeds"])), size, cost, passes]
         rows.append([arm, *costs, *accuracy, load, alphas])
         if robust := entry.get("robust"):
             accuracy = [cell(robust["sa"]), cell(robust["ra"]) + mark]
