@@ -27,6 +27,7 @@ from hf_dualmoe.cli.script_arguments import (
     add_normalisation_arguments,
     add_run_arguments,
     check_own_files,
+    choose_cut,
     create_accelerator,
     load_images,
     output_folder,
@@ -256,8 +257,12 @@ def finish(args: Namespace, model: DualMoEForImageClassification, data: DataSpli
     standard = report_beside(*source_of(args, "standard"))
     if standard is not None and standard.training.get("method", "standard") not in ("standard", "certified"):
         report.training["standard_eps"] = standard.threat["eps"]  # the card calls it helpless under attack else
-    seeds = {recorded_cut(*source_of(args, name)).get("split_seed") for name in PARTS} - {None}
-    if len(seeds) == 1:  # the same images stay apart from the training of the joined model
+    cuts = {name: recorded_cut(*source_of(args, name)) for name in PARTS}
+    if data.held_out:  # by this cut: a later evaluation is to have the same images
+        report.seeds["training"] = choose_cut(args.split_seed, "split_seed", cuts)
+        fraction = choose_cut(args.validation_fraction, "validation_fraction", cuts)
+        report.training["validation_fraction"] = fraction
+    elif len(seeds := {cut["split_seed"] for cut in cuts.values() if "split_seed" in cut}) == 1:
         report.seeds["training"] = seeds.pop()
     print(f"\n{report.table()}\n\n" + "\n".join(report.notes()))
     report.save(results / RESULTS_NAME)

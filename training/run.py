@@ -185,6 +185,7 @@ def save_and_report(
             "measured and chosen since. hf-dualmoe evaluate measures more and turns the dial; --fresh trains anew."
         )
     else:
+        record_end(output_dir, False)  # until all of what follows is there
         save_model(model, folder, output_dir, is_there)
         choice = turn_dial(model, data, args, run) if run.choose_alpha and report is None else {}
         if choice:

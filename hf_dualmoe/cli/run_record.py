@@ -174,7 +174,7 @@ def with_one_batch(
         there, here: Arguments of the training that is recorded, and of this one.
     """
     if "processes" not in there:  # begun before it was noted: the others must be the same
-        return {name: values for name, values in found.items() if name != "processes"}
+        return {name: values for name, values in found.items() if name not in ("processes", "auto_find_batch_size")}
     if "processes" not in found or here.get("auto_find_batch_size"):  # which takes the size that a checkpoint has
         return found
     batches = [global_batch(side) for side in (there, here)]
@@ -301,9 +301,9 @@ def write_record(output_dir: Path, settings: dict[str, Any]) -> None:
     write_text(output_dir / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
 
 
-def record_end(output_dir: Path) -> None:
-    """Record that the run has finished, with all that follows the training."""
-    write_record(output_dir, read_record(output_dir, GROUPS, "a training") | {"finished": True})
+def record_end(output_dir: Path, finished: bool = True) -> None:
+    """Record whether the run has finished, with all that follows the training."""
+    write_record(output_dir, read_record(output_dir, GROUPS, "a training") | {"finished": finished})
 
 
 def restart_text(output_dir: Path, checkpoint: str | None, steps: int) -> str:

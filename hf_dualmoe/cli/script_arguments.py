@@ -396,6 +396,7 @@ __all__ = [
     "add_normalisation_arguments",
     "add_run_arguments",
     "check_own_files",
+    "choose_cut",
     "create_accelerator",
     "load_images",
     "load_model",

@@ -63,6 +63,8 @@ def test_two_classifiers_become_one_with_its_dial_set(command, parts, tmp_path, 
     assert report.metrics["components"]["standard"]["sa"] == 100  # as pipeline serves the ViT, enlarged to 32 pixels
     assert [point["alpha"] for point in report.alpha_sweep] == [0, 0.5, 1]
     assert (report.training["standard"], report.training["robust"]) == ("vit", "resnet")
+    # the cut that was used: a later evaluation is to have the same images
+    assert (report.seeds["training"], report.training["validation_fraction"]) == (42, 0.4)
     card = (folder / "README.md").read_text()
     assert "## The dial" in card and "license: other" in card
     served = pipeline("image-classification", model=str(folder))

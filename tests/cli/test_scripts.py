@@ -300,6 +300,9 @@ def test_a_report_is_whole_where_its_run_says_so(finished, training, whole, tmp_
     report.save(tmp_path / "model" / "results.json")
     assert (run_record.whole_report(tmp_path) is not None) == whole
     assert run_record.has_finished(tmp_path) is finished
+    if finished:  # what follows the training is done once more, and broken off
+        run_record.record_end(tmp_path, False)
+        assert (run_record.whole_report(tmp_path) is not None) == training
 
 
 def record_of(processes, per_device=32, accumulation=1, **more):
@@ -314,6 +317,7 @@ def record_of(processes, per_device=32, accumulation=1, **more):
         (record_of(2), record_of(1, 64), None),
         (record_of(2), record_of(1, 32, 2), None),
         (record_of(None), record_of(2), None),  # an older run, which did not say
+        (record_of(None), record_of(2, auto_find_batch_size=True), None),
         (record_of(2), record_of(1), "'64 = 32 x 2 x 1' there, '32 = 32 x 1 x 1' here"),
         (record_of(2), record_of(2, 16), "per_device_train_batch_size: 32 there, 16 here"),
         (record_of(None), record_of(1, 64), "per_device_train_batch_size: 32 there, 64 here"),

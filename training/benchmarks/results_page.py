@@ -93,6 +93,11 @@ def describe_study(results: dict[str, Any], arms: dict[str, Any]) -> tuple[str, 
     )
     if halved := sorted({run["seed"] for run in results["runs"] if run["training"].get("bf16")}):
         about += f" Trained under bfloat16 autocast: seed {', '.join(map(str, halved))}; all attacks are in float32."
+    for run in results["runs"]:
+        if not run["training"].get("calibration", {"accepted": True})["accepted"]:
+            about += (
+                f" Held-out images accepted no logit map for `{run['arm']}`, seed {run['seed']}: it mixes plainly."
+            )
     return about, "\n".join(f"- `{arm}`: {entry['about']}." for arm, entry in arms.items() if entry["about"])
 
 
@@ -151,20 +156,6 @@ def render_public(results: dict[str, Any]) -> str:
     return markdown_table(["CIFAR-10, L∞ 8/255 unless said otherwise", "clean %", "robust %", "source"], rows, 4)
 
 
-def render_calibration(results: dict[str, Any]) -> str:
-    """Plain mixing and mixing behind a logit map along the dial; an arrow marks what held-out images chose."""
-    rows = []
-    for run in results["runs"]:
-        for point in run["points"]:
-            mixing = point["mixing"] + (" ← chosen" if point["chosen"] else "")
-            numbers = [f"{point[key]:.2f}" for key in ("sa", "ra_pgd", "ra_adaptive_union", "ra_worst_case")]
-            rows.append([f"{run['model']}, {run['num_images']}", mixing, f"{point['alpha']:g}", *numbers])
-    header = ["model, images", "mixing", "alpha", "SA %", "RA % PGD", "RA % adaptive union", "RA % all attacks"]
-    accepted = all(run["calibration"]["accepted"] for run in results["runs"])
-    verdict = "Held-out images accepted the map." if accepted else "Held-out images did not accept the map."
-    return f"{markdown_table(header, rows, 2)}\n\n{verdict}"
-
-
 def render_attack_dtype(results: dict[str, Any]) -> str:
     """AutoAttack in full and in half precision: two reports of `evaluate.py` on the same model and images."""
     rows, whole = [], results["fp32"]
@@ -220,7 +211,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "reliability": render_reliability,
     "smoke_recipes": partial(rendered, "smoke_recipes", smoke_recipes.render),
     "study_cifar10": partial(rendered, "study_cifar10", render_old_study),
-    "calibrated_mixing": partial(rendered, "calibrated_mixing", render_calibration),
 }
 
 

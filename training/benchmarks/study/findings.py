@@ -70,6 +70,7 @@ COMPARISONS = (
     Comparison("The dial in the weights against one network as long in all", "dial_weights", "single_long", NEAR),
     Comparison("The dial in the outputs against one network as long in all", "dial_outputs", "single_long", NEAR),
     Comparison("JTDMoE, warm start, against one network as long in all", "jtdmoe_warm", "single_long", NEAR),
+    Comparison("The dial of a pair with clean F_S against one network", "pair_clean", "single_long", NEAR),
     Comparison("A pair behind MixedNUTS' logit map against it without", "pair_clean_mapped", "pair_clean"),
     Comparison("JTDMoE, warm start, against the dial in the weights", "jtdmoe_warm", "dial_weights"),
     Comparison("Joint training against joining two models trained apart", "jtdmoe", "separate_dual"),
@@ -81,6 +82,7 @@ COMPARISONS = (
 # which the sweeps show where both are F_R alone.
 CURVES = (
     ("pair_clean_mapped", "pair_clean", "The dial behind MixedNUTS' logit map above that without"),
+    ("jtdmoe_warm", "pair_clean", "The dial of JTDMoE, warm start, above that of a pair with clean F_S"),
     ("jtdmoe_warm", "dial_outputs", "The dial of JTDMoE, warm start, above that of the warm pair"),
     ("jtdmoe_clean", "separate_clean", "The dial of the paper's JTDMoE above that of its pair trained apart"),
     ("jtdmoe", "separate_clean", "The dial of JTDMoE with F_S at eps / 2 above that of the paper's pair"),
