@@ -224,6 +224,8 @@ def test_numbers_of_another_function_do_not_stay(saved, tmp_path, monkeypatch, c
     folder, out = shutil.copytree(saved / "dual", tmp_path / "dual"), tmp_path / "out"
     for name in ("results.json", "README.md"):
         (folder / name).unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())  # other tests may have turned its dial
+    (folder / "config.json").write_text(json.dumps({**config, "alpha": 0.6, "robust_logit_map": None}))
     command = [*QUICK, "--model", folder, "--alphas", 0.5, 1]
     assert evaluate(*command, "--output_dir", out, "--level", "components,dial,eps_curve") == 0
     assert evaluate(*command, "--output_dir", out, "--write_alpha", "--min_sa", 0) == 0  # says less: the report stays

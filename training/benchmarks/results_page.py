@@ -52,7 +52,6 @@ LABELLED = (0, 0.5, 0.8, 0.9, 1)  # alphas that the picture names
 DIALS = {  # arm: label, color, marker, line of the plot; not those in the weights, which meet a weaker attack
     "separate_clean": ("trained apart, clean F_S (paper)", "#b9b9b9", "s", "--"),
     "pair_clean": ("trained apart, clean F_S (paper)", "#b9b9b9", "s", "--"),
-    "pair_clean_mapped": ("that behind MixedNUTS' logit map", "#8fbde0", "^", "--"),
     "jtdmoe_clean": ("JTDMoE, clean F_S (paper)", "#8fbde0", "o", "--"),
     "separate_dual": ("trained apart, F_S at eps / 2", "#6b6b6b", "s", "-"),
     "dial_outputs": ("warm pair, outputs mixed", "#6b6b6b", "s", "-"),
