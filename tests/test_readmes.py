@@ -465,9 +465,14 @@ def check_command(command: str) -> dict:
 def test_commands_of_the_recipes_parse(command):
     name, arguments = find_script(command)
     if name == "train":  # a parser of its own: a recipe becomes the parser's defaults
-        RecipeParser(ROOT / "training" / "recipes", "").parse(arguments)
+        parts = RecipeParser(ROOT / "training" / "recipes", "").parse(arguments)
     else:
-        create_parser(name).parse_args(arguments)
+        parts = [create_parser(name).parse_args(arguments)]
+    read = {key: str(value) for part in parts for key, value in vars(part).items()}
+    given = {word[2:]: after for word, after in pairwise([*arguments, ""]) if word.startswith("--")}
+    texts = ("output_dir", "init_experts_from", "dataset_name", "mixing", "model_name_or_path", "method")
+    assert given.keys() <= read.keys() | {"recipe"}
+    assert all(read[key] == given[key] for key in texts if key in given)
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(command for _, command in COMMANDS))
